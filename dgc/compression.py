@@ -1,0 +1,94 @@
+"""The settings of Deep Gradient Compression: one frozen value, checked when it is made.
+
+Source: Lin et al. 2018 (arXiv:1712.01887). The defaults are the predecessors', where they have one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dgc.codec import INDEX_DTYPES, VALUE_DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """How a worker chooses and codes what it sends.
+
+    Raises: ValueError, naming the setting, its value and what is allowed.
+    """
+
+    density: float = 0.001
+    """Fraction of a tensor's entries sent in a step, in (0, 1]. 1 is the dense path."""
+    density_warmup_epochs: int = 0
+    """Epochs in which the density falls to `density`."""
+    density_warmup: Sequence[float] | None = None
+    """The density of each warm-up epoch; None: falling exponentially, from
+    density ** (1 / (density_warmup_epochs + 1))."""
+    momentum_correction: bool = True
+    """Let SGD's momentum act before selection, in a velocity of this worker. An optimizer other
+    than torch.optim.SGD keeps whatever momentum it has, after the exchange."""
+    mask_velocity: bool = True
+    """Momentum factor masking: forget the velocity of an entry when it is sent."""
+    clip_norm: float | None = None
+    """Bound of the gradient's 2-norm for the joined batch. Each of N workers clips its own at
+    clip_norm / sqrt(N), before accumulation. None: no clipping."""
+    clip_scope: Literal["global", "tensor"] = "global"
+    """global: one norm over all T tensors; the exchange then waits for the end of backward.
+    tensor: each tensor by itself at clip_norm / sqrt(N T), so that the exchange need not wait."""
+    min_numel: int = 1024
+    """Smaller tensors, and all with fewer than two axes, are sent densely."""
+    sample_ratio: float = 0.01
+    """Least fraction of a tensor that is looked at for its threshold; 1 selects exactly."""
+    k_tolerance: tuple[float, float] = (0.8, 1.3)
+    """Counts within these multiples of the target are sent as they are."""
+    max_adaptations: int = 10
+    """Times that a threshold may be lowered before the exact selection decides."""
+    value_dtype: Literal["float32", "float16"] = "float32"
+    """Type of the values sent; what rounding takes off stays in the residual."""
+    index_dtype: Literal["int32", "int64"] = "int32"
+    """Type of the indices sent; int64 is for tensors beyond 2**31 elements."""
+
+    def __post_init__(self) -> None:
+        low, high = self.k_tolerance
+        warmup = self.density_warmup
+        for name, allowed, ok in (
+            ("density", "above 0 and at most 1", 0 < self.density <= 1),
+            ("density_warmup_epochs", "0 or more", self.density_warmup_epochs >= 0),
+            (
+                "density_warmup",
+                f"None, or {self.density_warmup_epochs} densities (density_warmup_epochs), "
+                f"each above 0 and at most 1",
+                warmup is None
+                or len(warmup) == self.density_warmup_epochs
+                and all(0 < density <= 1 for density in warmup),
+            ),
+            ("clip_norm", "None or above 0", self.clip_norm is None or self.clip_norm > 0),
+            ("clip_scope", "global, tensor", self.clip_scope in ("global", "tensor")),
+            ("min_numel", "1 or more", self.min_numel >= 1),
+            ("sample_ratio", "above 0 and at most 1", 0 < self.sample_ratio <= 1),
+            ("k_tolerance", "two multiples around 1", 0 < low <= 1 <= high),
+            ("max_adaptations", "1 or more", self.max_adaptations >= 1),
+            ("value_dtype", ", ".join(VALUE_DTYPES), self.value_dtype in VALUE_DTYPES),
+            ("index_dtype", ", ".join(INDEX_DTYPES), self.index_dtype in INDEX_DTYPES),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry on the wire."""
+        return VALUE_DTYPES[self.value_dtype].itemsize + INDEX_DTYPES[self.index_dtype].itemsize
+
+    def density_at(self, epoch: int) -> float:
+        """Return the density of an epoch, counted from 0.
+
+        Example: density 0.001 after 5 epochs of exponential warm-up:
+        0.316, 0.1, 0.0316, 0.01, 0.00316, then 0.001.
+        """
+        if epoch >= self.density_warmup_epochs:
+            return self.density
+        if self.density_warmup is not None:
+            return self.density_warmup[epoch]
+        return self.density ** ((epoch + 1) / (self.density_warmup_epochs + 1))
