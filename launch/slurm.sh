@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=parsimony
+#
+# sbatch --nodes 4 --ntasks-per-node 8 [--gpus-per-node 8 ...] launch/slurm.sh --configs FILE... [settings]
+#
+# Train on the hosts that SLURM gives: one rank a task, through launch/mpirun.sh. Submit it from the
+# repository (or set PARSIMONY_HOME to it), on a file system that all nodes share, set up beforehand
+# by launch/setup.sh; with PARSIMONY_GPU=1 where the login node has no GPU and the nodes have.
+# Limits: mpirun, not srun, starts the ranks, so srun's --cpu-bind and --gpu-bind do not apply: Horovod
+# picks a rank's GPU by its local rank. A node's tasks all run; heterogeneous jobs are not supported.
+# MPIRUN_ARGS and PARSIMONY_DRY_RUN=1 as in launch/mpirun.sh.
+set -euo pipefail
+
+# sbatch runs a copy of this file, so its own place says nothing.
+home=${PARSIMONY_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+[[ -x $home/launch/mpirun.sh ]] || {
+    echo "slurm.sh: no launch/mpirun.sh in $home. Submit from the repository, or set PARSIMONY_HOME to it" >&2
+    exit 2
+}
+[[ -n ${SLURM_JOB_NODELIST:-} && -n ${SLURM_TASKS_PER_NODE:-} ]] || {
+    echo "slurm.sh: not in a SLURM job. Start it with sbatch: see its first lines" >&2
+    exit 2
+}
+
+# SLURM writes "8(x3),4" for 8 tasks on each of three nodes and 4 on the next.
+tasks=()
+for group in ${SLURM_TASKS_PER_NODE//,/ }; do
+    times=1
+    [[ $group != *"(x"* ]] || times=$(tr -dc 0-9 <<<"${group#*(x}")
+    for ((i = 0; i < times; i++)); do tasks+=("${group%%(*}"); done
+done
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+hosts=
+for i in "${!nodes[@]}"; do hosts+=${hosts:+,}${nodes[i]}:${tasks[i]}; done
+exec "$home/launch/mpirun.sh" -H "$hosts" "$@"

@@ -1,0 +1,104 @@
+"""The commands that launch/*.sh would start, as a dry run prints them; set-up's first decisions."""
+
+import os
+import shlex
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[3]
+TRAIN = str(REPO / "train.py")
+
+
+def launch(script: str, *arguments: str, cwd=REPO, dry_run="1", **env: str):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMP_", "LD_"))}
+    return subprocess.run(
+        [REPO / "launch" / script, *arguments],
+        cwd=cwd,
+        env=clean | {"PARSIMONY_DRY_RUN": dry_run} | env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def command_of(*arguments: str, **options) -> list[str]:
+    done = launch(*arguments, **options)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("+ ")]
+    return shlex.split(line[2:])
+
+
+def test_train_passes_everything_after_its_own_options_untouched(tmp_path):
+    rest = ["--configs", "a b.py", "c.py", "--configs.lrs", "[0.1, 0.2]", "-np", "7", "--gloo"]
+    command = command_of("train.sh", "-np", "2", *rest, cwd=tmp_path)
+    start = command.index("horovodrun")
+    assert command[start:] == ["horovodrun", "-np", "2", "python", TRAIN, *rest]
+
+
+def test_train_takes_the_number_of_ranks_from_the_hosts():
+    command = command_of("train.sh", "-H", "a:4,b", "--gloo", "--configs", "x.py")
+    assert command[:6] == ["horovodrun", "-np", "5", "-H", "a:4,b", "--gloo"]
+
+
+def test_more_ranks_than_cores_is_allowed_with_a_note():
+    done = launch("train.sh", "-np", "4096", "--configs", "x.py")
+    assert "4096 ranks share" in done.stderr
+    assert "OMP_NUM_THREADS=1 OMPI_MCA_mpi_yield_when_idle=1 horovodrun" in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.sh", "mpirun.sh"])
+def test_no_arguments_shows_the_usage(script):
+    done = launch(script)
+    assert done.returncode == 2
+    assert "--configs FILE..." in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["-np"], ["-np", "two"], ["-H", "a:0"], ["-H", "a:b"]])
+def test_train_refuses_a_wrong_option_by_name(arguments):
+    done = launch("train.sh", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"train.sh: {arguments[0]}")
+
+
+def test_mpirun_starts_one_rank_a_slot_and_hands_on_the_environment():
+    command = command_of(
+        *("mpirun.sh", "-H", "a:8,b:4", "--configs", "x.py"), MPIRUN_ARGS="-v -q", NCCL_DEBUG="INFO"
+    )
+    assert command[:5] == ["mpirun", "-np", "12", "-H", "a:8,b:4"]
+    assert {"PATH", "NCCL_DEBUG"} <= {command[i + 1] for i, x in enumerate(command) if x == "-x"}
+    assert command[-6:] == ["-v", "-q", "python", TRAIN, "--configs", "x.py"]
+
+
+def test_slurm_turns_its_allocation_into_hosts(tmp_path):
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\nprintf 'n1\\nn2\\nn7\\n'\n")
+    scontrol.chmod(0o755)
+    command = command_of(
+        *("slurm.sh", "--configs", "x.py"),
+        cwd=tmp_path,
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        SLURM_SUBMIT_DIR=str(REPO),
+        SLURM_JOB_NODELIST="n[1-2,7]",
+        SLURM_TASKS_PER_NODE="8(x2),4",
+    )
+    assert command[:5] == ["mpirun", "-np", "20", "-H", "n1:8,n2:8,n7:4"]
+
+
+def test_setup_leaves_a_folder_that_it_did_not_make_alone(tmp_path):
+    (tmp_path / "precious").touch()
+    done = launch("setup.sh", PARSIMONY_VENV=str(tmp_path))
+    assert done.returncode == 2
+    assert "was not made by launch/setup.sh" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_setup_is_quick_when_complete():
+    launch("setup.sh")  # completes it if requirements.txt has just changed
+    start = time.monotonic()
+    done = launch("setup.sh")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert time.monotonic() - start < 1
