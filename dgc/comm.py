@@ -101,10 +101,11 @@ class HorovodComm:
             tensor.copy_(self._hvd.broadcast(tensor, root_rank=0, name=name))
 
     def broadcast_object(self, value: Any) -> Any:
-        return self._hvd.broadcast_object(value, root_rank=0)
+        # Unnamed, Horovod would name it after each rank's type of value, and wait for ever.
+        return self._hvd.broadcast_object(value, root_rank=0, name="broadcast_object")
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        return self._hvd.allgather_object(value)
+        return self._hvd.allgather_object(value, name="all_gather_object")
 
     def barrier(self) -> None:
         self._hvd.barrier()

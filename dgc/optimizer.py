@@ -100,6 +100,11 @@ class DistributedOptimizer(Optimizer):
     def load_worker_state_dict(self, state: dict[str, Any]) -> None:
         self._exchange.load_state_dict(state)
 
+    def worker_state_bytes(self) -> dict[str, int]:
+        """Bytes that this rank keeps between steps, by kind: `residual`, `velocity`."""
+        kinds = self.compensation.state_dict()
+        return {kind: sum(t.nbytes for t in tensors.values()) for kind, tensors in kinds.items()}
+
     @property
     def buckets(self) -> list[Bucket]:
         """What leaves together, in order; a bucket says whether it is sparse."""

@@ -1,0 +1,1 @@
+"""What to run. A config file defines `configure(run)`, which fills in a tree of configs.schema."""

@@ -1,0 +1,9 @@
+"""Five epochs of density warm-up, falling exponentially."""
+
+import fiddle as fdl
+
+from configs.schema import Run
+
+
+def configure(run: fdl.Config[Run]) -> None:
+    run.dgc.density_warmup_epochs = 5

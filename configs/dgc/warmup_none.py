@@ -1,0 +1,9 @@
+"""No density warm-up."""
+
+import fiddle as fdl
+
+from configs.schema import Run
+
+
+def configure(run: fdl.Config[Run]) -> None:
+    run.dgc.density_warmup_epochs = 0

@@ -1,0 +1,257 @@
+"""Files + overrides -> one validated description of a run.
+
+Owns: the command line's `--configs`, the order in which files apply, the checks of names and types,
+the flat form of a configuration that is printed, compared between ranks, and stored.
+Config files are Python and run as such: use only files you trust.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fiddle as fdl
+import typeguard
+
+from configs.schema import Run, default_run
+
+_PREFIX = "configs"
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be run; the message names the setting and what is allowed."""
+
+
+def compose(files: Sequence[str | Path], overrides: Mapping[str, str]) -> fdl.Config[Run]:
+    """Apply config files left to right, then overrides, to `default_run()`; check names and types.
+
+    A folder's own settings (`configure` in its `__init__.py`) come before its files', once.
+    Args:    overrides: dotted path below `configs` -> the value's text, read as a Python literal,
+             as true, false, none, or else as text.
+    Raises:  ConfigError.
+    """
+    run = default_run()
+    applied: set[Path] = set()
+    for file in files:
+        for path in _with_folders(Path(file)):
+            if path not in applied:
+                applied.add(path)
+                _apply(path, run)
+    for path, text in overrides.items():
+        _override(run, path, _parse(text))
+    for path, node in _buildables(run):
+        _check_node(path, node)
+    return run
+
+
+def build(run: fdl.Config[Run]) -> Run:
+    """Build the description; what its parts refuse becomes a ConfigError with the setting's path."""
+    built: dict[int, Any] = {}
+    for path, node in reversed(list(_buildables(run))):
+        if isinstance(node, fdl.Partial):
+            continue
+        try:
+            built[id(node)] = fdl.build(node)
+        except Exception as error:
+            reason = str(error).split("\n\nFiddle context")[0]
+            separator = "." if reason.split(" ")[0] in _parameter_names(node) else ": "
+            raise ConfigError(f"{path}{separator}{reason}") from error
+    return built[id(run)]
+
+
+def flatten(run: fdl.Config[Run]) -> dict[str, Any]:
+    """Return dotted path -> plain value for every setting, defaults too; a callable as its name.
+
+    Two runs are configured alike if and only if their flat forms are equal.
+    """
+    return {
+        path: value if isinstance(value, (bool, int, float, str, type(None))) else _text(value)
+        for path, value in _leaves(run, _PREFIX)
+    }
+
+
+def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Return a line for each setting in which two flat forms differ."""
+    absent = "(absent)"
+    return [
+        f"{path}: {mine.get(path, absent)!r} against {theirs.get(path, absent)!r}"
+        for path in sorted(mine.keys() | theirs.keys())
+        if mine.get(path, absent) != theirs.get(path, absent)
+    ]
+
+
+def save(flat: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(flat, indent=2) + "\n")
+
+
+def run_name(files: Sequence[str | Path], world_size: int, suffix: str = "") -> str:
+    """Name the folder of a run after its config files, ranks and suffix.
+
+    Example: configs/cifar/resnet20.py configs/dgc/wm5.py, 2 ranks -> cifar.resnet20+dgc.wm5.np2
+    """
+    names = []
+    for file in files:
+        path = Path(file).with_suffix("")
+        parts = path.parts[path.parts.index(_PREFIX) + 1 :] if _PREFIX in path.parts else [path.name]
+        names.append(".".join(parts))
+    return "+".join(names) + f".np{world_size}{suffix}"
+
+
+def _with_folders(file: Path) -> list[Path]:
+    """Return the `__init__.py` of each folder above a file that is part of a package, then it."""
+    if file.is_dir():
+        file = file / "__init__.py"
+    if not file.is_file():
+        folder = next((p for p in file.parents if p.is_dir()), Path())
+        near = _nearest(str(file), [str(p) for p in folder.rglob("*.py")])
+        raise ConfigError(f"there is no config file {file}{near}")
+    folders = []
+    for folder in file.resolve().parents:
+        if not (folder / "__init__.py").is_file():
+            break
+        folders.append(folder / "__init__.py")
+    return [*reversed(folders), *([] if file.name == "__init__.py" else [file.resolve()])]
+
+
+def _apply(path: Path, run: fdl.Config[Run]) -> None:
+    spec = importlib.util.spec_from_file_location(f"_config_{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    configure = getattr(module, "configure", None)
+    if configure is None:
+        if path.name == "__init__.py":
+            return
+        raise ConfigError(f"{path} defines no function configure(run)")
+    try:
+        configure(run)
+    except AttributeError as error:  # Fiddle's message names the parameters that exist
+        unknown = re.search(r"No parameter named '(\w+)'", str(error))
+        names = [name for _, node in _buildables(run) for name in _parameter_names(node)]
+        near = _nearest(unknown[1], names) if unknown else ""
+        raise ConfigError(f"{path}: {error}{near}") from error
+
+
+def _override(run: fdl.Config[Run], path: str, value: Any) -> None:
+    *parents, name = path.split(".")
+    node: Any = run
+    for depth, part in enumerate([*parents, name]):
+        here = ".".join([_PREFIX, *parents[:depth]])
+        if not isinstance(node, fdl.Buildable):
+            raise ConfigError(f"{here} is {_text(node)} and has no setting {part!r}{_remedy(here)}")
+        names = _parameter_names(node)
+        if part not in names:
+            raise ConfigError(
+                f"{here} has no setting {part!r}{_nearest(part, names)}; it has: {', '.join(names)}"
+            )
+        if depth < len(parents):
+            node = getattr(node, part, None)
+    if isinstance(getattr(node, name, None), fdl.Buildable) and value is not None:
+        inner = ", ".join(_parameter_names(getattr(node, name)))
+        raise ConfigError(f"{_PREFIX}.{path} is a group of settings; set one of: {inner}")
+    setattr(node, name, value)
+
+
+def _remedy(path: str) -> str:
+    return "; list a file of configs/dgc/ to set one" if path == f"{_PREFIX}.dgc" else ""
+
+
+def _parse(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _check_node(path: str, node: fdl.Buildable) -> None:
+    """Check the arguments of one callable: each of its type, and those without a default there."""
+    target = fdl.get_callable(node)
+    hints = _type_hints(target)
+    for name, value in node.__arguments__.items():
+        if isinstance(value, fdl.Buildable) or name not in hints:
+            continue
+        allowed = _annotation_text(hints[name])
+        try:
+            if isinstance(value, bool) and hints[name] in (int, float):
+                raise typeguard.TypeCheckError("is a bool")
+            typeguard.check_type(value, hints[name])
+        except typeguard.TypeCheckError as error:
+            raise ConfigError(
+                f"{path}.{name} is {value!r} ({type(value).__name__}); allowed: {allowed}"
+            ) from error
+    if isinstance(node, fdl.Partial):
+        return
+    for name, parameter in inspect.signature(target).parameters.items():
+        variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        unset = name not in node.__arguments__
+        if parameter.default is inspect.Parameter.empty and unset and not variadic:
+            raise ConfigError(
+                f"{path}.{name} is not set ({_annotation_text(hints.get(name, Any))}); "
+                f"list a config file that sets it, such as configs/digits/resnet20.py"
+            )
+
+
+def _buildables(node: Any, path: str = _PREFIX) -> Iterator[tuple[str, fdl.Buildable]]:
+    """Yield every callable of the tree with its path, outer before inner."""
+    if isinstance(node, fdl.Buildable):
+        yield path, node
+        for name, value in node.__arguments__.items():
+            yield from _buildables(value, f"{path}.{name}")
+    elif isinstance(node, (list, tuple)):
+        for index, value in enumerate(node):
+            yield from _buildables(value, f"{path}[{index}]")
+
+
+def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, fdl.Buildable):
+        yield path, _text(fdl.get_callable(node))
+        for name, value in fdl.ordered_arguments(node, include_defaults=True).items():
+            yield from _leaves(value, f"{path}.{name}")
+    elif isinstance(node, (list, tuple)) and any(isinstance(v, fdl.Buildable) for v in node):
+        for index, value in enumerate(node):
+            yield from _leaves(value, f"{path}[{index}]")
+    else:
+        yield path, node
+
+
+def _text(value: Any) -> str:
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return repr(list(value) if isinstance(value, tuple) else value)
+
+
+def _parameter_names(node: fdl.Buildable) -> list[str]:
+    parameters = inspect.signature(fdl.get_callable(node)).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return [*named, *(name for name in node.__arguments__ if name not in named)]
+
+
+def _type_hints(target: Any) -> dict[str, Any]:
+    """Return a callable's parameter types; none where its annotations cannot be read."""
+    function = target.__init__ if isinstance(target, type) else target
+    if isinstance(function, types.WrapperDescriptorType):
+        return {}
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError):
+        return {}
+
+
+def _annotation_text(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

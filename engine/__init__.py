@@ -1,0 +1,1 @@
+"""One run: loop, schedules, checkpoint, report. Knows interfaces, not compression."""

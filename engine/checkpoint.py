@@ -1,0 +1,185 @@
+"""Checkpoints: one shared part written by rank 0, one part a rank, a manifest that names them all.
+
+    checkpoints/step-00000440.shared.pt            model, optimizer, schedule, position
+    checkpoints/step-00000440.rank-0001-of-0002.pt residuals, velocities, buffers, random states
+    checkpoints/step-00000440.json                 names, sizes and SHA-256 of the above, and of
+                                                   the shared part of the best step so far
+
+Every file is written under a temporary name, flushed to disk and renamed; the manifest comes last,
+so a checkpoint is either whole or not there. Parts hold tensors and plain values only and load
+with `weights_only=True`. Each rank reads and writes its own part where it runs: hosts need not
+share a disk, as long as a rank comes back to its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from engine.interfaces import Comm
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used; the message says which, why, and what to do."""
+
+
+class CheckpointFolder:
+    """The checkpoints of one run, as one rank sees them. All methods are collectives but `read`."""
+
+    def __init__(self, folder: Path, comm: Comm, keep: int = 2) -> None:
+        self._folder, self._comm, self._keep = folder, comm, keep
+        self._best: dict[str, Any] = {}  # file name -> size and checksum of the best shared part
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(
+        self, step: int, shared: dict[str, Any], worker: dict[str, Any], *, is_best: bool
+    ) -> None:
+        """Write a checkpoint of `step`, then drop the oldest ones beyond `keep` and the best."""
+        name = f"step-{step:08d}"
+        rank, world_size = self._comm.rank, self._comm.world_size
+        mine = {f"{name}.rank-{rank:04d}-of-{world_size:04d}.pt": worker}
+        if rank == 0:
+            mine[f"{name}.shared.pt"] = shared
+        written = {file: self._write_part(file, content) for file, content in mine.items()}
+        parts: dict[str, Any] = {}
+        for files in self._comm.all_gather_object(written):  # answered only when all have written
+            parts.update(files)
+        if is_best:
+            self._best = {f: part for f, part in parts.items() if f.endswith(".shared.pt")}
+        if rank == 0:
+            content = {"step": step, "world_size": world_size, "parts": parts, "best": self._best}
+            text = json.dumps(content, indent=2).encode()
+            write_atomically(self._folder / f"{name}.json", lambda file: file.write(text))
+        self._comm.barrier()
+        self._remove_old()
+
+    def load_latest(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Return the newest whole checkpoint's shared part and this rank's, or None if none is.
+
+        Rank 0 names the candidates, newest first; the first that every rank can read is taken.
+        Raises: CheckpointError if it was written by another number of ranks, or none can be read.
+        """
+        manifests = self._comm.broadcast_object(self._list_manifests())
+        complaints = []
+        for manifest in manifests:
+            self._check_world_size(manifest)
+            content, problem = self._try(manifest)
+            problems = [p for p in self._comm.all_gather_object(problem) if p]
+            if not problems:
+                self._best = manifest["best"]
+                for complaint in complaints if self._comm.rank == 0 else []:
+                    print(f"skipped a damaged checkpoint: {complaint}", flush=True)
+                return content
+            complaints += problems
+        if complaints:
+            raise CheckpointError(
+                f"no checkpoint in {self._folder} can be read: {'; '.join(complaints)}. "
+                f"Put the files back, or delete the folder to start anew"
+            )
+        return None
+
+    def load_best(self) -> dict[str, Any]:
+        """Return the shared part of the best checkpoint: rank 0's, given to all."""
+        result: Any = None
+        if self._comm.rank == 0:
+            try:
+                best = [m["best"] for m in self._list_manifests() if m["best"]]
+                if not best:
+                    raise CheckpointError(f"{self._folder} holds none")
+                ((name, part),) = best[0].items()
+                result = self.read(name, part)
+            except CheckpointError as error:
+                result = CheckpointError(f"no best checkpoint to evaluate: {error}. Train first")
+        result = self._comm.broadcast_object(result)
+        if isinstance(result, CheckpointError):
+            raise result
+        return result
+
+    def read(self, name: str, part: dict[str, Any]) -> dict[str, Any]:
+        """Read one part after checking its size and checksum."""
+        path = self._folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not there")
+        size = path.stat().st_size
+        if size != part["bytes"]:
+            raise CheckpointError(f"{path} has {size} bytes, not {part['bytes']}")
+        if _sha256(path) != part["sha256"]:
+            raise CheckpointError(f"{path} is not what was written: its SHA-256 differs")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    def _try(self, manifest: dict[str, Any]) -> tuple[Any, str | None]:
+        name, rank, world_size = f"step-{manifest['step']:08d}", self._comm.rank, self._comm.world_size
+        names = [f"{name}.shared.pt"] if rank == 0 else []
+        names.append(f"{name}.rank-{rank:04d}-of-{world_size:04d}.pt")
+        try:
+            contents = [self.read(file, manifest["parts"][file]) for file in names]
+        except CheckpointError as error:
+            contents, problem = [None, None], f"rank {rank}: {error}"
+        else:
+            problem = None
+        shared = self._comm.broadcast_object(contents[0] if rank == 0 else None)
+        return (shared, contents[-1]), problem
+
+    def _check_world_size(self, manifest: dict[str, Any]) -> None:
+        if manifest["world_size"] != self._comm.world_size:
+            raise CheckpointError(
+                f"the checkpoint of step {manifest['step']} was written by "
+                f"{manifest['world_size']} ranks and this job has {self._comm.world_size}: "
+                f"residuals belong to their rank. Start {manifest['world_size']} ranks, or use "
+                f"--suffix for a new run"
+            )
+
+    def _list_manifests(self) -> list[dict[str, Any]]:
+        paths = sorted(self._folder.glob("step-*.json"), reverse=True)
+        return [json.loads(path.read_text()) for path in paths]
+
+    def _write_part(self, name: str, content: dict[str, Any]) -> dict[str, Any]:
+        path = self._folder / name
+        write_atomically(path, lambda file: torch.save(content, file))
+        return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+    def _remove_old(self) -> None:
+        """Rank 0 drops old manifests; then each rank drops its parts that none names any more."""
+        if self._comm.rank == 0:
+            for path in sorted(self._folder.glob("step-*.json"))[: -self._keep]:
+                path.unlink()
+        named = self._comm.broadcast_object(self._named_parts() if self._comm.rank == 0 else None)
+        rank, world_size = self._comm.rank, self._comm.world_size
+        patterns = [f"step-*.rank-{rank:04d}-of-{world_size:04d}.pt*"]
+        if rank == 0:
+            patterns.append("step-*.shared.pt*")
+        for pattern in patterns:
+            for path in self._folder.glob(pattern):
+                if path.name not in named:
+                    path.unlink()
+
+    def _named_parts(self) -> set[str]:
+        return {
+            name for manifest in self._list_manifests() for name in manifest["parts"] | manifest["best"]
+        }
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file so that, whenever the machine stops, the old one or the new one is there."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

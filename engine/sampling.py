@@ -1,0 +1,135 @@
+"""Which samples a rank sees, in which order, and how they are made: a function of seed and place.
+
+Augmentation is seeded by (seed, epoch, index of the sample), so a sample looks the same whoever
+loads it, in whichever process, before or after a resume.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+
+class SeededSamples(Dataset):
+    """A dataset addressed by (epoch, index), whose random transforms depend on nothing else."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self._dataset, self._seed = dataset, seed
+
+    def __getitem__(self, place: tuple[int, int]) -> Any:
+        epoch, index = place
+        seed = hash((self._seed, epoch, index)) & 0x7FFFFFFFFFFFFFFF
+        # torch.random.fork_rng would do the same, at a millisecond a sample
+        torch_state, python_state = torch.default_generator.get_state(), random.getstate()
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        sample = self._dataset[index]
+        torch.default_generator.set_state(torch_state)
+        random.setstate(python_state)
+        return sample
+
+
+class EpochSampler(Sampler):
+    """A rank's share of each epoch's shuffled samples, from any position on."""
+
+    def __init__(
+        self, num_samples: int, rank: int, world_size: int, seed: int, limit: int | None
+    ) -> None:
+        self._shares = DistributedSampler(
+            range(num_samples), world_size, rank, shuffle=True, seed=seed, drop_last=True
+        )
+        self._num = self._shares.num_samples
+        if limit is not None:
+            self._num = min(self._num, limit // world_size)
+        self.epoch = self.first = 0
+
+    def start(self, epoch: int, first: int) -> None:
+        """Begin the next iteration at this rank's sample number `first` of `epoch`."""
+        self.epoch, self.first = epoch, first
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        self._shares.set_epoch(self.epoch)
+        order = list(self._shares)[self.first : self._num]
+        return iter([(self.epoch, index) for index in order])
+
+    def __len__(self) -> int:
+        return self._num
+
+
+class _EveryNth(Sampler):
+    """All samples, each on one rank only: for evaluation."""
+
+    def __init__(self, num_samples: int, rank: int, world_size: int) -> None:
+        self._places = [(0, index) for index in range(rank, num_samples, world_size)]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def make_train_loader(
+    dataset: Dataset[Any],
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    num_workers: int,
+    samples_per_epoch: int | None,
+    pin_memory: bool,
+) -> tuple[DataLoader, EpochSampler]:
+    """Return a loader of whole batches of this rank's share, and the sampler that places it.
+
+    Raises: ValueError if an epoch holds less than one batch a rank.
+    """
+    sampler = EpochSampler(len(dataset), rank, world_size, seed, samples_per_epoch)
+    if len(sampler) < batch_size:
+        raise ValueError(
+            f"a rank's share of an epoch is {len(sampler)} samples, less than one batch of "
+            f"{batch_size}; lower configs.train.batch_size_per_rank (now {batch_size})"
+        )
+    samples = SeededSamples(dataset, seed)
+    loader = _loader(samples, sampler, batch_size, num_workers, pin_memory, drop_last=True)
+    return loader, sampler
+
+
+def make_eval_loader(
+    dataset: Dataset[Any],
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> DataLoader:
+    sampler = _EveryNth(len(dataset), rank, world_size)
+    samples = SeededSamples(dataset, 0)
+    return _loader(samples, sampler, batch_size, num_workers, pin_memory, drop_last=False)
+
+
+def _loader(
+    dataset: Dataset[Any],
+    sampler: Sampler,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    drop_last: bool,
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        drop_last=drop_last,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        # A fork would copy MPI's and Horovod's threads and memory maps.
+        multiprocessing_context="forkserver" if num_workers else None,
+        generator=torch.Generator(),  # so that starting an epoch draws nothing from the model's
+    )

@@ -1,0 +1,86 @@
+"""The learning rate over a run: a linear warm-up by step, then any torch scheduler.
+
+Source of the warm-up and of the scaling by workers: Goyal et al. 2017 (arXiv:1706.02677).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LinearLR, LRScheduler
+
+_LENGTH_NAMES = ("T_max", "total_iters", "total_steps")
+
+
+class LearningRate:
+    """Steps the rate of an optimizer once a training step.
+
+    Args:
+        optimizer: its rates are those of one micro-batch on one rank; they are multiplied here.
+        scale: number of micro-batches that make the global batch, or 1 for no scaling.
+        warmup_steps: the rate rises over these from lr to lr * scale.
+        make_scheduler: takes the optimizer; None: constant after the warm-up.
+        total_steps, steps_per_epoch: of the run.
+        per: "epoch" or "step": when the scheduler moves, counted from the end of the warm-up.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        scale: float,
+        warmup_steps: int,
+        make_scheduler: Callable[..., LRScheduler] | None,
+        total_steps: int,
+        steps_per_epoch: int,
+        per: str,
+    ) -> None:
+        self._num_steps = 0
+        self._warmup_steps = min(warmup_steps, total_steps)
+        self._stride = steps_per_epoch if per == "epoch" else 1
+        for group in optimizer.param_groups:
+            group["lr"] *= scale
+        self._scheduler = None
+        if make_scheduler is not None:
+            length = max(1, (total_steps - self._warmup_steps) // self._stride)
+            self._scheduler = _make(make_scheduler, optimizer, length)
+        self._warmup = None
+        if self._warmup_steps and scale != 1:
+            self._warmup = LinearLR(optimizer, 1 / scale, total_iters=self._warmup_steps)
+
+    def step(self) -> None:
+        """Move to the next training step's rate. Call after the optimizer's step."""
+        self._num_steps += 1
+        if self._num_steps <= self._warmup_steps:
+            if self._warmup is not None:
+                self._warmup.step()
+        elif self._scheduler and (self._num_steps - self._warmup_steps) % self._stride == 0:
+            self._scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {"warmup": self._warmup, "scheduler": self._scheduler}
+        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        return {"num_steps": self._num_steps, **states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The rates themselves come with the optimizer's state: load that too."""
+        self._num_steps = state["num_steps"]
+        if self._warmup is not None:
+            self._warmup.load_state_dict(state["warmup"])
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
+
+
+def _make(
+    make_scheduler: Callable[..., LRScheduler], optimizer: Optimizer, length: int
+) -> LRScheduler:
+    """Build the scheduler, filling in the run's length where it asks for one and none is set."""
+    given = getattr(make_scheduler, "keywords", {})
+    target = getattr(make_scheduler, "func", make_scheduler)
+    asked = [name for name in _LENGTH_NAMES if name in inspect.signature(target).parameters]
+    return make_scheduler(
+        optimizer, **{name: length for name in asked if name not in given}
+    )

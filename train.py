@@ -1,0 +1,198 @@
+"""Train a network from config files, data-parallel, with compressed gradients.
+
+One machine, two ranks:    horovodrun -np 2 python train.py --configs configs/digits/resnet20.py
+With compression:          ... --configs configs/digits/resnet20.py configs/dgc/wm5.py
+Change any setting:        ... --configs.train.num_epochs 500 --suffix .e500
+Several machines:          mpirun -H server0:8,server1:8 ... python train.py --configs ...
+Score the best epoch:      ... --evaluate
+Set-up and start in one:   launch/train.sh -np 2 --configs ...
+
+The run's folder is runs/<configs>.np<ranks><suffix>/. Started again, a run takes up its newest
+checkpoint. Config files are Python: run only those that you trust.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs import load
+from configs.schema import Run
+from dgc import DistributedOptimizer
+from dgc.comm import HorovodComm, horovod_job
+from engine import report
+from engine.loop import Trainer
+from engine.sampling import make_eval_loader, make_train_loader
+from engine.schedules import LearningRate
+
+
+def main() -> None:
+    arguments, overrides = parse_arguments(sys.argv[1:])
+    with horovod_job() as comm:
+        try:
+            config = load.compose(arguments.configs, overrides)
+            flat_config = load.flatten(config)
+            check_same_everywhere(comm, flat_config)
+            run = load.build(config)
+        except load.ConfigError as error:
+            raise SystemExit(str(error)) from error
+        device = choose_device(arguments.devices, comm)
+        folder = Path(arguments.runs) / load.run_name(
+            arguments.configs, comm.world_size, arguments.suffix
+        )
+        reporter = report.Reporter(folder) if comm.rank == 0 else report.SilentReporter()
+        reporter.say("\n".join(f"{path} = {value}" for path, value in flat_config.items()))
+        trainer = build_trainer(run, comm, device, folder, flat_config, reporter)
+        if arguments.evaluate:
+            metrics = trainer.evaluate_best()
+            reporter.say("\n".join(f"{k}: {v:.4f}" for k, v in metrics.items()))
+        else:
+            if comm.rank == 0:
+                load.save(flat_config, folder / "config.json")
+            trainer.train()
+
+
+def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Return the options, and the overrides: dotted path below `configs` -> text."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--configs", nargs="+", required=True, metavar="FILE",
+                        help="config files, applied left to right")  # fmt: skip
+    parser.add_argument("--suffix", default="", help="added to the name of the run's folder")
+    parser.add_argument("--evaluate", action="store_true",
+                        help="load the best checkpoint and print its metrics")  # fmt: skip
+    parser.add_argument("--devices", choices=["auto", "cpu", "gpu"], default="auto",
+                        help="auto: a GPU for each rank of a machine, if there is one")  # fmt: skip
+    parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
+    arguments, rest = parser.parse_known_args(words)
+    overrides = {}
+    rest = iter(rest)
+    for word in rest:
+        if not word.startswith("--configs."):
+            parser.error(f"unknown option {word}; settings are given as --configs.PATH VALUE")
+        path, equals, value = word.removeprefix("--configs.").partition("=")
+        if not equals:
+            value = next(rest, None)
+            if value is None:
+                parser.error(f"{word} needs a value")
+        overrides[path] = value
+    return arguments, overrides
+
+
+def check_same_everywhere(comm: HorovodComm, flat_config: dict[str, Any]) -> None:
+    """Stop, on every rank, where ranks were given different settings or versions."""
+    mine = {**flat_config, **{f"version of {k}": v for k, v in report.versions().items()}}
+    everyone = comm.all_gather_object(mine)
+    for rank, theirs in enumerate(everyone):
+        different = load.differences(everyone[0], theirs)
+        if different:
+            raise SystemExit(f"rank 0 and rank {rank} differ:\n  " + "\n  ".join(different))
+
+
+def choose_device(wanted: str, comm: HorovodComm) -> torch.device:
+    """Return this rank's device, and share the machine's cores among its ranks."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.local_size))
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise SystemExit("--devices gpu: torch sees no GPU; run launch/doctor, or use --devices cpu")
+    device = torch.device("cuda", comm.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def build_trainer(
+    run: Run,
+    comm: HorovodComm,
+    device: torch.device,
+    folder: Path,
+    flat_config: dict[str, Any],
+    reporter: report.Reporter | report.SilentReporter,
+) -> Trainer:
+    """Build the parts of a run, in the order in which they need each other."""
+    torch.manual_seed(run.seed)
+    model = run.model().to(device)
+    datasets = build_datasets(run, comm)
+    loading = {
+        "rank": comm.rank,
+        "world_size": comm.world_size,
+        "num_workers": run.data.num_workers_per_rank,
+        "pin_memory": device.type == "cuda",
+    }
+    train = run.train
+    train_loader, sampler = make_train_loader(
+        datasets["train"],
+        batch_size=train.batch_size_per_rank,
+        seed=run.seed,
+        samples_per_epoch=run.data.samples_per_epoch,
+        **loading,
+    )
+    test_loader = make_eval_loader(
+        datasets["test"], batch_size=train.eval_batch_size_per_rank, **loading
+    )
+    optimizer = DistributedOptimizer(
+        train.optimizer(parameter_groups(model, train.weight_decay_on_batch_norm)),
+        model.named_parameters(),
+        comm=comm,
+        compression=run.dgc,
+        micro_batches_per_step=train.micro_batches_per_step,
+        bucket_bytes=int(train.bucket_mib * 2**20),
+        seed=run.seed,
+    )
+    steps_per_epoch = len(train_loader) // train.micro_batches_per_step
+    workers = comm.world_size * train.micro_batches_per_step
+    learning_rate = LearningRate(
+        optimizer,
+        scale=workers if train.scale_lr_by_workers else 1,
+        warmup_steps=round(train.lr_warmup_epochs * steps_per_epoch),
+        make_scheduler=train.scheduler,
+        total_steps=train.num_epochs * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        per=train.schedule_lr_per,
+    )
+
+    return Trainer(
+        run,
+        comm=comm,
+        device=device,
+        model=model,
+        loss=train.loss(),
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        train_loader=train_loader,
+        sampler=sampler,
+        test_loader=test_loader,
+        folder=folder,
+        flat_config=flat_config,
+        reporter=reporter,
+    )
+
+
+def parameter_groups(model: nn.Module, decay_normalization: bool) -> list[dict[str, Any]]:
+    """Return the optimizer's groups; normalization layers apart if they are not to decay."""
+    if decay_normalization:
+        return [{"params": list(model.parameters())}]
+    norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+    undecayed = [p for m in model.modules() if isinstance(m, norms) for p in m.parameters(False)]
+    ids = {id(p) for p in undecayed}
+    decayed = [p for p in model.parameters() if id(p) not in ids]
+    return [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+
+
+def build_datasets(run: Run, comm: HorovodComm) -> Any:
+    """Build the datasets, on the first rank of each machine first: it may download."""
+    datasets = run.dataset() if comm.local_rank == 0 else None
+    comm.barrier()
+    return run.dataset() if datasets is None else datasets
+
+
+if __name__ == "__main__":
+    main()

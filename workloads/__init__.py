@@ -1,0 +1,1 @@
+"""What a config names: models and datasets, from libraries first."""
