@@ -103,7 +103,9 @@ def choose_device(wanted: str, comm: HorovodComm) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise SystemExit("--devices gpu: torch sees no GPU; run launch/doctor, or use --devices cpu")
+        raise SystemExit(
+            "--devices gpu: torch sees no GPU; see launch/doctor, or use --devices cpu"
+        )
     device = torch.device("cuda", comm.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

@@ -54,7 +54,7 @@ def compose(files: Sequence[str | Path], overrides: Mapping[str, str]) -> fdl.Co
 
 
 def build(run: fdl.Config[Run]) -> Run:
-    """Build the description; what its parts refuse becomes a ConfigError with the setting's path."""
+    """Build the description; what its parts refuse becomes a ConfigError that names the setting."""
     built: dict[int, Any] = {}
     for path, node in reversed(list(_buildables(run))):
         if isinstance(node, fdl.Partial):
@@ -101,7 +101,9 @@ def run_name(files: Sequence[str | Path], world_size: int, suffix: str = "") -> 
     names = []
     for file in files:
         path = Path(file).with_suffix("")
-        parts = path.parts[path.parts.index(_PREFIX) + 1 :] if _PREFIX in path.parts else [path.name]
+        parts = (
+            path.parts[path.parts.index(_PREFIX) + 1 :] if _PREFIX in path.parts else [path.name]
+        )
         names.append(".".join(parts))
     return "+".join(names) + f".np{world_size}{suffix}"
 

@@ -61,8 +61,10 @@ class Compression:
                 f"None, or {self.density_warmup_epochs} densities (density_warmup_epochs), "
                 f"each above 0 and at most 1",
                 warmup is None
-                or len(warmup) == self.density_warmup_epochs
-                and all(0 < density <= 1 for density in warmup),
+                or (
+                    len(warmup) == self.density_warmup_epochs
+                    and all(0 < density <= 1 for density in warmup)
+                ),
             ),
             ("clip_norm", "None or above 0", self.clip_norm is None or self.clip_norm > 0),
             ("clip_scope", "global, tensor", self.clip_scope in ("global", "tensor")),

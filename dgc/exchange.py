@@ -256,7 +256,7 @@ class Exchange:
         return SparseGrad(sent_K, indices_K, spec.numel)
 
     def _merge(self, bucket: Bucket, arrived: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Turn what arrived into means. Entries are summed in rank order: the same bits anywhere."""
+        """Turn what arrived into means, summing in rank order: the same bits on every rank."""
         names, numels = [s.name for s in bucket.specs], [s.numel for s in bucket.specs]
         world_size = self.comm.world_size
         if not bucket.is_sparse:

@@ -94,7 +94,7 @@ class DistributedOptimizer(Optimizer):
         self.inner.load_state_dict(state)
 
     def worker_state_dict(self) -> dict[str, Any]:
-        """What only this rank has: residuals, velocities, random states. Tensors and plain values."""
+        """What only this rank has: residuals, velocities, random states. Tensors only."""
         return self._exchange.state_dict()
 
     def load_worker_state_dict(self, state: dict[str, Any]) -> None:

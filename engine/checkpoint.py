@@ -114,7 +114,11 @@ class CheckpointFolder:
         return torch.load(path, map_location="cpu", weights_only=True)
 
     def _try(self, manifest: dict[str, Any]) -> tuple[Any, str | None]:
-        name, rank, world_size = f"step-{manifest['step']:08d}", self._comm.rank, self._comm.world_size
+        name, rank, world_size = (
+            f"step-{manifest['step']:08d}",
+            self._comm.rank,
+            self._comm.world_size,
+        )
         names = [f"{name}.shared.pt"] if rank == 0 else []
         names.append(f"{name}.rank-{rank:04d}-of-{world_size:04d}.pt")
         try:
@@ -161,7 +165,9 @@ class CheckpointFolder:
 
     def _named_parts(self) -> set[str]:
         return {
-            name for manifest in self._list_manifests() for name in manifest["parts"] | manifest["best"]
+            name
+            for manifest in self._list_manifests()
+            for name in manifest["parts"] | manifest["best"]
         }
 
 

@@ -129,7 +129,11 @@ class Trainer:
             self._count_step()
             self._report_step(last_loss, time.perf_counter() - start)
             every = self.run.checkpoint.every_steps
-            if every and progress.step % every == 0 and progress.step_in_epoch < self.steps_per_epoch:
+            if (
+                every
+                and progress.step % every == 0
+                and progress.step_in_epoch < self.steps_per_epoch
+            ):
                 self._save(is_best=False)
 
     def _progress_bar(self) -> Iterator[int]:

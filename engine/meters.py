@@ -27,7 +27,11 @@ class AccuracyMeter:
         hits = best == labels.unsqueeze(1)
         counts = [hits[:, :k].sum() for k in self._top_k]
         self.sums += torch.stack(
-            [torch.as_tensor(num_samples, device=self.sums.device), mean_loss * num_samples, *counts]
+            [
+                torch.as_tensor(num_samples, device=self.sums.device),
+                mean_loss * num_samples,
+                *counts,
+            ]
         ).double()
 
     def reduce(self, comm: Comm, split: str) -> dict[str, float]:

@@ -81,6 +81,4 @@ def _make(
     given = getattr(make_scheduler, "keywords", {})
     target = getattr(make_scheduler, "func", make_scheduler)
     asked = [name for name in _LENGTH_NAMES if name in inspect.signature(target).parameters]
-    return make_scheduler(
-        optimizer, **{name: length for name in asked if name not in given}
-    )
+    return make_scheduler(optimizer, **{name: length for name in asked if name not in given})

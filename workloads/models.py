@@ -31,8 +31,9 @@ class SmallImageResNet(nn.Sequential):
 
     def __init__(self, blocks_per_stage: int, num_classes: int = 10, in_channels: int = 3) -> None:
         block = torchvision.models.resnet.BasicBlock
-        layers = [nn.Conv2d(in_channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
         channels = 16
+        stem = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        layers = [stem, nn.BatchNorm2d(channels), nn.ReLU()]
         for width in (16, 32, 64):
             for _ in range(blocks_per_stage):
                 grows = width != channels

@@ -22,9 +22,7 @@ def _define_missing_operators() -> None:
         torch.ops.load_library(Path(spec.origin).parent / "_C.so")
     except OSError:
         _MISSING_OPERATORS.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _MISSING_OPERATORS.define(
-            "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        )
+        _MISSING_OPERATORS.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 _define_missing_operators()

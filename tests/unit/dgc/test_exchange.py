@@ -1,0 +1,211 @@
+import pytest
+import torch
+
+from dgc import Compression
+from dgc.comm import run_local
+from dgc.compensate import Compensation
+from dgc.exchange import Exchange, TensorSpec, dense_is_cheaper, plan_buckets
+
+CPU = torch.device("cpu")
+
+
+def spec(name, numel, compressible=True):
+    return TensorSpec(name, numel, CPU, compressible)
+
+
+SPECS = [spec("bias", 64, False), spec("w1", 5000), spec("w2", 40_000), spec("w3", 3000)]
+
+
+def step(comm, exchange, seed=0):
+    """Exchange random gradients that differ between ranks; return them and the means."""
+    generator = torch.Generator().manual_seed(100 * seed + comm.rank)
+    grads = {s.name: torch.randn(s.numel, generator=generator) for s in SPECS}
+    for name, grad in grads.items():
+        exchange.add(name, grad.clone())
+    return grads, dict(exchange.finish())
+
+
+def make_exchange(comm, density=0.01, bucket_bytes=1, compensation=None, **settings):
+    exchange = Exchange(
+        comm, Compression(density=density, **settings), compensation or Compensation(), seed=0
+    )
+    exchange.plan(SPECS, density, bucket_bytes)
+    return exchange
+
+
+def test_break_even_is_where_both_move_the_same_bytes():
+    for world_size in (2, 3, 4, 8, 667, 668):
+        for k in range(1, 1001):
+            # ring volumes per rank, from their definitions
+            all_reduce = 2 * (world_size - 1) / world_size * 4 * 1000
+            gather = (world_size - 1) * k * 8
+            assert dense_is_cheaper(1000, k, 8, world_size) == (all_reduce <= gather + 1e-6)
+
+
+def test_at_the_papers_first_warmup_density_four_ranks_go_dense():
+    assert dense_is_cheaper(1000, 250, 8, world_size=4)
+    assert not dense_is_cheaper(1000, 250, 8, world_size=3)
+    assert not dense_is_cheaper(1000, 1, 8, world_size=667)
+
+
+def test_buckets_hold_every_tensor_once_and_never_mix_kinds():
+    for bucket_bytes in (1, 20_000, 10**9):
+        buckets = plan_buckets(SPECS, Compression(), 0.01, 2, bucket_bytes)
+        names = [s.name for bucket in buckets for s in bucket.specs]
+        assert sorted(names) == sorted(s.name for s in SPECS)
+        for bucket in buckets:
+            assert all(s.compressible for s in bucket.specs) == bucket.is_sparse
+    assert len(buckets) == 2
+
+
+def test_density_one_is_the_dense_path():
+    assert not any(b.is_sparse for b in plan_buckets(SPECS, Compression(), 1.0, 2, 1))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("bucket_bytes", [1, 10**9])
+def test_dense_means_are_the_means(world_size, bucket_bytes):
+    results = run_local(
+        world_size, lambda c: step(c, make_exchange(c, density=1.0, bucket_bytes=bucket_bytes))
+    )
+    for s in SPECS:
+        mean = torch.stack([grads[s.name] for grads, _ in results]).mean(0)
+        for _, means in results:
+            torch.testing.assert_close(means[s.name], mean)
+            assert torch.equal(means[s.name], results[0][1][s.name])
+
+
+@pytest.mark.parametrize("value_dtype", ["float32", "float16"])
+def test_sum_of_sent_and_left_is_what_was_added_and_ranks_agree(value_dtype):
+    def work(comm):
+        exchange = make_exchange(comm, value_dtype=value_dtype)
+        added = {s.name: torch.zeros(s.numel, dtype=torch.float64) for s in SPECS}
+        applied = {s.name: torch.zeros(s.numel, dtype=torch.float64) for s in SPECS}
+        for number in range(10):
+            grads, means = step(comm, exchange, number)
+            for name in added:
+                added[name] += grads[name]
+                applied[name] += means[name]
+        return added, applied, exchange.compensation.residual
+
+    results = run_local(3, work)
+    for s in SPECS:
+        added = sum(added[s.name] for added, _, _ in results)
+        left = sum(residual.get(s.name, torch.zeros(1)).double() for _, _, residual in results)
+        for _, applied, _ in results:
+            torch.testing.assert_close(applied[s.name] * 3 + left, added, atol=1e-4, rtol=0)
+            assert torch.equal(applied[s.name], results[0][1][s.name])
+
+
+def test_values_beyond_float16_are_sent_in_parts_and_arrive_in_full():
+    def work(comm):
+        exchange = make_exchange(comm, density=0.001, value_dtype="float16", sample_ratio=1.0)
+        total = torch.zeros(40_000)
+        for number in range(4):
+            for s in SPECS:
+                grad = torch.zeros(s.numel)
+                grad[7] = 150_000.0 if number == 0 else 0.0
+                exchange.add(s.name, grad)
+            total += dict(exchange.finish())["w2"]
+        return total
+
+    (total,) = run_local(1, work)
+    assert total[7] == 150_000.0  # 65504 + 65504 + 18992
+    assert total.count_nonzero() == 1
+
+
+def test_a_rank_with_nothing_to_send_still_takes_part():
+    def work(comm):
+        exchange = make_exchange(comm)
+        for s in SPECS:
+            exchange.add(s.name, torch.full((s.numel,), float(comm.rank)))
+        return dict(exchange.finish())["w2"].count_nonzero().item(), exchange.stats
+
+    (on_zero, _), (on_one, _) = run_local(2, work)
+    assert on_zero == on_one > 0
+
+
+def test_payload_counts_every_byte_given_to_the_collectives():
+    class Counting:
+        def __init__(self, comm):
+            self._comm, self.sent = comm, 0
+
+        def __getattr__(self, name):
+            return getattr(self._comm, name)
+
+        def all_gather_async(self, tensor, name):
+            self.sent += tensor.numel() * tensor.element_size()
+            return self._comm.all_gather_async(tensor, name)
+
+        def all_reduce_async(self, tensor, name):
+            self.sent += tensor.numel() * tensor.element_size()
+            return self._comm.all_reduce_async(tensor, name)
+
+    def work(comm):
+        counting = Counting(comm)
+        exchange = make_exchange(counting)
+        step(comm, exchange)
+        assert exchange.stats.payload_bytes == counting.sent > 0
+        assert exchange.stats.dense_bytes == 4 * 64
+        return exchange.stats.num_selected / exchange.stats.num_selectable
+
+    for density in run_local(2, work):
+        assert 0.008 <= density <= 0.013
+
+
+def test_buckets_leave_in_order_whatever_comes_first():
+    class Recording:
+        def __init__(self, comm):
+            self._comm, self.names = comm, []
+
+        def __getattr__(self, name):
+            return getattr(self._comm, name)
+
+        def all_gather_async(self, tensor, name):
+            self.names.append(name)
+            return self._comm.all_gather_async(tensor, name)
+
+        all_reduce_async = all_gather_async
+
+    def work(comm):
+        recording = Recording(comm)
+        exchange = make_exchange(recording)
+        order = SPECS if comm.rank == 0 else SPECS[::-1]
+        for s in order:
+            exchange.add(s.name, torch.ones(s.numel))
+            if comm.rank == 1 and s is not order[-1]:
+                assert recording.names == []  # the first bucket is still missing
+        return recording.names
+
+    first, second = run_local(2, work)
+    assert first == second == [bucket.name for bucket in make_exchange(FakeOne()).buckets]
+
+
+class FakeOne:
+    rank, world_size = 0, 2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_ends_the_job_by_name(bad):
+    def work(comm):
+        exchange = make_exchange(comm)
+        for s in SPECS:
+            grad = torch.ones(s.numel)
+            if comm.rank == 1 and s.name == "w2":
+                grad[5] = bad
+            exchange.add(s.name, grad)
+
+    with pytest.raises(FloatingPointError, match="rank 1: the gradient of w2 has infinite or NaN"):
+        run_local(2, lambda comm: (work(comm), comm.barrier()))
+
+
+def test_a_gradient_given_twice_in_a_step_is_refused():
+    def work(comm):
+        exchange = make_exchange(comm)
+        exchange.add("w1", torch.ones(5000))
+        with pytest.raises(RuntimeError, match="w1 has already given its gradient"):
+            exchange.add("w1", torch.ones(5000))
+        with pytest.raises(RuntimeError, match="only between steps"):
+            exchange.plan(SPECS, 0.1, 1)
+
+    run_local(1, work)

@@ -1,0 +1,330 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dgc import Compression, DistributedOptimizer
+from dgc.comm import run_local
+
+FEATURES, CLASSES, BATCH = 20, 5, 8
+
+
+def make_model():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(FEATURES, 100), nn.Tanh(), nn.Linear(100, CLASSES))
+
+
+def batches(num_steps, num_parts):
+    """num_steps batches of num_parts * BATCH samples."""
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(num_steps):
+        inputs = torch.randn(num_parts * BATCH, FEATURES, generator=generator)
+        yield inputs, inputs[:, :CLASSES].argmax(1)
+
+
+def backward(model, inputs, labels, scale=1.0):
+    (nn.functional.cross_entropy(model(inputs), labels) * scale).backward()
+
+
+def train(world_size, make_optimizer, compression=None, num_steps=12, micro_batches=1, **settings):
+    """Train on the same joined batches whatever the number of workers; return each one's model."""
+    initial = make_model()
+
+    def work(comm):
+        model = copy.deepcopy(initial)
+        optimizer = DistributedOptimizer(
+            make_optimizer(model.parameters()),
+            model.named_parameters(),
+            comm=comm,
+            compression=compression,
+            micro_batches_per_step=micro_batches,
+            **settings,
+        )
+        for inputs, labels in batches(num_steps, world_size * micro_batches):
+            parts = zip(inputs.split(BATCH), labels.split(BATCH), strict=True)
+            for part in list(parts)[comm.rank :: world_size]:
+                backward(model, *part, 1 / micro_batches)
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, optimizer
+
+    return run_local(world_size, work)
+
+
+def train_alone(make_optimizer, num_parts, num_steps=12):
+    model = make_model()
+    optimizer = make_optimizer(model.parameters())
+    for inputs, labels in batches(num_steps, num_parts):
+        optimizer.zero_grad()
+        backward(model, inputs, labels)
+        optimizer.step()
+    return model
+
+
+def parameters(model):
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def momentum_sgd(parameters, nesterov=False, **settings):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=nesterov, **settings)
+
+
+@pytest.mark.parametrize("make", [momentum_sgd, torch.optim.Adam, torch.optim.Adagrad])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_dense_workers_equal_one_worker_on_the_joined_batch(make, world_size):
+    alone = parameters(train_alone(make, world_size))
+    results = [parameters(model) for model, _ in train(world_size, make, bucket_bytes=1)]
+    for result in results:
+        torch.testing.assert_close(result, alone, atol=2e-5, rtol=1e-4)
+        assert torch.equal(result, results[0])
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("mask_velocity", [False, True])
+def test_density_one_is_momentum_sgd_with_or_without_masking(nesterov, mask_velocity):
+    def make(params):
+        return momentum_sgd(params, nesterov)
+
+    compression = Compression(density=1.0, mask_velocity=mask_velocity)
+    alone = parameters(train_alone(make, 2))
+    for model, optimizer in train(2, make, compression):
+        torch.testing.assert_close(parameters(model), alone, atol=2e-5, rtol=1e-4)
+        assert all(group["momentum"] == 0 for group in optimizer.param_groups)
+        assert not optimizer.inner.state  # no second buffer: the momentum is the velocity
+
+
+def test_micro_batches_equal_one_batch_of_their_size():
+    alone = parameters(train_alone(momentum_sgd, 6))
+    for model, _ in train(2, momentum_sgd, micro_batches=3):
+        torch.testing.assert_close(parameters(model), alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [momentum_sgd, torch.optim.Adam])
+@pytest.mark.parametrize("value_dtype", ["float32", "float16"])
+@pytest.mark.parametrize("bucket_bytes", [1, 10**9])
+def test_sparse_replicas_stay_equal_to_the_bit_and_learn(make, value_dtype, bucket_bytes):
+    compression = Compression(density=0.02, min_numel=100, value_dtype=value_dtype)
+    results = train(3, make, compression, num_steps=150, bucket_bytes=bucket_bytes)
+    vectors = [parameters(model) for model, _ in results]
+    assert all(torch.equal(vector, vectors[0]) for vector in vectors)
+    assert results[0][1].stats.sparse_bytes > 0
+    inputs, labels = next(batches(1, 40))
+    accuracy = (results[0][0](inputs).argmax(1) == labels).float().mean()
+    assert accuracy > 0.6  # guessing: 0.2
+
+
+def test_weight_decay_pulls_as_hard_as_through_the_momentum():
+    """Without a gradient, decay alone shrinks weights as fast as momentum SGD would in the end."""
+    rates = []
+    for correction in (False, True):
+
+        def work(comm, correction=correction):
+            weight = nn.Parameter(torch.ones(40, 50))
+            optimizer = DistributedOptimizer(
+                momentum_sgd([weight], weight_decay=0.001),
+                [("w", weight)],
+                comm=comm,
+                compression=Compression(density=0.01, momentum_correction=correction),
+            )
+            means = []
+            for _ in range(300):
+                (weight * 0).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                means.append(weight.double().mean().item())
+            return means[99] / means[299]  # beyond the start, where momentum lags
+
+        rates.append(math.log(run_local(1, work)[0]))
+    assert rates[1] == pytest.approx(rates[0], rel=0.02)
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_each_worker_clips_its_own_gradient_before_accumulating(scope):
+    """The 2-norm of what N workers accumulate is at most clip_norm / sqrt(N) each."""
+
+    def work(comm):
+        weights = [nn.Parameter(torch.zeros(30, 40)), nn.Parameter(torch.zeros(50, 40))]
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD(weights, lr=0.0),
+            [("a", weights[0]), ("b", weights[1])],
+            comm=comm,
+            compression=Compression(density=0.001, clip_norm=2.0, clip_scope=scope),
+        )
+        added = []
+        exchange_add = optimizer._exchange.add
+        optimizer._exchange.add = lambda n, g: (added.append(g.clone()), exchange_add(n, g))
+        large = 10.0 if comm.rank == 0 else 1e-4
+        sum((weight * large).sum() for weight in weights).backward()
+        optimizer.step()
+        return [grad.norm().item() for grad in added]
+
+    clipped, small = run_local(4, work)[:2]
+    bound = 2.0 / math.sqrt(4)
+    if scope == "global":
+        assert math.hypot(*clipped) == pytest.approx(bound, rel=1e-4)
+    else:
+        assert clipped == pytest.approx([bound / math.sqrt(2)] * 2, rel=1e-4)
+    assert sorted(small) == pytest.approx(sorted([1e-4 * math.sqrt(n) for n in (1200, 2000)]))
+
+
+def test_a_parameter_without_gradient_counts_as_zero():
+    def work(comm):
+        used, unused = nn.Parameter(torch.ones(30, 40)), nn.Parameter(torch.ones(30, 40))
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD([used, unused], lr=1.0), [("u", used), ("n", unused)], comm=comm
+        )
+        chosen = [used, unused] if comm.rank == 0 else [used]
+        sum(p.sum() for p in chosen).backward()
+        optimizer.step()
+        return used.mean().item(), unused.mean().item()
+
+    assert run_local(2, work) == [(0.0, 0.5), (0.0, 0.5)]
+
+
+def test_exchange_starts_during_backward():
+    def work(comm):
+        model = make_model()
+        optimizer = DistributedOptimizer(
+            momentum_sgd(model.parameters()), model.named_parameters(), comm=comm, bucket_bytes=1
+        )
+        backward(model, *next(batches(1, 1)))
+        return len(optimizer._exchange._started), len(optimizer.buckets)
+
+    assert run_local(1, work) == [(4, 4)]
+
+
+def test_gradient_memory_is_given_up_when_accumulated():
+    def work(comm):
+        model = make_model()
+        DistributedOptimizer(momentum_sgd(model.parameters()), model.named_parameters(), comm=comm)
+        backward(model, *next(batches(1, 1)))
+        return [p.grad for p in model.parameters()]
+
+    assert run_local(1, work) == [[None] * 4]
+
+
+def test_misuse_is_an_error_that_says_what_to_do():
+    def work(comm):
+        model = make_model()
+        named = list(model.named_parameters())
+        for wrong, complaint in (
+            (named[:-1], "that named_parameters lacks"),
+            ([*named, named[0]], "two parameters are named 0.weight"),
+        ):
+            with pytest.raises(ValueError, match=complaint):
+                DistributedOptimizer(momentum_sgd(model.parameters()), wrong, comm=comm)
+        optimizer = DistributedOptimizer(
+            momentum_sgd(model.parameters()), named, comm=comm, compression=Compression()
+        )
+        batch = next(batches(1, 1))
+        backward(model, *batch)
+        with pytest.raises(RuntimeError, match="zero_grad"):
+            optimizer.zero_grad()
+        with pytest.raises(RuntimeError, match="2 times without a step"):
+            backward(model, *batch)
+        optimizer.step()
+        with pytest.raises(ValueError, match="density is 0"):
+            optimizer.set_density(0)
+        optimizer.param_groups[0]["momentum"] = 0.5
+        with pytest.raises(RuntimeError, match="would act twice"):
+            optimizer.step()
+
+    run_local(1, work)
+
+
+def test_ranks_with_different_parameters_are_told_so():
+    def work(comm):
+        model = nn.Linear(3, 4 + comm.rank)
+        DistributedOptimizer(momentum_sgd(model.parameters()), model.named_parameters(), comm=comm)
+
+    with pytest.raises(ValueError, match=r"rank 0 has parameter .* where rank 1 has"):
+        run_local(2, work)
+
+
+def test_sparse_embedding_gradients_are_refused_with_the_remedy():
+    def work(comm):
+        table = nn.Embedding(10, 4, sparse=True)
+        DistributedOptimizer(
+            torch.optim.SGD(table.parameters(), lr=0.1), table.named_parameters(), comm=comm
+        )
+        with pytest.raises(TypeError, match="sparse=False"):
+            table(torch.tensor([1, 2])).sum().backward()
+
+    run_local(1, work)
+
+
+def test_schedulers_take_it_for_an_optimizer():
+    def work(comm):
+        model = make_model()
+        optimizer = DistributedOptimizer(
+            momentum_sgd(model.parameters()), model.named_parameters(), comm=comm
+        )
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        backward(model, *next(batches(1, 1)))
+        optimizer.step()
+        scheduler.step()
+        return optimizer.inner.param_groups[0]["lr"]
+
+    assert run_local(1, work) == [0.05]
+
+
+def test_bfloat16_parameters_are_exchanged_in_float32():
+    def work(comm):
+        weight = nn.Parameter(torch.zeros(30, 40, dtype=torch.bfloat16))
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD([weight], lr=1.0),
+            [("w", weight)],
+            comm=comm,
+            compression=Compression(density=0.01, sample_ratio=1.0),
+        )
+        weight.grad = None
+        (weight * (comm.rank + 1)).sum().backward()
+        optimizer.step()
+        return weight
+
+    for weight in run_local(2, work):
+        assert weight.dtype == torch.bfloat16
+        assert weight.count_nonzero() == 12
+        assert weight.min() == -1.5
+
+
+def test_restored_worker_state_continues_to_the_bit():
+    compression = Compression(density=0.02, min_numel=100, sample_ratio=0.1)
+    initial = make_model()
+
+    def run(comm, stop):
+        model = copy.deepcopy(initial)
+        made = []
+
+        def restart():
+            made.append(
+                DistributedOptimizer(
+                    momentum_sgd(model.parameters()),
+                    model.named_parameters(),
+                    comm=comm,
+                    compression=compression,
+                )
+            )
+            return made[-1]
+
+        optimizer = restart()
+        for number, (inputs, labels) in enumerate(batches(10, 2)):
+            if number == stop:
+                saved = copy.deepcopy((optimizer.state_dict(), optimizer.worker_state_dict()))
+                model = copy.deepcopy(model)
+                optimizer = restart()
+                optimizer.load_state_dict(saved[0])
+                optimizer.load_worker_state_dict(saved[1])
+            half = slice(comm.rank * BATCH, (comm.rank + 1) * BATCH)
+            backward(model, inputs[half], labels[half])
+            optimizer.step()
+            optimizer.zero_grad()
+        return parameters(model)
+
+    undisturbed = run_local(2, lambda comm: run(comm, None))
+    resumed = run_local(2, lambda comm: run(comm, 5))
+    assert torch.equal(undisturbed[0], resumed[0])
+    assert torch.equal(undisturbed[1], resumed[1])
