@@ -54,11 +54,16 @@ def run(*command: str, seconds: int = 60, **options) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+def last_line(output: str) -> str:
+    """The last line that says something: Open MPI likes to end on a rule."""
+    lines = [line for line in output.splitlines() if any(map(str.isalnum, line))]
+    return lines[-1].strip() if lines else "no answer"
+
+
 def ask(code: str) -> dict:
     """Facts that `code` prints as a last line of JSON, or as "error" the last line it died with."""
     status, output = run(environment_python(), "-c", code)
-    last = (output.strip().splitlines() or [f"exit status {status}"])[-1]
-    return json.loads(last) if status == 0 else {"error": last[:160]}
+    return json.loads(last_line(output)) if status == 0 else {"error": last_line(output)[:160]}
 
 
 # Which MPI a process has loaded is read from its memory map: the one thing that cannot be wrong.
@@ -124,8 +129,21 @@ def check_compiler() -> Check:
         found = banner.splitlines()[0] if banner else compiler
         if status == 0:
             return Check("compiler", f"{found}, C++20")
-        return Check("compiler", f"{found}, no C++20", "g++ 10 or clang 12, or newer; CXX names it")
+        return Check(
+            "compiler",
+            f"{found}, no C++20",
+            "install g++ 10 or clang 12, or newer, and name it with CXX",
+        )
     return Check("compiler", "none", "install g++ (Debian: apt install g++)")
+
+
+def check_headers() -> Check:
+    """Python.h, which a Python from a distribution keeps in a package of its own."""
+    code = "import sysconfig; print(sysconfig.get_path('include'))"
+    header = Path(run(environment_python(), "-c", code)[1].strip()) / "Python.h"
+    if header.exists():
+        return Check("Python.h", str(header))
+    return Check("Python.h", "none", "install Python's headers (Debian: apt install python3-dev)")
 
 
 def check_torch(facts: dict, driver: bool) -> Check:
@@ -135,7 +153,7 @@ def check_torch(facts: dict, driver: bool) -> Check:
         return Check("torch", f"{facts['version']}, CUDA {facts['cuda']}")
     remedy = ""
     if driver:
-        remedy = f"for the GPU: remove .venv, set PARSIMONY_TORCH_INDEX (see {SETUP} -h), {SETUP}"
+        remedy = f"for the GPU: remove .venv and run {SETUP} (see PARSIMONY_TORCH_INDEX in its -h)"
     return Check("torch", f"{facts['version']}, no CUDA", remedy, required=False)
 
 
@@ -165,6 +183,17 @@ def check_mpirun(path: str, banner: str) -> Check:
         found = f"{path}: {version or (banner.splitlines() or ['no answer'])[0]}"
         return Check("mpirun", found, f"Open MPI 4.1 is needed; run {AGAIN}")
     return Check("mpirun", f"Open MPI {version}, {path}")
+
+
+def check_start(mpirun: str) -> Check:
+    """Two processes on this machine: what a container or a firewall can forbid."""
+    options = ("--allow-run-as-root", "-np", "2", "-H", "localhost:2", "-bind-to", "none")
+    status, output = run(mpirun, *options, "true", seconds=30)
+    if status == 0:
+        return Check("MPI job", "two processes start here")
+    return Check(
+        "MPI job", last_line(output)[:160], f"does this machine resolve its own name? {AGAIN}"
+    )
 
 
 def check_same_mpi(name: str, facts: dict, mpirun: str) -> Check:
@@ -213,10 +242,13 @@ def all_checks() -> Iterator[Check]:
 
     yield check_python()
     yield check_compiler()
+    yield check_headers()
     torch, horovod = ask(_ASK_TORCH), ask(_ASK_HOROVOD)
     yield check_torch(torch, driver)
     yield check_horovod(horovod, torch.get("version", ""))
     yield check_mpirun(mpirun, run(mpirun, "--version")[1] if mpirun else "")
+    if mpirun:
+        yield check_start(mpirun)
     if mpirun and "error" not in horovod:
         yield check_same_mpi("MPI of horovod", horovod, mpirun)
     yield check_same_mpi("mpi4py", ask(_ASK_MPI4PY), mpirun or "/")

