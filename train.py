@@ -27,35 +27,39 @@ from configs.schema import Run
 from dgc import DistributedOptimizer
 from dgc.comm import HorovodComm, horovod_job
 from engine import report
+from engine.checkpoint import CheckpointError
 from engine.loop import Trainer
+from engine.meters import AccuracyMeter
 from engine.sampling import make_eval_loader, make_train_loader
 from engine.schedules import LearningRate
+from engine.state import RunState
 
 
 def main() -> None:
     arguments, overrides = parse_arguments(sys.argv[1:])
     with horovod_job() as comm:
         try:
-            config = load.compose(arguments.configs, overrides)
-            flat_config = load.flatten(config)
-            check_same_everywhere(comm, flat_config)
-            run = load.build(config)
-        except load.ConfigError as error:
+            run_job(arguments, overrides, comm)
+        except (load.ConfigError, CheckpointError) as error:  # the person's to mend: no trace
             raise SystemExit(str(error)) from error
-        device = choose_device(arguments.devices, comm)
-        folder = Path(arguments.runs) / load.run_name(
-            arguments.configs, comm.world_size, arguments.suffix
-        )
-        reporter = report.Reporter(folder) if comm.rank == 0 else report.SilentReporter()
-        reporter.say("\n".join(f"{path} = {value}" for path, value in flat_config.items()))
-        trainer = build_trainer(run, comm, device, folder, flat_config, reporter)
-        if arguments.evaluate:
-            metrics = trainer.evaluate_best()
-            reporter.say("\n".join(f"{k}: {v:.4f}" for k, v in metrics.items()))
-        else:
-            if comm.rank == 0:
-                load.save(flat_config, folder / "config.json")
-            trainer.train()
+
+
+def run_job(arguments: argparse.Namespace, overrides: dict[str, str], comm: HorovodComm) -> None:
+    config = load.compose(arguments.configs, overrides)
+    flat_config = load.flatten(config)
+    check_same_everywhere(comm, flat_config)
+    run = load.build(config)
+    device = choose_device(arguments.devices, comm)
+    name = load.run_name(arguments.configs, comm.world_size, arguments.suffix)
+    folder = Path(arguments.runs) / name
+    reporter = report.Reporter(folder) if comm.rank == 0 else report.SilentReporter()
+    reporter.say("\n".join(f"{path} = {value}" for path, value in flat_config.items()))
+    trainer = build_trainer(run, comm, device, folder, flat_config, reporter)
+    if arguments.evaluate:
+        metrics = trainer.evaluate_best()
+        reporter.say("\n".join(f"{name}: {value:.4f}" for name, value in metrics.items()))
+    else:
+        trainer.train()
 
 
 def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
@@ -161,14 +165,12 @@ def build_trainer(
         per=train.schedule_lr_per,
     )
 
+    state = RunState(model, optimizer, learning_rate, AccuracyMeter(train.top_k, device), device)
     return Trainer(
         run,
+        state,
         comm=comm,
-        device=device,
-        model=model,
         loss=train.loss(),
-        optimizer=optimizer,
-        learning_rate=learning_rate,
         train_loader=train_loader,
         sampler=sampler,
         test_loader=test_loader,
@@ -191,9 +193,12 @@ def parameter_groups(model: nn.Module, decay_normalization: bool) -> list[dict[s
 
 def build_datasets(run: Run, comm: HorovodComm) -> Any:
     """Build the datasets, on the first rank of each machine first: it may download."""
-    datasets = run.dataset() if comm.local_rank == 0 else None
-    comm.barrier()
-    return run.dataset() if datasets is None else datasets
+    try:
+        datasets = run.dataset() if comm.local_rank == 0 else None
+        comm.barrier()
+        return run.dataset() if datasets is None else datasets
+    except FileNotFoundError as error:
+        raise load.ConfigError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import ast
 import difflib
 import importlib.util
 import inspect
-import json
 import re
 import types
 import typing
@@ -87,10 +86,6 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
         for path in sorted(mine.keys() | theirs.keys())
         if mine.get(path, absent) != theirs.get(path, absent)
     ]
-
-
-def save(flat: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(flat, indent=2) + "\n")
 
 
 def run_name(files: Sequence[str | Path], world_size: int, suffix: str = "") -> str:

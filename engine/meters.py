@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -44,14 +43,13 @@ class AccuracyMeter:
         return metrics
 
 
-class PhaseTimer:
-    """Seconds spent in named phases. On a GPU: until the work was launched, not until it ran."""
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Add the wall time of the block to a phase. On a GPU: of its launch, not of its run."""
+    start = time.perf_counter()
+    yield
+    add_seconds(seconds, phase, time.perf_counter() - start)
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
 
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] += time.perf_counter() - start
+def add_seconds(seconds: dict[str, float], phase: str, more: float) -> None:
+    seconds[phase] = seconds.get(phase, 0.0) + more

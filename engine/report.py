@@ -78,10 +78,14 @@ class Reporter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def start(self, first_example: int) -> None:
-        """Open the events; those that a killed run wrote from `first_example` on are superseded."""
+    def start(self, first_example: int, config: Mapping[str, Any]) -> None:
+        """Write config.json and open the events.
+
+        Those that a killed run wrote from `first_example` on are superseded.
+        """
         from tensorboardX import SummaryWriter
 
+        self._write("config.json", config)
         self._writer = SummaryWriter(str(self._folder), purge_step=first_example or None)
 
     def scalars(self, values: Mapping[str, float], example: int) -> None:
@@ -92,8 +96,11 @@ class Reporter:
         print(text, flush=True)
 
     def result(self, result: Mapping[str, Any]) -> None:
-        text = json.dumps(result, indent=2) + "\n"
-        write_atomically(self._folder / "result.json", lambda file: file.write(text.encode()))
+        self._write("result.json", result)
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        text = json.dumps(content, indent=2) + "\n"
+        write_atomically(self._folder / name, lambda file: file.write(text.encode()))
 
     def close(self) -> None:
         self._writer.close()
@@ -102,7 +109,7 @@ class Reporter:
 class SilentReporter:
     """The other ranks' voice."""
 
-    def start(self, first_example: int) -> None: ...
+    def start(self, first_example: int, config: Mapping[str, Any]) -> None: ...
     def scalars(self, values: Mapping[str, float], example: int) -> None: ...
     def say(self, text: str) -> None: ...
     def result(self, result: Mapping[str, Any]) -> None: ...

@@ -1,4 +1,4 @@
-"""Starting real jobs for tests: horovodrun with either controller, and mpirun; never left running."""
+"""Starting real jobs for tests: horovodrun with either controller, and mpirun."""
 
 from __future__ import annotations
 

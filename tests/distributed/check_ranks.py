@@ -49,7 +49,7 @@ def train(comm, model, compression, world_size):
 
 
 def check_training(comm):
-    """Real ranks agree to the bit with each other and with simulated workers where sums are ours."""
+    """Real ranks agree to the bit with each other, and two also with simulated workers."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 300), nn.ReLU(), nn.Linear(300, 10))
     for compression in (

@@ -1,0 +1,144 @@
+"""All that changes while a run goes on: what a checkpoint holds, and what the run adds up to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine import report
+from engine.interfaces import ExchangingOptimizer
+from engine.meters import AccuracyMeter
+from engine.schedules import LearningRate
+
+_DENSE_BYTES = 4  # dense practice sends float32
+
+
+@dataclass
+class Progress:
+    """How far a run has come; plain values."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    examples: int = 0
+    """Over all ranks."""
+    payload_bytes: int = 0
+    """Sent by this rank so far."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """Of this rank, by phase, the phases within others counted twice; see seconds_per_step."""
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Name -> {"last": ..., "best": ...}."""
+
+    def note(self, metrics: dict[str, float], best_metric: str) -> bool:
+        """Record an epoch's metrics; tell whether `best_metric` is better than ever before."""
+        before = self.metrics.get(best_metric, {}).get("best", float("-inf"))
+        for name, value in metrics.items():
+            better = min if name.startswith("loss") else max
+            noted = self.metrics.setdefault(name, {"best": value})
+            noted.update(last=value, best=better(value, noted["best"]))
+        return metrics[best_metric] > before
+
+    def seconds_per_step(self) -> dict[str, float]:
+        """Return seconds by phase that add up to `total`.
+
+        What the exchange did inside backward and step is told apart from them.
+        """
+        seconds = dict(self.phase_seconds)
+        outer, total = seconds.pop("backward") + seconds.pop("step"), seconds.pop("total")
+        inside = sum(v for phase, v in seconds.items() if phase not in ("data", "forward"))
+        seconds["backward"] = outer - inside
+        seconds["other"] = total - sum(seconds.values())
+        return {phase: v / self.step for phase, v in {**seconds, "total": total}.items()}
+
+
+@dataclass
+class RunState:
+    """One rank's model, optimizer, schedule and position."""
+
+    model: nn.Module
+    optimizer: ExchangingOptimizer
+    learning_rate: LearningRate
+    train_sums: AccuracyMeter
+    device: torch.device
+    progress: Progress = field(default_factory=Progress)
+
+    def shared(self) -> dict[str, Any]:
+        """Return what is equal on all ranks: tensors and plain values."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "learning_rate": self.learning_rate.state_dict(),
+            "progress": asdict(self.progress) | {"phase_seconds": {}},
+        }
+
+    def worker(self) -> dict[str, Any]:
+        """Return what is this rank's own: tensors and plain values."""
+        own = {
+            "exchange": self.optimizer.worker_state_dict(),
+            "buffers": dict(self.model.named_buffers()),
+            "train_sums": self.train_sums.sums,
+            "payload_bytes": self.progress.payload_bytes,
+            "phase_seconds": dict(self.progress.phase_seconds),
+            "random": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            own["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        return own
+
+    def restore(self, shared: dict[str, Any], worker: dict[str, Any]) -> None:
+        """Become the state that was saved, to the bit."""
+        self.model.load_state_dict(shared["model"])
+        self.optimizer.load_state_dict(shared["optimizer"])
+        self.learning_rate.load_state_dict(shared["learning_rate"])
+        self.progress = Progress(**shared["progress"])
+        self.progress.payload_bytes = worker["payload_bytes"]
+        self.progress.phase_seconds = dict(worker["phase_seconds"])
+        self.optimizer.set_epoch(self.progress.epoch)
+        self.optimizer.load_worker_state_dict(worker["exchange"])
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(worker["buffers"][name])
+        self.train_sums.sums.copy_(worker["train_sums"])
+        torch.set_rng_state(worker["random"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(worker["random_cuda"], self.device)
+
+    @property
+    def dense_bytes_per_step(self) -> int:
+        """Bytes of the whole gradient in float32."""
+        return _DENSE_BYTES * sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def state_bytes(self) -> dict[str, int]:
+        """Return the bytes that live between steps, by kind, counted from the tensors."""
+        state = self.optimizer.inner.state.values()
+        tensors = [v for values in state for v in values.values() if torch.is_tensor(v)]
+        parameters = list(self.model.parameters())
+        return {
+            "parameters": sum(p.nbytes for p in parameters),
+            "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
+            **self.optimizer.worker_state_bytes(),
+            "optimizer": sum(t.nbytes for t in tensors),
+            "buffers": sum(b.nbytes for b in self.model.buffers()),
+        }
+
+    def result(self, world_size: int) -> dict[str, Any]:
+        """Return the figures of the run, as result.json has them."""
+        progress = self.progress
+        hashes = report.hash_tensors(self.model.named_parameters())
+        return {
+            "metrics": progress.metrics,
+            "epochs": progress.epoch,
+            "steps": progress.step,
+            "world_size": world_size,
+            "num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "payload_bytes_per_step": progress.payload_bytes / progress.step,
+            "dense_bytes_per_step": self.dense_bytes_per_step,
+            "seconds_per_step": progress.seconds_per_step(),
+            "state_bytes": self.state_bytes(),
+            "peak_memory_bytes": report.peak_memory_bytes(self.device),
+            "parameter_hash": report.hash_all(hashes),
+            "versions": report.versions(),
+            "hardware": report.hardware(self.device),
+        }
