@@ -62,7 +62,7 @@ find_python() {
 # An environment that was being built when it was killed is built anew: half a package can look whole.
 make_venv() {
     if [[ -d $venv && ! -f $state && -n $(ls -A "$venv") ]]; then
-        fail "$venv was not made by launch/setup.sh. Remove it, or name another folder with PARSIMONY_VENV"
+        fail "$venv was not made by launch/setup.sh. Remove it, or set PARSIMONY_VENV to another"
     fi
     if [[ $(cat "$state" 2>/dev/null) == building ]]; then
         say "setup: an earlier set-up was interrupted; starting again"
@@ -127,13 +127,15 @@ find_wheel_dir() {
     wheel_dir+=-glibc$(getconf GNU_LIBC_VERSION | tr -dc 0-9.)-$recipe
 }
 
-# NCCL's headers and library come with the CUDA build of torch; the linker wants the library's plain name.
+# NCCL comes with the CUDA build of torch; the linker wants its library's plain name. Horovod, torch and
+# CMake each look for CUDA in their own way: all get the same.
 point_at_nccl() {
     local nccl
     nccl=$("$venv/bin/python" -c 'import nvidia.nccl as nccl; print(list(nccl.__path__)[0])')
     [[ -n $nccl ]] || return
     ln -sf "$nccl/lib/libnccl.so.2" "$1/libnccl.so"
-    export HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_NCCL_LINK=SHARED HOROVOD_CUDA_HOME=$nvcc_home
+    export HOROVOD_GPU_OPERATIONS=NCCL HOROVOD_NCCL_LINK=SHARED
+    export HOROVOD_CUDA_HOME=$nvcc_home CUDA_HOME=$nvcc_home PATH=$venv/bin:$nvcc_home/bin:$PATH
     export HOROVOD_NCCL_INCLUDE=$nccl/include HOROVOD_NCCL_LIB=$1
 }
 
@@ -193,7 +195,8 @@ setup() {
     find_cuda
     ensure_horovod
     [[ -z $cuda ]] || step "CuPy for CUDA $cuda" "$network" pip install "cupy-cuda${cuda%%.*}x==14.2.0"
-    step "check" "launch/doctor prints this table, with a remedy for each" "$venv/bin/python" "$repo/launch/doctor.py"
+    step "check" "launch/doctor prints this table, with a remedy for each" \
+        "$venv/bin/python" "$repo/launch/doctor.py"
     setup_key >"$state"
     say "setup: complete in $((SECONDS - start)) s"
 }
