@@ -124,6 +124,7 @@ class Trainer:
             seconds = time.perf_counter() - start
             self._count_step(seconds)
             self._report_step(loss, seconds)
+            state.learning_rate.step()
             if self._saves_here():
                 self._save(is_best=False)
 
@@ -158,7 +159,6 @@ class Trainer:
                 state.train_sums.add(logits, labels, loss)
         with timed(seconds, "step"):
             state.optimizer.step()
-        state.learning_rate.step()
         state.optimizer.zero_grad()
         return loss.detach()
 

@@ -1,0 +1,128 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs import load
+
+ROOT = Path(__file__).parents[3]
+DIGITS, WM5 = ROOT / "configs/digits/resnet20.py", ROOT / "configs/dgc/wm5.py"
+ALL = sorted(p for p in (ROOT / "configs").rglob("*/*.py") if p.name != "__init__.py")
+
+
+def build(files=(DIGITS,), **overrides):
+    return load.build(load.compose(files, {k.replace("__", "."): v for k, v in overrides.items()}))
+
+
+def test_every_config_of_the_project_builds_with_a_model_of_its_kind():
+    for path in ALL:
+        needs_model = path.parent.name == "dgc" or path.name == "cosine.py"
+        run = build([ROOT / "configs/imagenet/resnet18.py", path] if needs_model else [path])
+        assert isinstance(run.model(), torch.nn.Module)
+
+
+def test_the_short_names_mean_what_they_meant_to_the_predecessors():
+    def compression(*names):
+        return build([DIGITS, *(ROOT / f"configs/dgc/{name}.py" for name in names)]).dgc
+
+    assert build().dgc is None
+    assert compression("wm0").density_warmup_epochs == 0
+    assert compression("wm5").density_at(0) == pytest.approx(0.001 ** (1 / 6))
+    assert [compression("wm5o").density_at(e) for e in range(6)] == [1.0] * 5 + [0.001]
+    assert compression("fp16").value_dtype == "float16"
+    assert compression("int32").index_dtype == "int32"
+    assert compression("mm").mask_velocity
+    assert not compression("nm").mask_velocity
+    assert not compression("nm", "wm5").mask_velocity  # the folder's own settings apply only once
+
+
+def test_files_compose_left_to_right_and_overrides_come_last():
+    cosine, resnet = (ROOT / f"configs/imagenet/{n}.py" for n in ("cosine", "resnet50"))
+    scheduler = torch.optim.lr_scheduler
+    assert build([resnet]).train.scheduler.func is scheduler.MultiStepLR
+    assert build([resnet, cosine]).train.scheduler.func is scheduler.CosineAnnealingLR
+    assert build([resnet, cosine], train__num_epochs="500").train.num_epochs == 500
+
+
+def test_the_order_of_model_and_compression_does_not_matter():
+    one, other = load.compose([DIGITS, WM5], {}), load.compose([WM5, DIGITS], {})
+    assert load.flatten(one) == load.flatten(other)
+
+
+def test_importing_config_files_changes_nothing():
+    before = load.flatten(load.compose([DIGITS], {}))
+    load.compose([DIGITS, WM5], {"train.num_epochs": "3", "seed": "1"})
+    assert load.flatten(load.compose([DIGITS], {})) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 0.001), ("0.5", 0.5), ("2", 2)],
+)
+def test_overrides_are_read_as_python_values(text, value):
+    assert build(train__optimizer__lr=text).train.optimizer.keywords["lr"] == value
+
+
+def test_words_for_true_false_and_none():
+    assert build(train__scheduler="none").train.scheduler is None
+    assert build(train__scale_lr_by_workers="False").train.scale_lr_by_workers is False
+    assert build(train__top_k="[1, 3]").train.top_k == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (
+            {"train.num_epoch": "7"},
+            "configs.train has no setting 'num_epoch'; did you mean 'num_ep",
+        ),
+        ({"trian.num_epochs": "7"}, "configs has no setting 'trian'; did you mean 'train'"),
+        ({"train.optimizer.learning": "1"}, "configs.train.optimizer has no setting 'learning'"),
+        ({"train.num_epochs": "x"}, r"configs.train.num_epochs is 'x' \(str\); allowed: int"),
+        ({"train.num_epochs": "true"}, r"configs.train.num_epochs is True \(bool\); allowed: int"),
+        ({"train.num_epochs": "0"}, "configs.train.num_epochs is 0; allowed: 1 or more"),
+        ({"train.best_metric": "acc/test_top3"}, "configs.train.best_metric is 'acc/test_top3'"),
+        ({"train.num_epochs.x": "1"}, "configs.train.num_epochs is 30 and has no setting 'x'"),
+        ({"train": "3"}, "configs.train is a group of settings; set one of: num_epochs"),
+        ({"dgc.density": "0.01"}, "configs.dgc is None .*; list a file of configs/dgc/"),
+        ({"train.schedule_lr_per": "week"}, r"allowed: Literal\['epoch', 'step'\]"),
+    ],
+)
+def test_a_wrong_setting_names_the_key_what_is_allowed_and_the_nearest(overrides, complaint):
+    with pytest.raises(load.ConfigError, match=complaint):
+        load.build(load.compose([DIGITS], overrides))
+
+
+def test_a_missing_file_and_a_missing_model_say_what_to_do():
+    with pytest.raises(load.ConfigError, match=r"did you mean '.*resnet20.py'"):
+        build([DIGITS.with_name("resnet2.py")])
+    with pytest.raises(load.ConfigError, match="configs.model is not set"):
+        build([WM5])
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("x = 1", "defines no function configure"),
+        ("def configure(run): run.train.num_epoch = 3", "did you mean 'num_epochs'"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path, source, complaint):
+    path = tmp_path / "mine.py"
+    path.write_text(source)
+    with pytest.raises(load.ConfigError, match=complaint) as caught:
+        build([DIGITS, path])
+    assert str(path) in str(caught.value)
+
+
+def test_differences_name_the_settings():
+    one, other = load.compose([DIGITS], {}), load.compose([DIGITS], {"seed": "1"})
+    assert load.differences(load.flatten(one), load.flatten(other)) == [
+        "configs.seed: 42 against 1"
+    ]
+
+
+def test_the_folder_of_a_run_is_named_after_its_files():
+    files = ["configs/cifar/resnet20.py", "configs/dgc/wm5.py"]
+    assert load.run_name(files, 8, ".e500") == "cifar.resnet20+dgc.wm5.np8.e500"
+    assert load.run_name(["/elsewhere/mine.py"], 1) == "mine.np1"

@@ -1,0 +1,114 @@
+import json
+
+import pytest
+import torch
+
+from dgc.comm import run_local
+from engine.checkpoint import CheckpointError, CheckpointFolder, write_atomically
+
+
+def save(folder, steps, num_ranks=2, best=(), keep=2):
+    def work(comm):
+        checkpoints = CheckpointFolder(folder, comm, keep)
+        for step in steps:
+            worker = {"mine": torch.full((3,), comm.rank + 10.0 * step)}
+            checkpoints.save(step, {"step": step}, worker, is_best=step in best)
+
+    run_local(num_ranks, work)
+
+
+def load(folder, num_ranks=2):
+    return run_local(num_ranks, lambda comm: CheckpointFolder(folder, comm).load_latest())
+
+
+def test_each_rank_gets_the_shared_part_and_its_own_of_the_newest(tmp_path):
+    save(tmp_path, [1, 2])
+    for rank, (shared, worker) in enumerate(load(tmp_path)):
+        assert shared == {"step": 2}
+        assert worker["mine"].tolist() == [20.0 + rank] * 3
+
+
+def test_an_empty_folder_is_a_new_run(tmp_path):
+    assert load(tmp_path / "new") == [None, None]
+
+
+def test_old_ones_go_and_the_best_stays(tmp_path):
+    save(tmp_path, [1, 2, 3, 4], best=[2])
+    names = sorted(path.name for path in tmp_path.iterdir())
+    manifests = [name for name in names if name.endswith(".json")]
+    assert manifests == ["step-00000003.json", "step-00000004.json"]
+    assert "step-00000002.shared.pt" in names
+    assert len(names) == 2 + 2 * 3 + 1
+    best = run_local(2, lambda comm: CheckpointFolder(tmp_path, comm).load_best())
+    assert best == [{"step": 2}] * 2
+
+
+def test_the_best_is_remembered_across_a_restart(tmp_path):
+    save(tmp_path, [1, 2], best=[1])
+
+    def go_on(comm):
+        checkpoints = CheckpointFolder(tmp_path, comm)
+        checkpoints.load_latest()
+        for step in (3, 4, 5):
+            checkpoints.save(step, {"step": step}, {}, is_best=False)
+        return checkpoints.load_best()
+
+    assert run_local(2, go_on) == [{"step": 1}] * 2
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, lambda path: path.unlink()])
+@pytest.mark.parametrize("part", ["shared", "rank-0001-of-0002"])
+def test_damage_on_any_rank_makes_all_take_the_one_before(tmp_path, damage, part):
+    save(tmp_path, [1, 2])
+    damage(tmp_path / f"step-00000002.{part}.pt")
+    assert [shared for shared, _ in load(tmp_path)] == [{"step": 1}] * 2
+    damage(tmp_path / f"step-00000001.{part}.pt")
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
+        load(tmp_path)
+
+
+def test_a_save_that_was_cut_short_is_as_if_it_had_not_begun(tmp_path):
+    save(tmp_path, [1])
+    (tmp_path / "step-00000002.shared.pt").write_bytes(b"half")
+    (tmp_path / "step-00000002.rank-0001-of-0002.pt.tmp").write_bytes(b"half")
+    assert [shared for shared, _ in load(tmp_path)] == [{"step": 1}] * 2
+    save(tmp_path, [2, 3, 4])
+    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("step-00000002*"))
+
+
+def test_another_number_of_ranks_is_refused_with_the_remedy(tmp_path):
+    save(tmp_path, [1], num_ranks=2)
+    with pytest.raises(CheckpointError, match="was written by 2 ranks and this job has 3"):
+        load(tmp_path, num_ranks=3)
+
+
+def test_the_manifest_names_what_is_on_disk(tmp_path):
+    save(tmp_path, [7])
+    manifest = json.loads((tmp_path / "step-00000007.json").read_text())
+    assert (manifest["step"], manifest["world_size"]) == (7, 2)
+    for name, part in manifest["parts"].items():
+        assert (tmp_path / name).stat().st_size == part["bytes"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(file):
+        file.write(b"new")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"old"

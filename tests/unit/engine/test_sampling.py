@@ -1,0 +1,83 @@
+import random
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from engine.sampling import SeededSamples, make_eval_loader, make_train_loader
+
+
+class Noisy(Dataset):
+    """Samples whose augmentation draws from both global random states."""
+
+    def __len__(self):
+        return 103
+
+    def __getitem__(self, index):
+        return torch.tensor([index, torch.rand(()).item(), random.random()])
+
+
+def loader(rank=0, world_size=2, num_workers=0, limit=None, batch_size=8):
+    return make_train_loader(
+        Noisy(), batch_size=batch_size, rank=rank, world_size=world_size, seed=1,
+        num_workers=num_workers, samples_per_epoch=limit, pin_memory=False,
+    )  # fmt: skip
+
+
+def epoch_of(pair, epoch, first=0):
+    batches, sampler = pair
+    sampler.start(epoch, first)
+    return torch.cat(list(batches))
+
+
+def test_ranks_share_an_epoch_without_overlap_in_another_order_each_time():
+    shares = [epoch_of(loader(rank), 0)[:, 0].tolist() for rank in (0, 1)]
+    assert len(shares[0]) == len(shares[1]) == 48  # 6 whole batches of 8 out of 51
+    assert not set(shares[0]) & set(shares[1])
+    assert epoch_of(loader(), 1)[:, 0].tolist() != shares[0]
+
+
+def test_an_epoch_taken_up_in_the_middle_goes_on_as_it_would_have():
+    whole = epoch_of(loader(), 3)
+    rest = epoch_of(loader(), 3, first=16)
+    assert torch.equal(rest, whole[16:])  # the same samples with the same augmentation
+
+
+def test_augmentation_does_not_depend_on_who_loads():
+    assert torch.equal(epoch_of(loader(num_workers=2), 0), epoch_of(loader(), 0))
+
+
+def test_augmentation_differs_between_epochs():
+    samples = SeededSamples(Noisy(), seed=1)
+    assert not torch.equal(samples[(0, 5)], samples[(1, 5)])
+    assert torch.equal(samples[(0, 5)], samples[(0, 5)])
+
+
+def test_loading_leaves_the_models_random_states_alone():
+    torch.manual_seed(5)
+    random.seed(5)
+    expected = torch.rand(3), random.random()
+    torch.manual_seed(5)
+    random.seed(5)
+    epoch_of(loader(), 0)
+    assert torch.equal(torch.rand(3), expected[0])
+    assert random.random() == expected[1]
+
+
+def test_samples_per_epoch_limits_all_ranks_together():
+    assert len(epoch_of(loader(limit=40), 0)) == 16  # 20 a rank: two whole batches of 8
+
+
+def test_evaluation_sees_every_sample_once():
+    seen = []
+    for rank in range(3):
+        batches = make_eval_loader(
+            Noisy(), batch_size=8, rank=rank, world_size=3, num_workers=0, pin_memory=False
+        )
+        seen += torch.cat(list(batches))[:, 0].tolist()
+    assert sorted(seen) == list(range(103))
+
+
+def test_too_little_data_is_an_error_with_the_remedy():
+    with pytest.raises(ValueError, match="lower configs.train.batch_size_per_rank"):
+        loader(batch_size=64)

@@ -1,0 +1,80 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
+
+from engine.schedules import LearningRate
+
+
+def rates(num_steps, *, resume_at=None, make_scheduler=None, per="epoch", warmup=10, scale=4):
+    def make():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        return optimizer, LearningRate(
+            optimizer, scale=scale, warmup_steps=warmup, make_scheduler=make_scheduler,
+            total_steps=60, steps_per_epoch=10, per=per,
+        )  # fmt: skip
+
+    optimizer, rate = make()
+    seen = []
+    for step in range(num_steps):
+        if step == resume_at:
+            saved = optimizer.state_dict(), rate.state_dict()
+            optimizer, rate = make()
+            optimizer.load_state_dict(saved[0])
+            rate.load_state_dict(saved[1])
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        rate.step()
+    return seen
+
+
+def test_warmup_rises_linearly_from_one_workers_rate_to_that_of_all():
+    seen = rates(12)
+    assert seen == pytest.approx([0.1 + 0.03 * step for step in range(11)] + [0.4])
+
+
+def test_milestones_count_epochs_from_the_end_of_the_warmup():
+    seen = rates(60, make_scheduler=partial(MultiStepLR, milestones=[2, 4]))
+    assert seen[29] == pytest.approx(0.4)
+    assert seen[30] == pytest.approx(0.04)
+    assert seen[50] == pytest.approx(0.004)
+
+
+@pytest.mark.parametrize("per", ["epoch", "step"])
+def test_a_cosine_of_unset_length_ends_with_the_run(per):
+    seen = rates(61, make_scheduler=CosineAnnealingLR, per=per)
+    assert seen[10] == pytest.approx(0.4)
+    done = 2 / 5 if per == "epoch" else 25 / 50
+    assert seen[35] == pytest.approx(0.4 * (1 + math.cos(math.pi * done)) / 2)
+    assert seen[60] == pytest.approx(0, abs=1e-9)
+    assert seen[59] > 0
+
+
+def test_a_length_that_is_set_is_kept():
+    seen = rates(60, make_scheduler=partial(CosineAnnealingLR, T_max=2))
+    assert seen[30] == pytest.approx(0, abs=1e-9)
+
+
+def test_no_warmup_and_no_scaling_leave_the_rate_alone():
+    assert rates(20, warmup=0, scale=1) == [0.1] * 20
+
+
+@pytest.mark.parametrize("resume_at", [5, 10, 37])
+@pytest.mark.parametrize("per", ["epoch", "step"])
+def test_resuming_continues_to_the_bit(resume_at, per):
+    make_scheduler = partial(CosineAnnealingLR)
+    undisturbed = rates(60, make_scheduler=make_scheduler, per=per)
+    assert rates(60, make_scheduler=make_scheduler, per=per, resume_at=resume_at) == undisturbed
+
+
+def test_its_state_is_plain_values(tmp_path):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    for make_scheduler in (CosineAnnealingLR, partial(MultiStepLR, milestones=[1])):
+        rate = LearningRate(
+            optimizer, scale=2, warmup_steps=3, make_scheduler=make_scheduler,
+            total_steps=10, steps_per_epoch=2, per="step",
+        )  # fmt: skip
+        torch.save(rate.state_dict(), tmp_path / "state.pt")
+        torch.load(tmp_path / "state.pt", weights_only=True)
