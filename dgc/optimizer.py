@@ -63,7 +63,8 @@ class DistributedOptimizer(Optimizer):
         self.micro_batches_per_step = _at_least_one(micro_batches_per_step)
         self._bucket_bytes = bucket_bytes
         self._named = _match_parameters(optimizer, named_parameters)
-        _check_same_everywhere(comm, self._named)
+        settings = (self.compression, micro_batches_per_step, bucket_bytes)
+        _check_same_everywhere(comm, self._named, settings)
         self._num_backward = dict.fromkeys(self._named, 0)
         self._is_synchronized = False
         self._exchange = Exchange(
@@ -257,10 +258,17 @@ def _match_parameters(
     return named
 
 
-def _check_same_everywhere(comm: Comm, named: dict[str, Tensor]) -> None:
+def _check_same_everywhere(comm: Comm, named: dict[str, Tensor], settings: tuple) -> None:
     """Refuse ranks that would wait for each other's tensors for ever."""
-    lists = comm.all_gather_object([(name, tuple(p.shape)) for name, p in named.items()])
-    for rank, theirs in enumerate(lists):
+    mine = [(name, tuple(p.shape)) for name, p in named.items()]
+    everyone = comm.all_gather_object((mine, settings))
+    lists = [shapes for shapes, _ in everyone]
+    for rank, (theirs, their_settings) in enumerate(everyone):
+        if their_settings != everyone[0][1]:
+            raise ValueError(
+                f"rank 0 was given {everyone[0][1]} and rank {rank} {their_settings} "
+                f"(compression, micro_batches_per_step, bucket_bytes); give all ranks the same"
+            )
         for here, there in zip(lists[0], theirs, strict=False):
             if here != there:
                 raise ValueError(f"rank 0 has parameter {here} where rank {rank} has {there}")

@@ -244,6 +244,84 @@ def test_ranks_with_different_parameters_are_told_so():
         run_local(2, work)
 
 
+def test_ranks_with_different_settings_are_told_so():
+    def work(comm):
+        model = make_model()
+        DistributedOptimizer(
+            momentum_sgd(model.parameters()), model.named_parameters(), comm=comm,
+            compression=Compression(density=0.1 / (1 + comm.rank)),
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match="give all ranks the same"):
+        run_local(2, work)
+
+
+@pytest.mark.parametrize("clip_scope", ["global", "tensor"])
+def test_nothing_waits_inside_backward(clip_scope):
+    """The predecessors' clipping ran a blocking, unnamed collective inside backward hooks."""
+
+    class Watching:
+        in_backward = False
+
+        def __init__(self, comm):
+            self._comm, self.names = comm, []
+
+        def __getattr__(self, name):
+            return getattr(self._comm, name)
+
+        def all_gather_async(self, tensor, name):
+            self.names.append(name)
+            return self._watch(self._comm.all_gather_async(tensor, name))
+
+        def all_reduce_async(self, tensor, name):
+            self.names.append(name)
+            return self._watch(self._comm.all_reduce_async(tensor, name))
+
+        def _watch(self, handle):
+            wait = handle.wait
+
+            def checked():
+                assert not self.in_backward, "waited inside backward"
+                return wait()
+
+            handle.wait = checked
+            return handle
+
+    def work(comm):
+        model, watching = make_model(), Watching(comm)
+        optimizer = DistributedOptimizer(
+            momentum_sgd(model.parameters()), model.named_parameters(), comm=watching,
+            compression=Compression(density=0.02, clip_norm=1.0, clip_scope=clip_scope),
+            bucket_bytes=1,
+        )  # fmt: skip
+        watching.in_backward = True
+        backward(model, *next(batches(1, 1)))
+        watching.in_backward = False
+        num_started = len(watching.names)
+        optimizer.step()
+        assert all(watching.names)
+        return num_started, len(watching.names)
+
+    # Each tensor's own norm lets the exchange overlap backward; the global one cannot.
+    assert run_local(2, work) == [(0 if clip_scope == "global" else 4, 4)] * 2
+
+
+def test_residual_is_not_the_gradients_memory():
+    def work(comm):
+        weight = nn.Parameter(torch.zeros(40, 50))
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD([weight], lr=0.1), [("w", weight)], comm=comm,
+            compression=Compression(density=0.01),
+        )  # fmt: skip
+        kept = torch.ones(40, 50)
+        weight.backward(kept)
+        optimizer.step()
+        kept.fill_(1e9)
+        return optimizer.compensation.residual["w"].max().item()
+
+    assert run_local(1, work) == [1.0]
+
+
 def test_sparse_embedding_gradients_are_refused_with_the_remedy():
     def work(comm):
         table = nn.Embedding(10, 4, sparse=True)

@@ -1,0 +1,161 @@
+"""What sparsity costs in accuracy: trains one config at several densities and seeds, side by side.
+
+    python benchmarks/accuracy.py --configs configs/digits/resnet20.py --densities 1 0.01 0.001 \
+        --seeds 1 2 3 -np 2 --json benchmarks/results/digits.json --picture curves.png
+
+Density 1 is the dense all-reduce; the others add configs/dgc/wm5.py. Further words, such as
+`--configs.train.num_epochs 10`, go to train.py; those below `configs.dgc` only to the sparse runs.
+Runs that are complete are not run again, so the command can be repeated, and stopped at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from configs import load
+
+ROOT = Path(__file__).parents[1]
+METRIC = "acc/test_top1"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--configs", nargs="+", required=True)
+    parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.01, 0.001])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("-np", type=int, default=2, help="ranks")
+    parser.add_argument("--runs", default="runs", help="folder of the runs")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--picture", type=Path, help="draw the curves here")
+    options, extra = parser.parse_known_args()
+
+    rows = []
+    for density in options.densities:
+        results = [run(options, extra, density, seed) for seed in options.seeds]
+        rows.append(summarize(density, results))
+        print_table(rows)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+    if options.picture:
+        draw(options, rows)
+
+
+def run(options: argparse.Namespace, extra: list[str], density: float, seed: int) -> dict[str, Any]:
+    """Return a run's result, after running it if it is not complete."""
+    files, words = list(options.configs), ["--configs.seed", str(seed), *extra]
+    if density < 1:
+        files.append("configs/dgc/wm5.py")
+        words = ["--configs.dgc.density", str(density), *words]
+    else:
+        words = without_dgc(words)
+    suffix = f".density-{density:g}.seed-{seed}"
+    folder = ROOT / options.runs / load.run_name(files, options.np, suffix)
+    if not (folder / "result.json").exists():
+        command = ["horovodrun", "-np", str(options.np), "python", "train.py", "--configs", *files,
+                   *words, "--suffix", suffix, "--runs", options.runs]  # fmt: skip
+        print(" ".join(command), file=sys.stderr, flush=True)
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((folder / "result.json").read_text()) | {"folder": str(folder)}
+
+
+def without_dgc(words: list[str]) -> list[str]:
+    kept, rest = [], iter(words)
+    for word in rest:
+        if word.startswith("--configs.dgc."):
+            if "=" not in word:
+                next(rest)
+        else:
+            kept.append(word)
+    return kept
+
+
+def summarize(density: float, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a row: means over seeds, and each seed's own accuracy."""
+    last = [result["metrics"][METRIC]["last"] for result in results]
+    first = results[0]
+    return {
+        "density": density,
+        "accuracy": statistics.mean(last),
+        "accuracies": last,
+        "train_loss": statistics.mean(r["metrics"]["loss/train"]["last"] for r in results),
+        "payload_bytes_per_step": statistics.mean(r["payload_bytes_per_step"] for r in results),
+        "dense_bytes_per_step": first["dense_bytes_per_step"],
+        "seconds_per_step": statistics.mean(r["seconds_per_step"]["total"] for r in results),
+        "state_bytes_per_parameter": sum(
+            first["state_bytes"][kind]
+            for kind in ("gradients", "residual", "velocity", "optimizer")
+        )
+        / first["num_parameters"],
+        "steps": first["steps"],
+        "world_size": first["world_size"],
+        "versions": first["versions"],
+        "hardware": first["hardware"],
+        "folders": [result["folder"] for result in results],
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    print("\n| density | test accuracy, last epoch (each seed) | train loss | sent a step, mean | "
+          "dense / sent | state bytes a parameter | s a step |")  # fmt: skip
+    print("| --- " * 7 + "|")
+    for row in rows:
+        seeds = ", ".join(f"{accuracy:.2f}" for accuracy in row["accuracies"])
+        sent, dense = row["payload_bytes_per_step"], row["dense_bytes_per_step"]
+        print(
+            f"| {row['density']:g} | {row['accuracy']:.2f} ({seeds}) | {row['train_loss']:.3f} | "
+            f"{sent:,.0f} | {dense / sent:.1f} | {row['state_bytes_per_parameter']:.2f} | "
+            f"{row['seconds_per_step']:.3f} |",
+            flush=True,
+        )
+
+
+def draw(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Draw test accuracy over examples, a line a run, a colour a density."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for color, row in enumerate(rows):
+        for number, folder in enumerate(row["folders"]):
+            points = sorted(read_scalars(Path(folder), METRIC).items())
+            label = "dense" if row["density"] == 1 else f"density {row['density']:g}"
+            axes.plot(*zip(*points, strict=True), color=f"C{color}",
+                      label=None if number else label)  # fmt: skip
+    axes.set(xlabel="examples", ylabel="test accuracy (%)", title=" ".join(options.configs))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(options.picture, dpi=110)
+
+
+def read_scalars(folder: Path, tag: str) -> dict[int, float]:
+    """Return x -> value of one tag in a run's TensorBoard events."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    values = {}
+    for path in sorted(folder.glob("events.*")):
+        data, place = path.read_bytes(), 0
+        while place < len(data):  # length (8 bytes), checksum (4), event, checksum (4)
+            size = int.from_bytes(data[place : place + 8], "little")
+            event = Event.FromString(data[place + 12 : place + 12 + size])
+            for value in event.summary.value:
+                if value.tag == tag:
+                    values[event.step] = value.simple_value
+            place += size + 16
+    return values
+
+
+if __name__ == "__main__":
+    main()

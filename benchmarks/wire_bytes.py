@@ -1,0 +1,100 @@
+"""Is the payload that we count what the network carries? Run on emulated hosts, one rank each.
+
+    ../shared/netlab 2 1gbit -- python benchmarks/wire_bytes.py --json wire.json
+
+Exchanges random gradients and compares the bytes that rank 0's network interface sent with what
+the run counts as payload, times what a ring sends of it: in an all-reduce over P hosts
+2 (P - 1) / P of the buffer, in a gather P - 1 times the message. Horovod's ranks also ask each
+other what is ready, by default every millisecond, busy or not: some 60 kB a second. That chatter
+is made rare here (HOROVOD_CYCLE_TIME, ms), so that it does not hide what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from dgc import Compression, DistributedOptimizer
+from dgc.comm import Comm, horovod_job
+
+FLOAT16 = {"value_dtype": "float16"}
+CASES = {
+    "dense": None,
+    "density 1%": Compression(density=0.01),
+    "density 1%, float16": Compression(density=0.01, **FLOAT16),
+    "density 0.1%": Compression(density=0.001),
+    "density 0.1%, float16": Compression(density=0.001, **FLOAT16),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    parser.add_argument("--interface", default="eth0")
+    parser.add_argument("--size", type=int, default=1024, help="side of each weight matrix")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    os.environ.setdefault("HOROVOD_CYCLE_TIME", "100")
+    counter = Path(f"/sys/class/net/{options.interface}/statistics/tx_bytes")
+    with horovod_job() as comm:
+        rows = [measure(comm, name, CASES[name], counter, options) for name in CASES]
+        if comm.rank == 0:
+            print_table(rows, comm.world_size)
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def measure(
+    comm: Comm, name: str, compression: Compression | None, counter: Path, options: Any
+) -> dict[str, Any]:
+    """Exchange `steps` gradients; return the bytes counted by us and by the interface."""
+    shape = (options.size, options.size)
+    weights = [torch.nn.Parameter(torch.zeros(shape)) for _ in range(options.layers)]
+    named = [(f"{name}.{i}", w) for i, w in enumerate(weights)]
+    optimizer = DistributedOptimizer(
+        torch.optim.SGD(weights, lr=0.1, momentum=0.9), named, comm=comm, compression=compression
+    )
+    generator = torch.Generator().manual_seed(comm.rank)
+    gathered = reduced = 0
+    comm.barrier()
+    start_bytes, start = int(counter.read_text()), time.perf_counter()
+    for _ in range(options.steps):
+        sum((w * torch.randn(shape, generator=generator)).sum() for w in weights).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        gathered += optimizer.stats.sparse_bytes
+        reduced += optimizer.stats.dense_bytes
+    seconds = time.perf_counter() - start
+    sent = int(counter.read_text()) - start_bytes
+    others = comm.world_size - 1
+    return {
+        "case": name,
+        "payload_bytes": gathered + reduced,
+        "ring_bytes": gathered * others + reduced * 2 * others / comm.world_size,
+        "interface_bytes": sent,
+        "seconds": seconds,
+    }
+
+
+def print_table(rows: list[dict[str, Any]], world_size: int) -> None:
+    print(f"{world_size} hosts; bytes that one of them sent")
+    print("| case | payload | ring volume of it | interface | interface / ring volume |")
+    print("| --- " * 5 + "|")
+    for row in rows:
+        payload, ring, sent = row["payload_bytes"], row["ring_bytes"], row["interface_bytes"]
+        print(f"| {row['case']} | {payload:,} | {ring:,.0f} | {sent:,} | {sent / ring:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
