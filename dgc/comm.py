@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -63,10 +65,21 @@ def _check_sendable(tensor: Tensor, name: str) -> None:
 
 
 class _HorovodHandle:
-    def __init__(self, hvd: Any, handle: int) -> None:
-        self._hvd, self._handle = hvd, handle
+    def __init__(self, hvd: Any, handle: int, name: str) -> None:
+        self._hvd, self._handle, self._name = hvd, handle, name
 
     def wait(self) -> Tensor:
+        """Wait no longer than Horovod's own limit, which under Gloo Horovod does not keep."""
+        limit = float(os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"])
+        start = time.monotonic()
+        while not self._hvd.poll(self._handle):
+            if time.monotonic() - start > limit > 0:
+                raise TimeoutError(
+                    f"waited {limit:g} s for the other ranks to join collective {self._name!r}; "
+                    f"they are stuck or do something else. HOROVOD_STALL_SHUTDOWN_TIME_SECONDS "
+                    f"sets the limit, 0 for none"
+                )
+            time.sleep(0.0001)
         return self._hvd.synchronize(self._handle)
 
 
@@ -90,25 +103,36 @@ class HorovodComm:
     def all_reduce_async(self, tensor: Tensor, name: str) -> Handle:
         _check_sendable(tensor, name)
         handle = self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum)
-        return _HorovodHandle(self._hvd, handle)
+        return _HorovodHandle(self._hvd, handle, name)
 
     def all_gather_async(self, tensor: Tensor, name: str) -> Handle:
         _check_sendable(tensor, name)
-        return _HorovodHandle(self._hvd, self._hvd.allgather_async(tensor, name=name))
+        handle = self._hvd.allgather_async(tensor, name=name)
+        return _HorovodHandle(self._hvd, handle, name)
 
     def broadcast(self, tensor: Tensor, name: str) -> None:
         if tensor.numel():
-            tensor.copy_(self._hvd.broadcast(tensor, root_rank=0, name=name))
+            handle = self._hvd.broadcast_async(tensor, root_rank=0, name=name)
+            tensor.copy_(_HorovodHandle(self._hvd, handle, name).wait())
 
     def broadcast_object(self, value: Any) -> Any:
-        # Unnamed, Horovod would name it after each rank's type of value, and wait for ever.
-        return self._hvd.broadcast_object(value, root_rank=0, name="broadcast_object")
+        message = _pickled(value if self.rank == 0 else None)
+        size = torch.tensor([message.numel()])
+        self.broadcast(size, "object.size")
+        if self.rank != 0:
+            message = torch.empty(int(size), dtype=torch.uint8)
+        self.broadcast(message, "object.message")
+        return pickle.loads(message.numpy().tobytes())
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        return self._hvd.allgather_object(value, name="all_gather_object")
+        message = _pickled(value)
+        size = torch.tensor([message.numel()])
+        sizes = self.all_gather_async(size, "objects.sizes").wait().tolist()
+        messages = self.all_gather_async(message, "objects.messages").wait()
+        return [pickle.loads(part.numpy().tobytes()) for part in messages.split(sizes)]
 
     def barrier(self) -> None:
-        self._hvd.barrier()
+        self.all_reduce_async(torch.zeros(1), "barrier").wait()
 
     def close(self) -> None:
         self._hvd.shutdown()
@@ -125,6 +149,10 @@ class HorovodComm:
 
             MPI.COMM_WORLD.Abort(1)
         os._exit(1)  # without MPI, horovodrun ends the others when it sees one exit with non-zero
+
+
+def _pickled(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
 
 
 def _prepare_environment() -> None:

@@ -21,3 +21,22 @@ def test_ranks_agree_to_the_bit(launcher, num_ranks, tmp_path):
     assert outcome.status == 0, outcome.output[-5000:]
     for rank in range(num_ranks):
         assert f"rank {rank} of {num_ranks} agrees" in outcome.output
+
+
+STUCK = """
+import torch
+from dgc.comm import horovod_job
+with horovod_job() as comm:
+    comm.barrier()
+    comm.all_reduce_async(torch.ones(3), f"only rank {comm.rank} asks for this").wait()
+"""
+
+
+@pytest.mark.parametrize("launcher", jobs.LAUNCHERS)
+def test_ranks_that_wait_for_each_other_give_up_with_a_message(launcher, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "5")
+    program = tmp_path / "stuck.py"
+    program.write_text(STUCK)
+    outcome = jobs.run(launcher, 2, [str(program)], tmp_path / "log", timeout=60)
+    assert outcome.status != 0
+    assert "waited 5 s for the other ranks to join collective 'only rank" in outcome.output
