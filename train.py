@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def main() -> None:
 def run_job(arguments: argparse.Namespace, overrides: dict[str, str], comm: HorovodComm) -> None:
     config = load.compose(arguments.configs, overrides)
     flat_config = load.flatten(config)
-    check_same_everywhere(comm, flat_config)
+    check_same_everywhere(comm, flat_config, arguments)
     run = load.build(config)
     device = choose_device(arguments.devices, comm)
     name = load.run_name(arguments.configs, comm.world_size, arguments.suffix)
@@ -75,24 +76,28 @@ def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, dict[str, str
     parser.add_argument("--devices", choices=["auto", "cpu", "gpu"], default="auto",
                         help="auto: a GPU for each rank of a machine, if there is one")  # fmt: skip
     parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
-    arguments, rest = parser.parse_known_args(words)
-    overrides = {}
-    rest = iter(rest)
+    overrides, others, rest = {}, [], iter(words)
     for word in rest:
         if not word.startswith("--configs."):
-            parser.error(f"unknown option {word}; settings are given as --configs.PATH VALUE")
+            others.append(word)
+            continue
         path, equals, value = word.removeprefix("--configs.").partition("=")
-        if not equals:
-            value = next(rest, None)
-            if value is None:
-                parser.error(f"{word} needs a value")
+        if not equals and (value := next(rest, None)) is None:
+            parser.error(f"{word} needs a value")
         overrides[path] = value
-    return arguments, overrides
+    return parser.parse_args(others), overrides
 
 
-def check_same_everywhere(comm: HorovodComm, flat_config: dict[str, Any]) -> None:
-    """Stop, on every rank, where ranks were given different settings or versions."""
-    mine = {**flat_config, **{f"version of {k}": v for k, v in report.versions().items()}}
+def check_same_everywhere(
+    comm: HorovodComm, flat_config: dict[str, Any], arguments: argparse.Namespace
+) -> None:
+    """Stop, on every rank, where ranks were given different settings, options or versions."""
+    options = {f"--{option}": value for option, value in vars(arguments).items()}
+    versions = {f"version of {name}": value for name, value in report.versions().items()}
+    refuse_differences(comm, {**flat_config, **options, **versions})
+
+
+def refuse_differences(comm: HorovodComm, mine: dict[str, Any]) -> None:
     everyone = comm.all_gather_object(mine)
     for rank, theirs in enumerate(everyone):
         different = load.differences(everyone[0], theirs)
@@ -110,6 +115,7 @@ def choose_device(wanted: str, comm: HorovodComm) -> torch.device:
         raise SystemExit(
             "--devices gpu: torch sees no GPU; see launch/doctor, or use --devices cpu"
         )
+    torch.backends.cudnn.deterministic = True  # a resumed run must repeat what it would have done
     device = torch.device("cuda", comm.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
@@ -125,7 +131,7 @@ def build_trainer(
 ) -> Trainer:
     """Build the parts of a run, in the order in which they need each other."""
     torch.manual_seed(run.seed)
-    model = run.model().to(device)
+    model = build_part("configs.model", run.model).to(device)
     datasets = build_datasets(run, comm)
     loading = {
         "rank": comm.rank,
@@ -134,9 +140,12 @@ def build_trainer(
         "pin_memory": device.type == "cuda",
     }
     train = run.train
-    train_loader, sampler = make_train_loader(
+    train_loader, sampler = build_part(
+        "configs.train",
+        make_train_loader,
         datasets["train"],
         batch_size=train.batch_size_per_rank,
+        micro_batches_per_step=train.micro_batches_per_step,
         seed=run.seed,
         samples_per_epoch=run.data.samples_per_epoch,
         **loading,
@@ -144,8 +153,11 @@ def build_trainer(
     test_loader = make_eval_loader(
         datasets["test"], batch_size=train.eval_batch_size_per_rank, **loading
     )
-    optimizer = DistributedOptimizer(
-        train.optimizer(parameter_groups(model, train.weight_decay_on_batch_norm)),
+    groups = parameter_groups(model, train.weight_decay_on_batch_norm)
+    optimizer = build_part(
+        "configs.train.optimizer",
+        DistributedOptimizer,
+        build_part("configs.train.optimizer", train.optimizer, groups),
         model.named_parameters(),
         comm=comm,
         compression=run.dgc,
@@ -155,7 +167,9 @@ def build_trainer(
     )
     steps_per_epoch = len(train_loader) // train.micro_batches_per_step
     workers = comm.world_size * train.micro_batches_per_step
-    learning_rate = LearningRate(
+    learning_rate = build_part(
+        "configs.train.scheduler",
+        LearningRate,
         optimizer,
         scale=workers if train.scale_lr_by_workers else 1,
         warmup_steps=round(train.lr_warmup_epochs * steps_per_epoch),
@@ -170,12 +184,14 @@ def build_trainer(
         run,
         state,
         comm=comm,
-        loss=train.loss(),
+        loss=build_part("configs.train.loss", train.loss),
         train_loader=train_loader,
         sampler=sampler,
         test_loader=test_loader,
         folder=folder,
+        steps_per_epoch=steps_per_epoch,
         flat_config=flat_config,
+        config_changes=load.changes,
         reporter=reporter,
     )
 
@@ -192,13 +208,24 @@ def parameter_groups(model: nn.Module, decay_normalization: bool) -> list[dict[s
 
 
 def build_datasets(run: Run, comm: HorovodComm) -> Any:
-    """Build the datasets, on the first rank of each machine first: it may download."""
+    """Build the datasets in three turns, since the first on a disk may have to download."""
+    my_turn = 0 if comm.rank == 0 else 1 if comm.local_rank == 0 else 2
+    for turn in range(3):
+        if turn == my_turn:
+            datasets = build_part("configs.dataset", run.dataset)
+        comm.barrier("building the dataset on the ranks that go first")
+    facts = {f"samples to {split}": len(dataset) for split, dataset in datasets.items()}
+    classes = {f"classes to {s}": getattr(d, "classes", None) for s, d in datasets.items()}
+    refuse_differences(comm, {**facts, **classes})
+    return datasets
+
+
+def build_part(path: str, make: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+    """Build what a setting names; what it refuses becomes a message with the setting's path."""
     try:
-        datasets = run.dataset() if comm.local_rank == 0 else None
-        comm.barrier()
-        return run.dataset() if datasets is None else datasets
-    except FileNotFoundError as error:
-        raise load.ConfigError(str(error)) from error
+        return make(*arguments, **settings)
+    except (TypeError, ValueError, FileNotFoundError) as error:
+        raise load.ConfigError(f"{path}: {error}") from error
 
 
 if __name__ == "__main__":

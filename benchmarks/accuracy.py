@@ -65,7 +65,14 @@ def run(options: argparse.Namespace, extra: list[str], density: float, seed: int
                    *words, "--suffix", suffix, "--runs", options.runs]  # fmt: skip
         print(" ".join(command), file=sys.stderr, flush=True)
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return json.loads((folder / "result.json").read_text()) | {"folder": str(folder)}
+    result = json.loads((folder / "result.json").read_text())
+    overrides = dict(
+        zip((w.removeprefix("--configs.") for w in words[::2]), words[1::2], strict=True)
+    )
+    asked = load.flatten(load.compose([ROOT / file for file in files], overrides))
+    if changed := load.changes(result["config"], asked):
+        sys.exit(f"{folder} is of another run; name another --runs:\n" + "\n".join(changed))
+    return result | {"folder": str(folder)}
 
 
 def without_dgc(words: list[str]) -> list[str]:

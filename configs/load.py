@@ -12,6 +12,7 @@ import difflib
 import importlib.util
 import inspect
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ import typeguard
 from configs.schema import Run, default_run
 
 _PREFIX = "configs"
+# A run goes on the same if these change: where data lies, who loads it, how often state is saved.
+_HARMLESS = ("configs.data.num_workers_per_rank", "configs.dataset.root", "configs.checkpoint.")
 
 
 class ConfigError(Exception):
@@ -78,6 +81,15 @@ def flatten(run: fdl.Config[Run]) -> dict[str, Any]:
     }
 
 
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return a line for each setting that would change a run's numbers if it went on with it."""
+
+    def matters(flat: Mapping[str, Any]) -> dict[str, Any]:
+        return {path: value for path, value in flat.items() if not path.startswith(_HARMLESS)}
+
+    return differences(matters(then), matters(now))
+
+
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Return a line for each setting in which two flat forms differ."""
     absent = "(absent)"
@@ -108,8 +120,8 @@ def _with_folders(file: Path) -> list[Path]:
     if file.is_dir():
         file = file / "__init__.py"
     if not file.is_file():
-        folder = next((p for p in file.parents if p.is_dir()), Path())
-        near = _nearest(str(file), [str(p) for p in folder.rglob("*.py")])
+        ours = Path(__file__).parent
+        near = _nearest(str(file), [str(p.relative_to(ours.parent)) for p in ours.rglob("*.py")])
         raise ConfigError(f"there is no config file {file}{near}")
     folders = []
     for folder in file.resolve().parents:
@@ -122,6 +134,7 @@ def _with_folders(file: Path) -> list[Path]:
 def _apply(path: Path, run: fdl.Config[Run]) -> None:
     spec = importlib.util.spec_from_file_location(f"_config_{path.parent.name}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and pickle look for it
     spec.loader.exec_module(module)
     configure = getattr(module, "configure", None)
     if configure is None:
@@ -223,9 +236,18 @@ def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _text(value: Any) -> str:
+    """Return a value as text that is the same in every process."""
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
-    return repr(list(value) if isinstance(value, tuple) else value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_text(item) for item in value)}]"
+    text = repr(value)
+    if " at 0x" in text:
+        raise ConfigError(
+            f"{text} cannot be compared between ranks or with a checkpoint; name it by a function, "
+            f"or build it with fdl.Config"
+        )
+    return text
 
 
 def _parameter_names(node: fdl.Buildable) -> list[str]:

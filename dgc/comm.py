@@ -27,6 +27,18 @@ class Handle(Protocol):
     def wait(self) -> Tensor: ...
 
 
+class _Names:
+    """Names that every rank makes alike, if all ask in the same order."""
+
+    def __init__(self) -> None:
+        self._num_made: dict[str, int] = {}
+
+    def unique_name(self, kind: str) -> str:
+        number = self._num_made.get(kind, 0)
+        self._num_made[kind] = number + 1
+        return f"{kind}{number}"
+
+
 class Comm(Protocol):
     """The collectives of one rank. All ranks call them with the same names in the same order."""
 
@@ -50,8 +62,11 @@ class Comm(Protocol):
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return every rank's value (pickled), in rank order."""
 
-    def barrier(self) -> None:
-        """Return when every rank has called it."""
+    def barrier(self, name: str = "barrier") -> None:
+        """Return when every rank has called it. `name` is for the message if one does not."""
+
+    def unique_name(self, kind: str) -> str:
+        """Return `kind` and a number: the same on all ranks, if all ask in the same order."""
 
     def close(self) -> None:
         """Leave the job in good order."""
@@ -83,10 +98,11 @@ class _HorovodHandle:
         return self._hvd.synchronize(self._handle)
 
 
-class HorovodComm:
+class HorovodComm(_Names):
     """Horovod's collectives, under `horovodrun` (MPI or Gloo), `mpirun`, or alone."""
 
     def __init__(self) -> None:
+        super().__init__()
         _prepare_environment()
         import horovod.torch as hvd
 
@@ -131,8 +147,8 @@ class HorovodComm:
         messages = self.all_gather_async(message, "objects.messages").wait()
         return [pickle.loads(part.numpy().tobytes()) for part in messages.split(sizes)]
 
-    def barrier(self) -> None:
-        self.all_reduce_async(torch.zeros(1), "barrier").wait()
+    def barrier(self, name: str = "barrier") -> None:
+        self.all_reduce_async(torch.zeros(1), name).wait()
 
     def close(self) -> None:
         self._hvd.shutdown()
@@ -189,13 +205,14 @@ def _report_failure(error: BaseException, rank: int) -> None:
     print(f"rank {rank} failed and ends the job:\n{text}", file=sys.stderr, end="", flush=True)
 
 
-class LocalComm:
+class LocalComm(_Names):
     """One of several workers that are threads of one process: for tests and simulation.
 
     Made by `run_local`. Sums go in rank order, so results do not depend on who comes first.
     """
 
     def __init__(self, world: _LocalWorld, rank: int) -> None:
+        super().__init__()
         self._world, self.rank, self.world_size = world, rank, world.size
         self.local_rank, self.local_size = rank, world.size
         self._num_calls = 0
@@ -223,8 +240,8 @@ class LocalComm:
     def all_gather_object(self, value: Any) -> list[Any]:
         return list(self._start(value, "object")())
 
-    def barrier(self) -> None:
-        self._start(None, "barrier")()
+    def barrier(self, name: str = "barrier") -> None:
+        self._start(None, name)()
 
     def close(self) -> None:
         pass

@@ -7,6 +7,7 @@ Source: Lin et al. 2018 (arXiv:1712.01887), momentum correction and momentum fac
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -68,6 +69,11 @@ class Compensation:
         """Tensors only; this rank's, not the replica's."""
         return {"velocity": dict(self.velocity), "residual": dict(self.residual)}
 
-    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
-        self.velocity = {name: tensor.clone() for name, tensor in state["velocity"].items()}
-        self.residual = {name: tensor.clone() for name, tensor in state["residual"].items()}
+    def load_state_dict(
+        self, state: dict[str, dict[str, Tensor]], devices: Mapping[str, torch.device]
+    ) -> None:
+        """Take copies of what was saved, each on the device of its tensor."""
+        for kind, mine in (("velocity", self.velocity), ("residual", self.residual)):
+            mine.clear()
+            for name, tensor in state[kind].items():
+                mine[name] = tensor.to(devices[name], copy=True)

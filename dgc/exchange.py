@@ -157,6 +157,7 @@ class Exchange:
         self.buckets: list[Bucket] = []
         self.stats = StepStats()
         self._seed = seed
+        self._scope = comm.unique_name("exchange")  # two optimizers' buckets must not be confused
         self._generators: dict[torch.device, Generator] = {}
         self._bucket_of: dict[str, Bucket] = {}
         self._reset()
@@ -233,7 +234,7 @@ class Exchange:
         with self.stats.timed("pack"):
             flat = torch.cat([self._ready[spec.name] for spec in bucket.specs])
             self.stats.dense_bytes += flat.numel() * _DENSE_BYTES
-        return self.comm.all_reduce_async(flat, bucket.name)
+        return self.comm.all_reduce_async(flat, f"{self._scope}.{bucket.name}")
 
     def _start_sparse(self, bucket: Bucket) -> Handle:
         with self.stats.timed("select"):
@@ -242,7 +243,7 @@ class Exchange:
         with self.stats.timed("pack"):
             message = bucket.codec.encode(grads)
             self.stats.sparse_bytes += message.numel()
-        return self.comm.all_gather_async(message, bucket.name)
+        return self.comm.all_gather_async(message, f"{self._scope}.{bucket.name}")
 
     def _take_largest(self, spec: TensorSpec, plan: SparsityPlan, codec: Codec) -> SparseGrad:
         """Move the largest entries out of the residual, as the receivers will decode them."""
@@ -271,10 +272,12 @@ class Exchange:
 
     def state_dict(self) -> dict:
         """This rank's residuals, velocities and random states; not the replica's."""
-        generators = {str(d): generator.get_state() for d, generator in self._generators.items()}
+        generators = {d.type: generator.get_state() for d, generator in self._generators.items()}
         return {"compensation": self.compensation.state_dict(), "generators": generators}
 
     def load_state_dict(self, state: dict) -> None:
-        self.compensation.load_state_dict(state["compensation"])
+        devices = {s.name: s.device for bucket in self.buckets for s in bucket.specs}
+        self.compensation.load_state_dict(state["compensation"], devices)
         for device, generator in self._generators.items():
-            generator.set_state(state["generators"][str(device)])
+            if device.type in state["generators"]:  # else it was saved on another kind of device
+                generator.set_state(state["generators"][device.type])

@@ -40,10 +40,12 @@ class DistributedOptimizer(Optimizer):
     is then applied to the parameters as weight_decay / (1 - momentum): the same pull in the long
     run, and no third buffer (the predecessors keep one).
 
-    A parameter without a gradient in a step counts as zero on this rank. `step`, `synchronize` and
-    `set_density` are collective: all ranks must call them alike. Learning-rate schedulers may be
-    given this optimizer or the inner one; they share `param_groups`.
-    Raises: ValueError for parameters that are missing, double, or differ between ranks.
+    Rank 0's parameters are given to all when this is made; buffers, such as batch-norm statistics,
+    are the caller's. A parameter without a gradient in a step counts as zero on this rank. `step`,
+    `synchronize` and `set_density` are collective: all ranks must call them alike. Learning-rate
+    schedulers may be given this optimizer or the inner one; they share `param_groups`.
+    Raises: ValueError for parameters that are missing, double, or of other shapes on other ranks,
+        and for optimizers that evaluate the loss again within a step (LBFGS).
     """
 
     def __init__(
@@ -63,8 +65,13 @@ class DistributedOptimizer(Optimizer):
         self.micro_batches_per_step = _at_least_one(micro_batches_per_step)
         self._bucket_bytes = bucket_bytes
         self._named = _match_parameters(optimizer, named_parameters)
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise ValueError("LBFGS evaluates the loss within a step, where gradients are this "
+                             "rank's own; use an optimizer of one gradient a step")  # fmt: skip
         settings = (self.compression, micro_batches_per_step, bucket_bytes)
         _check_same_everywhere(comm, self._named, settings)
+        for name, parameter in self._named.items():
+            comm.broadcast(parameter.detach(), f"initial.{name}")
         self._num_backward = dict.fromkeys(self._named, 0)
         self._is_synchronized = False
         self._exchange = Exchange(
@@ -86,6 +93,12 @@ class DistributedOptimizer(Optimizer):
     @property
     def defaults(self) -> dict[str, Any]:
         return self.inner.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        raise NotImplementedError(
+            "the exchange is laid out once; add the group to the inner optimizer before, and make "
+            "the DistributedOptimizer anew"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's: equal on all ranks. See also `worker_state_dict`."""
@@ -174,9 +187,22 @@ class DistributedOptimizer(Optimizer):
                 "SGD's momentum was changed from 0 while the momentum correction has it, so it "
                 "would act twice; set momentum_correction=False, or leave the momentum alone"
             )
+        self._check_all_exchanged()
         with self.stats.timed("optimizer"):
             self.inner.step()
         return loss
+
+    def _check_all_exchanged(self) -> None:
+        """Refuse gradients that this rank would apply alone."""
+        exchanged = {id(parameter) for parameter in self._named.values()}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and id(parameter) not in exchanged:
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(parameter.shape)} has a gradient but did not "
+                        f"require one, or was not there, when the DistributedOptimizer was made; "
+                        f"make it anew after unfreezing or adding parameters"
+                    )
 
     def _make_hook(self, name: str) -> Callable[[Tensor], None]:
         def on_gradient(parameter: Tensor) -> None:

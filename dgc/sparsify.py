@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+_LOWERING = 0.8  # factor of a threshold that too few entries reach
+
 
 @dataclass(frozen=True)
 class SparseGrad:
@@ -88,7 +90,7 @@ def select_largest(residual_N: Tensor, plan: SparsityPlan, *, generator: Generat
             return indices_K[largest_indices(magnitude_N[indices_K], plan.k)]
         if indices_K.numel() >= fewest or threshold == 0:
             return indices_K
-        threshold *= fewest / plan.k
+        threshold *= _LOWERING
     return largest_indices(magnitude_N, plan.k)
 
 

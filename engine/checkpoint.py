@@ -140,8 +140,14 @@ class CheckpointFolder:
             )
 
     def _list_manifests(self) -> list[dict[str, Any]]:
-        paths = sorted(self._folder.glob("step-*.json"), reverse=True)
-        return [json.loads(path.read_text()) for path in paths]
+        """Return the manifests that can be read, newest first."""
+        manifests = []
+        for path in sorted(self._folder.glob("step-*.json"), reverse=True):
+            try:
+                manifests.append(json.loads(path.read_text()))
+            except (OSError, ValueError) as error:
+                print(f"skipped a damaged checkpoint: {path}: {error}", flush=True)
+        return manifests
 
     def _write_part(self, name: str, content: dict[str, Any]) -> dict[str, Any]:
         path = self._folder / name

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from engine import report
-from engine.checkpoint import CheckpointFolder
+from engine.checkpoint import CheckpointError, CheckpointFolder
 from engine.interfaces import Comm
 from engine.meters import AccuracyMeter, add_seconds, timed
-from engine.sampling import EpochSampler
+from engine.sampling import EpochSampler, seed_all
 from engine.state import RunState
 
 if TYPE_CHECKING:
@@ -41,28 +41,31 @@ class Trainer:
         sampler: EpochSampler,
         test_loader: DataLoader,
         folder: Path,
+        steps_per_epoch: int,
         flat_config: dict[str, Any],
+        config_changes: Callable[[dict[str, Any], dict[str, Any]], list[str]],
         reporter: report.Reporter | report.SilentReporter,
     ) -> None:
         self.run, self.state, self.comm, self.loss = run, state, comm, loss
         self.train_loader, self.sampler, self.test_loader = train_loader, sampler, test_loader
         self.flat_config, self.reporter = flat_config, reporter
         self.checkpoints = CheckpointFolder(folder / "checkpoints", comm, run.checkpoint.keep)
-        self.steps_per_epoch = len(train_loader) // run.train.micro_batches_per_step
+        self.steps_per_epoch, self._config_changes = steps_per_epoch, config_changes
         self.density = 1.0
 
     def train(self) -> None:
         """Take up the newest checkpoint, run what is left of the run, write result.json."""
         self._resume()
         self.reporter.start(self.state.progress.examples, self.flat_config)
-        if self.state.progress.epoch == self.run.train.num_epochs:
+        first_epoch = self.state.progress.epoch
+        if first_epoch == self.run.train.num_epochs:
             self.reporter.say("this run is complete; use --suffix for another")
         while self.state.progress.epoch < self.run.train.num_epochs:
             self._train_epoch()
             self._end_epoch()
-        self.reporter.result(
-            {**self.state.result(self.comm.world_size), "config": self.flat_config}
-        )
+        if first_epoch < self.run.train.num_epochs or not self.reporter.has_result:
+            result = self.state.result(self.comm.world_size)
+            self.reporter.result({**result, "config": self.flat_config})
         self.reporter.close()
 
     def evaluate(self) -> dict[str, float]:
@@ -88,6 +91,7 @@ class Trainer:
         loaded = self.checkpoints.load_latest()
         if loaded is None:
             torch.manual_seed(self.run.seed + self.comm.rank)  # ranks drop out different units
+            seed_all(self.run.seed + self.comm.rank)
             for name, tensor in self.state.model.state_dict().items():
                 self.comm.broadcast(tensor, f"initial.{name}")
             return
@@ -97,15 +101,10 @@ class Trainer:
         self.reporter.say(f"resuming after step {self.state.progress.step}")
 
     def _refuse_other_config(self, saved: dict[str, Any]) -> None:
-        now = self.flat_config
-        changed = [
-            f"{key}: {saved.get(key)!r} then, {now.get(key)!r} now"
-            for key in sorted(saved.keys() | now.keys())
-            if saved.get(key) != now.get(key)
-        ]
+        changed = self._config_changes(saved, self.flat_config)
         if changed:
-            raise SystemExit(
-                "this run's folder holds a checkpoint made with other settings:\n  "
+            raise CheckpointError(
+                "this run's folder holds a checkpoint made with other settings (then, now):\n  "
                 + "\n  ".join(changed)
                 + "\nUse --suffix to start another run, or delete the folder"
             )
@@ -207,14 +206,19 @@ class Trainer:
         self._tell_epoch(metrics, parameter_hash)
 
     def _average_buffers(self) -> None:
-        """Give every rank the mean of the ranks' batch statistics."""
-        floating = [b for b in self.state.model.buffers() if b.is_floating_point() and b.numel()]
-        if floating and self.comm.world_size > 1:
-            flat = torch.cat([b.float().reshape(-1) for b in floating])
+        """Give every rank the mean of the ranks' batch statistics; other buffers are constants."""
+        statistics = [
+            buffer
+            for module in self.state.model.modules()
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+            for buffer in (module.running_mean, module.running_var)
+        ]
+        if statistics:
+            flat = torch.cat([buffer.double() for buffer in statistics])
             flat = self.comm.all_reduce_async(flat, "buffers").wait() / self.comm.world_size
-            parts = flat.split([b.numel() for b in floating])
-            for buffer, mean in zip(floating, parts, strict=True):
-                buffer.copy_(mean.view_as(buffer))
+            parts = flat.split([buffer.numel() for buffer in statistics])
+            for buffer, mean in zip(statistics, parts, strict=True):
+                buffer.copy_(mean)
 
     def _check_replicas(self) -> str:
         """Return the parameters' hash. Raises RuntimeError, on every rank, if ranks disagree."""
@@ -247,6 +251,7 @@ class Trainer:
         )
 
     def _save(self, *, is_best: bool) -> None:
+        self.reporter.flush()
         shared = {**self.state.shared(), "config": self.flat_config}
         self.checkpoints.save(
             self.state.progress.step, shared, self.state.worker(), is_best=is_best

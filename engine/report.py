@@ -81,12 +81,12 @@ class Reporter:
     def start(self, first_example: int, config: Mapping[str, Any]) -> None:
         """Write config.json and open the events.
 
-        Those that a killed run wrote from `first_example` on are superseded.
+        Those that a killed run wrote beyond `first_example` are superseded.
         """
         from tensorboardX import SummaryWriter
 
         self._write("config.json", config)
-        self._writer = SummaryWriter(str(self._folder), purge_step=first_example or None)
+        self._writer = SummaryWriter(str(self._folder), purge_step=first_example + 1)
 
     def scalars(self, values: Mapping[str, float], example: int) -> None:
         for tag, value in values.items():
@@ -102,6 +102,14 @@ class Reporter:
         text = json.dumps(content, indent=2) + "\n"
         write_atomically(self._folder / name, lambda file: file.write(text.encode()))
 
+    @property
+    def has_result(self) -> bool:
+        return (self._folder / "result.json").exists()
+
+    def flush(self) -> None:
+        """Put the events on disk, so that they are no older than the checkpoint."""
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
 
@@ -109,8 +117,11 @@ class Reporter:
 class SilentReporter:
     """The other ranks' voice."""
 
+    has_result = False
+
     def start(self, first_example: int, config: Mapping[str, Any]) -> None: ...
     def scalars(self, values: Mapping[str, float], example: int) -> None: ...
     def say(self, text: str) -> None: ...
     def result(self, result: Mapping[str, Any]) -> None: ...
+    def flush(self) -> None: ...
     def close(self) -> None: ...

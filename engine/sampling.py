@@ -10,8 +10,33 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+
+def seed_all(seed: int) -> None:
+    """Seed the generators that models and transforms draw from on the CPU."""
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed costs 20 times as much
+    random.seed(seed)
+    numpy.random.seed(seed & 0xFFFFFFFF)
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of torch's, Python's and numpy's generators: tensors and plain values."""
+    _, keys, place, has_gauss, gauss = numpy.random.get_state()
+    return {
+        "torch": torch.default_generator.get_state(),
+        "python": random.getstate(),
+        "numpy": (torch.from_numpy(keys.astype("int64")), place, has_gauss, gauss),
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    torch.default_generator.set_state(states["torch"])
+    random.setstate(states["python"])
+    keys, *rest = states["numpy"]
+    numpy.random.set_state(("MT19937", keys.numpy().astype("uint32"), *rest))
 
 
 class SeededSamples(Dataset):
@@ -23,13 +48,10 @@ class SeededSamples(Dataset):
     def __getitem__(self, place: tuple[int, int]) -> Any:
         epoch, index = place
         seed = hash((self._seed, epoch, index)) & 0x7FFFFFFFFFFFFFFF
-        # torch.random.fork_rng would do the same, at a millisecond a sample
-        torch_state, python_state = torch.default_generator.get_state(), random.getstate()
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
+        before = random_states()
+        seed_all(seed)
         sample = self._dataset[index]
-        torch.default_generator.set_state(torch_state)
-        random.setstate(python_state)
+        set_random_states(before)
         return sample
 
 
@@ -77,6 +99,7 @@ def make_train_loader(
     dataset: Dataset[Any],
     *,
     batch_size: int,
+    micro_batches_per_step: int,
     rank: int,
     world_size: int,
     seed: int,
@@ -86,13 +109,14 @@ def make_train_loader(
 ) -> tuple[DataLoader, EpochSampler]:
     """Return a loader of whole batches of this rank's share, and the sampler that places it.
 
-    Raises: ValueError if an epoch holds less than one batch a rank.
+    Raises: ValueError if an epoch holds less than one step.
     """
     sampler = EpochSampler(len(dataset), rank, world_size, seed, samples_per_epoch)
-    if len(sampler) < batch_size:
+    if len(sampler) < batch_size * micro_batches_per_step:
         raise ValueError(
-            f"a rank's share of an epoch is {len(sampler)} samples, less than one batch of "
-            f"{batch_size}; lower configs.train.batch_size_per_rank (now {batch_size})"
+            f"a rank's share of an epoch is {len(sampler)} samples, less than one step of "
+            f"{micro_batches_per_step} x {batch_size}; lower configs.train.batch_size_per_rank or "
+            f"micro_batches_per_step, or raise configs.data.samples_per_epoch"
         )
     samples = SeededSamples(dataset, seed)
     loader = _loader(samples, sampler, batch_size, num_workers, pin_memory, drop_last=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LinearLR, LRScheduler
+from torch.optim.lr_scheduler import LinearLR, LRScheduler, ReduceLROnPlateau
 
 _LENGTH_NAMES = ("T_max", "total_iters", "total_steps")
 
@@ -45,6 +45,11 @@ class LearningRate:
             group["lr"] *= scale
         self._scheduler = None
         if make_scheduler is not None:
+            if scale != 1 and "max_lr" in getattr(make_scheduler, "keywords", {}):
+                raise ValueError(
+                    "a scheduler's max_lr is not multiplied by the workers; set "
+                    "configs.train.scale_lr_by_workers and lr_warmup_epochs to False and 0"
+                )
             length = max(1, (total_steps - self._warmup_steps) // self._stride)
             self._scheduler = _make(make_scheduler, optimizer, length)
         self._warmup = None
@@ -80,5 +85,7 @@ def _make(
     """Build the scheduler, filling in the run's length where it asks for one and none is set."""
     given = getattr(make_scheduler, "keywords", {})
     target = getattr(make_scheduler, "func", make_scheduler)
+    if target is ReduceLROnPlateau:
+        raise ValueError("ReduceLROnPlateau needs a metric at each move, which is not passed yet")
     asked = [name for name in _LENGTH_NAMES if name in inspect.signature(target).parameters]
     return make_scheduler(optimizer, **{name: length for name in asked if name not in given})

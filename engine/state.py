@@ -11,6 +11,7 @@ from torch import nn
 from engine import report
 from engine.interfaces import ExchangingOptimizer
 from engine.meters import AccuracyMeter
+from engine.sampling import random_states, set_random_states
 from engine.schedules import LearningRate
 
 _DENSE_BYTES = 4  # dense practice sends float32
@@ -29,6 +30,8 @@ class Progress:
     """Sent by this rank so far."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     """Of this rank, by phase, the phases within others counted twice; see seconds_per_step."""
+    peak_memory_bytes: int = 0
+    """Of this rank, over all the processes that it has been."""
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     """Name -> {"last": ..., "best": ...}."""
 
@@ -76,13 +79,16 @@ class RunState:
 
     def worker(self) -> dict[str, Any]:
         """Return what is this rank's own: tensors and plain values."""
+        progress = self.progress
+        peak = max(progress.peak_memory_bytes, report.peak_memory_bytes(self.device))
         own = {
             "exchange": self.optimizer.worker_state_dict(),
             "buffers": dict(self.model.named_buffers()),
             "train_sums": self.train_sums.sums,
-            "payload_bytes": self.progress.payload_bytes,
-            "phase_seconds": dict(self.progress.phase_seconds),
-            "random": torch.get_rng_state(),
+            "payload_bytes": progress.payload_bytes,
+            "phase_seconds": dict(progress.phase_seconds),
+            "peak_memory_bytes": peak,
+            "random": random_states(),
         }
         if self.device.type == "cuda":
             own["random_cuda"] = torch.cuda.get_rng_state(self.device)
@@ -96,13 +102,14 @@ class RunState:
         self.progress = Progress(**shared["progress"])
         self.progress.payload_bytes = worker["payload_bytes"]
         self.progress.phase_seconds = dict(worker["phase_seconds"])
+        self.progress.peak_memory_bytes = worker["peak_memory_bytes"]
         self.optimizer.set_epoch(self.progress.epoch)
         self.optimizer.load_worker_state_dict(worker["exchange"])
         for name, buffer in self.model.named_buffers():
             buffer.copy_(worker["buffers"][name])
         self.train_sums.sums.copy_(worker["train_sums"])
-        torch.set_rng_state(worker["random"])
-        if self.device.type == "cuda":
+        set_random_states(worker["random"])
+        if self.device.type == "cuda" and "random_cuda" in worker:
             torch.cuda.set_rng_state(worker["random_cuda"], self.device)
 
     @property
@@ -137,7 +144,9 @@ class RunState:
             "dense_bytes_per_step": self.dense_bytes_per_step,
             "seconds_per_step": progress.seconds_per_step(),
             "state_bytes": self.state_bytes(),
-            "peak_memory_bytes": report.peak_memory_bytes(self.device),
+            "peak_memory_bytes": max(
+                progress.peak_memory_bytes, report.peak_memory_bytes(self.device)
+            ),
             "parameter_hash": report.hash_all(hashes),
             "versions": report.versions(),
             "hardware": report.hardware(self.device),

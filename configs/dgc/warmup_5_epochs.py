@@ -7,3 +7,4 @@ from configs.schema import Run
 
 def configure(run: fdl.Config[Run]) -> None:
     run.dgc.density_warmup_epochs = 5
+    run.dgc.density_warmup = None

@@ -1,6 +1,8 @@
 """What happens when a rank fails, is killed, or was started differently: never a hang."""
 
 import os
+import random
+import re
 import signal
 import sys
 import time
@@ -67,7 +69,7 @@ def test_a_rank_killed_in_mid_epoch_ends_the_job_and_can_be_resumed(
     os.kill(rank_processes(job)[-1], signal.SIGKILL)
     outcome = job.wait(60)
     assert outcome.status != 0
-    assert outcome.output.strip(), "no message"
+    assert re.search(r"signal 9|Killed|status code (137|-9)", outcome.output), outcome.output
     resumed = runs.run(launcher=launcher, **settings)
     assert resumed.status == 0, resumed.output[-5000:]
     assert "resuming after step" in resumed.output
@@ -87,6 +89,29 @@ def test_a_job_killed_at_any_moment_resumes_to_the_same_bits(
     assert "resuming after step" in resumed.output
     assert runs.result()["parameter_hash"] == undisturbed_hash
     assert runs.result()["steps"] == 32
+
+
+def test_a_kill_at_a_random_time_with_all_the_machinery_is_resumed(runs, tmp_path):
+    """Accumulation, loader processes, a schedule by steps, clipping, and several kills."""
+    settings = {
+        "checkpoint__every_steps": 1,
+        "train__num_epochs": 2,
+        "train__batch_size_per_rank": 16,
+        "train__micro_batches_per_step": 2,
+        "train__schedule_lr_per": "step",
+        "data__num_workers_per_rank": 1,
+        "dgc__clip_norm": 1.0,
+    }
+    assert runs.run(runs="undisturbed", **settings).status == 0
+    moments = random.Random(0)
+    for step in (2, 9):
+        job = runs.start(**settings)
+        wait_for_step(tmp_path / "runs", step, job)
+        time.sleep(moments.random() / 2)
+        job.kill()
+    resumed = runs.run(**settings)
+    assert resumed.status == 0, resumed.output[-5000:]
+    assert runs.result()["parameter_hash"] == runs.result("undisturbed")["parameter_hash"]
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(runs):

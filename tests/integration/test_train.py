@@ -107,6 +107,7 @@ def test_accumulation_loaders_and_per_step_schedules_work_together(runs):
     [
         (["--configs.train.num_epoch", "3"], "did you mean 'num_epochs'?"),
         (["--configs.train.optimizer.lr=-1"], "Invalid learning rate"),
+        (["--configs.model.num_clases", "10"], "num_clases"),
         (["--devices", "gpu"], "torch sees no GPU"),
         (["--evaluate"], "Train first"),
     ],
@@ -132,7 +133,7 @@ def test_going_on_with_other_settings_is_refused(runs):
     assert runs.run().status == 0
     outcome = runs.run(train__optimizer__lr=0.07)
     assert outcome.status != 0
-    assert "configs.train.optimizer.lr: 0.05 then, 0.07 now" in outcome.output
+    assert "configs.train.optimizer.lr: 0.05 against 0.07" in outcome.output
     assert "--suffix" in outcome.output
 
 
@@ -141,7 +142,10 @@ def test_a_complete_run_says_so_and_keeps_its_result(runs):
     before = runs.result()
     outcome = runs.run(configs=DIGITS, train__num_epochs=1)
     assert "this run is complete" in outcome.output
+    assert runs.result() == before
+    (runs.folder() / "result.json").unlink()  # as if it had been killed just before writing it
+    assert runs.run(configs=DIGITS, train__num_epochs=1).status == 0
     after = runs.result()
-    assert after["parameter_hash"] == before["parameter_hash"]
-    assert after["metrics"] == before["metrics"]
-    assert after["seconds_per_step"] == before["seconds_per_step"]
+    for key in ("parameter_hash", "metrics", "seconds_per_step", "payload_bytes_per_step"):
+        assert after[key] == before[key]
+    assert after["peak_memory_bytes"] >= before["peak_memory_bytes"]

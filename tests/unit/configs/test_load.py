@@ -115,6 +115,40 @@ def test_a_wrong_file_is_named(tmp_path, source, complaint):
     assert str(path) in str(caught.value)
 
 
+def test_the_last_warmup_listed_counts():
+    def compression(*names):
+        return build([DIGITS, *(ROOT / f"configs/dgc/{name}.py" for name in names)]).dgc
+
+    assert compression("wm5o", "wm5").density_at(0) < 1
+    assert compression("wm5o", "wm0").density_at(0) == 0.001
+
+
+def test_a_file_may_define_classes_of_its_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "import dataclasses\n"
+        "@dataclasses.dataclass\n"
+        "class Mine:\n    size: int = 3\n"
+        "def configure(run): run.seed = Mine().size\n"
+    )
+    assert build([DIGITS, path]).seed == 3
+
+
+def test_values_without_a_lasting_name_are_refused(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def configure(run): run.train.scheduler.eta_min = object()\n")
+    with pytest.raises(load.ConfigError):
+        load.flatten(load.compose([DIGITS, path], {}))
+
+
+def test_moving_the_data_is_no_change_of_the_run():
+    one = load.flatten(load.compose([ROOT / "configs/cifar/resnet20.py"], {}))
+    other = one | {"configs.dataset.root": "/elsewhere", "configs.checkpoint.keep": 5}
+    assert load.changes(one, other) == []
+    assert load.changes(one, other | {"configs.seed": 1}) == ["configs.seed: 42 against 1"]
+
+
 def test_differences_name_the_settings():
     one, other = load.compose([DIGITS], {}), load.compose([DIGITS], {"seed": "1"})
     assert load.differences(load.flatten(one), load.flatten(other)) == [

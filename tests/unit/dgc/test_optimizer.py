@@ -244,6 +244,57 @@ def test_ranks_with_different_parameters_are_told_so():
         run_local(2, work)
 
 
+def test_everyone_starts_from_rank_0s_parameters():
+    def work(comm):
+        weight = nn.Parameter(torch.full((3, 4), float(comm.rank)))
+        DistributedOptimizer(torch.optim.SGD([weight], lr=0.1), [("w", weight)], comm=comm)
+        return weight.tolist()
+
+    assert run_local(2, work) == [[[0.0] * 4] * 3] * 2
+
+
+def test_gradients_that_would_not_be_exchanged_are_refused():
+    def work(comm):
+        model = make_model()
+        frozen = model[0].weight.requires_grad_(False)
+        optimizer = DistributedOptimizer(
+            torch.optim.Adam(model.parameters()), model.named_parameters(), comm=comm
+        )
+        backward(model, *next(batches(1, 1)))
+        optimizer.step()
+        frozen.requires_grad_(True)
+        optimizer.zero_grad()
+        backward(model, *next(batches(1, 1)))
+        with pytest.raises(RuntimeError, match="make it anew after unfreezing"):
+            optimizer.step()
+        with pytest.raises(NotImplementedError, match="laid out once"):
+            optimizer.add_param_group({"params": [frozen]})
+        with pytest.raises(ValueError, match="LBFGS"):
+            DistributedOptimizer(
+                torch.optim.LBFGS(model.parameters()), model.named_parameters(), comm=comm
+            )
+
+    run_local(1, work)
+
+
+def test_two_optimizers_exchange_at_the_same_time():
+    """As in a generative adversarial network: one backward, two optimizers."""
+
+    def work(comm):
+        weights = [nn.Parameter(torch.ones(3, 4)) for _ in range(2)]
+        optimizers = [
+            DistributedOptimizer(torch.optim.SGD([w], lr=1.0), [("w", w)], comm=comm)
+            for w in weights
+        ]
+        names = {optimizer._exchange._scope for optimizer in optimizers}
+        (weights[0].sum() + 2 * weights[1].sum()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        return sorted(names), [w.mean().item() for w in weights]
+
+    assert run_local(2, work) == [(["exchange0", "exchange1"], [0.0, -1.0])] * 2
+
+
 def test_ranks_with_different_settings_are_told_so():
     def work(comm):
         model = make_model()

@@ -87,6 +87,13 @@ def test_a_save_that_was_cut_short_is_as_if_it_had_not_begun(tmp_path):
     assert not list(tmp_path.glob("step-00000002*"))
 
 
+def test_a_damaged_manifest_gives_way_to_the_one_before(tmp_path, capsys):
+    save(tmp_path, [1, 2])
+    (tmp_path / "step-00000002.json").write_bytes(b"")
+    assert [shared for shared, _ in load(tmp_path)] == [{"step": 1}] * 2
+    assert "skipped a damaged checkpoint" in capsys.readouterr().out
+
+
 def test_another_number_of_ranks_is_refused_with_the_remedy(tmp_path):
     save(tmp_path, [1], num_ranks=2)
     with pytest.raises(CheckpointError, match="was written by 2 ranks and this job has 3"):

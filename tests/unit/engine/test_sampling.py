@@ -1,26 +1,36 @@
 import random
 
+import numpy
 import pytest
 import torch
 from torch.utils.data import Dataset
 
-from engine.sampling import SeededSamples, make_eval_loader, make_train_loader
+from engine.sampling import (
+    SeededSamples,
+    make_eval_loader,
+    make_train_loader,
+    random_states,
+    seed_all,
+    set_random_states,
+)
 
 
 class Noisy(Dataset):
-    """Samples whose augmentation draws from both global random states."""
+    """Samples whose augmentation draws from all global random states."""
 
     def __len__(self):
         return 103
 
     def __getitem__(self, index):
-        return torch.tensor([index, torch.rand(()).item(), random.random()])
+        draws = [torch.rand(()).item(), random.random(), numpy.random.rand()]
+        return torch.tensor([index, *draws])
 
 
 def loader(rank=0, world_size=2, num_workers=0, limit=None, batch_size=8):
     return make_train_loader(
         Noisy(), batch_size=batch_size, rank=rank, world_size=world_size, seed=1,
         num_workers=num_workers, samples_per_epoch=limit, pin_memory=False,
+        micro_batches_per_step=1,
     )  # fmt: skip
 
 
@@ -54,14 +64,18 @@ def test_augmentation_differs_between_epochs():
 
 
 def test_loading_leaves_the_models_random_states_alone():
-    torch.manual_seed(5)
-    random.seed(5)
-    expected = torch.rand(3), random.random()
-    torch.manual_seed(5)
-    random.seed(5)
+    seed_all(5)
+    expected = torch.rand(3).tolist(), random.random(), numpy.random.rand()
+    seed_all(5)
     epoch_of(loader(), 0)
-    assert torch.equal(torch.rand(3), expected[0])
-    assert random.random() == expected[1]
+    assert (torch.rand(3).tolist(), random.random(), numpy.random.rand()) == expected
+
+
+def test_random_states_survive_a_file(tmp_path):
+    torch.save(random_states(), tmp_path / "states.pt")
+    expected = torch.rand(3).tolist(), random.random(), numpy.random.rand()
+    set_random_states(torch.load(tmp_path / "states.pt", weights_only=True))
+    assert (torch.rand(3).tolist(), random.random(), numpy.random.rand()) == expected
 
 
 def test_samples_per_epoch_limits_all_ranks_together():

@@ -69,6 +69,18 @@ def test_resuming_continues_to_the_bit(resume_at, per):
     assert rates(60, make_scheduler=make_scheduler, per=per, resume_at=resume_at) == undisturbed
 
 
+@pytest.mark.parametrize(
+    ("make_scheduler", "complaint"),
+    [
+        (torch.optim.lr_scheduler.ReduceLROnPlateau, "needs a metric"),
+        (partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1), "max_lr is not multiplied"),
+    ],
+)
+def test_schedulers_that_would_go_wrong_are_refused(make_scheduler, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        rates(1, make_scheduler=make_scheduler)
+
+
 def test_its_state_is_plain_values(tmp_path):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
     for make_scheduler in (CosineAnnealingLR, partial(MultiStepLR, milestones=[1])):
