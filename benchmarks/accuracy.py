@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, extra: list[str], density: float, seed: int
     asked = load.flatten(load.compose([ROOT / file for file in files], overrides))
     if changed := load.changes(result["config"], asked):
         sys.exit(f"{folder} is of another run; name another --runs:\n" + "\n".join(changed))
-    return result | {"folder": str(folder)}
+    return result | {"folder": folder.name}
 
 
 def without_dgc(words: list[str]) -> list[str]:
@@ -136,7 +136,7 @@ def draw(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for color, row in enumerate(rows):
         for number, folder in enumerate(row["folders"]):
-            points = sorted(read_scalars(Path(folder), METRIC).items())
+            points = sorted(read_scalars(ROOT / options.runs / folder, METRIC).items())
             label = "dense" if row["density"] == 1 else f"density {row['density']:g}"
             axes.plot(*zip(*points, strict=True), color=f"C{color}",
                       label=None if number else label)  # fmt: skip
