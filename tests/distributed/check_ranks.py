@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from dgc import Compression, DistributedOptimizer
-from dgc.comm import horovod_job, run_local
+from dgc.comm import horovod_job
+from dgc.local import run_local
 
 NUM_STEPS, BATCH = 8, 16
 

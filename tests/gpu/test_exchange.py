@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dgc import Compression
-from dgc.comm import run_local
 from dgc.compensate import Compensation
 from dgc.exchange import Exchange, TensorSpec
+from dgc.local import run_local
 
 pytestmark = pytest.mark.gpu
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from dgc import Compression
-from dgc.comm import run_local
 from dgc.compensate import Compensation
 from dgc.exchange import Exchange, TensorSpec, dense_is_cheaper, plan_buckets
+from dgc.local import run_local
 
 CPU = torch.device("cpu")
 

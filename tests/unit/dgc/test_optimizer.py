@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dgc import Compression, DistributedOptimizer
-from dgc.comm import run_local
+from dgc.local import run_local
 
 FEATURES, CLASSES, BATCH = 20, 5, 8
 

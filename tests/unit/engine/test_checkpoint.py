@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from dgc.comm import run_local
+from dgc.local import run_local
 from engine.checkpoint import CheckpointError, CheckpointFolder, write_atomically
 
 

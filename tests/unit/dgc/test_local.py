@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dgc.comm import run_local
+from dgc.local import run_local
 
 
 def test_sums_and_gathers_go_in_rank_order():
