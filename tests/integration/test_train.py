@@ -148,4 +148,5 @@ def test_a_complete_run_says_so_and_keeps_its_result(runs):
     after = runs.result()
     for key in ("parameter_hash", "metrics", "seconds_per_step", "payload_bytes_per_step"):
         assert after[key] == before[key]
-    assert after["peak_memory_bytes"] >= before["peak_memory_bytes"]
+    # The checkpoint knows the peak up to itself; a process that trains nothing is far below it.
+    assert after["peak_memory_bytes"] > 0.95 * before["peak_memory_bytes"]
