@@ -127,8 +127,11 @@ class HorovodComm(Names):
 
     def broadcast(self, tensor: Tensor, name: str) -> None:
         if tensor.numel():
-            handle = self._hvd.broadcast_async(tensor, root_rank=0, name=name)
-            tensor.copy_(_HorovodHandle(self._hvd, handle, name).wait())
+            # As bytes: so that bfloat16 goes too.
+            wire = tensor.contiguous().reshape(-1).view(torch.uint8)
+            handle = self._hvd.broadcast_async(wire, root_rank=0, name=name)
+            received = _HorovodHandle(self._hvd, handle, name).wait()
+            tensor.copy_(received.view(tensor.dtype).view_as(tensor))
 
     def broadcast_object(self, value: Any) -> Any:
         message = _pickled(value if self.rank == 0 else None)

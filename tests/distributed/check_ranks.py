@@ -22,6 +22,11 @@ def check_collectives(comm):
     counts = torch.bincount(joined.long()).tolist()
     assert counts == [8 * (rank + 1) for rank in range(comm.world_size)]
     assert joined.diff().min() >= 0, "not in rank order"
+    for dtype in (torch.bfloat16, torch.float32, torch.int64, torch.bool):
+        for shape in ((), (3, 5), (0,)):
+            given = torch.full(shape, comm.rank == 0, dtype=dtype)
+            comm.broadcast(given, f"{dtype}{shape}")
+            assert (given == 1).all(), f"{dtype} {shape} is not rank 0's"
     for value in ({"a": comm.rank}, [comm.rank], None if comm.rank else "only rank 0 has this"):
         assert len(comm.all_gather_object(value)) == comm.world_size
         expected = {"a": 0} if isinstance(value, dict) else [0]
