@@ -65,6 +65,7 @@ class DistributedOptimizer(Optimizer):
         self.micro_batches_per_step = _at_least_one(micro_batches_per_step)
         self._bucket_bytes = bucket_bytes
         self._named = _match_parameters(optimizer, named_parameters)
+        self._exchanged = {id(parameter) for parameter in self._named.values()}
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("LBFGS evaluates the loss within a step, where gradients are this "
                              "rank's own; use an optimizer of one gradient a step")  # fmt: skip
@@ -194,10 +195,9 @@ class DistributedOptimizer(Optimizer):
 
     def _check_all_exchanged(self) -> None:
         """Refuse gradients that this rank would apply alone."""
-        exchanged = {id(parameter) for parameter in self._named.values()}
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and id(parameter) not in exchanged:
+                if parameter.grad is not None and id(parameter) not in self._exchanged:
                     raise RuntimeError(
                         f"a parameter of shape {tuple(parameter.shape)} has a gradient but did not "
                         f"require one, or was not there, when the DistributedOptimizer was made; "

@@ -80,14 +80,13 @@ class RunState:
     def worker(self) -> dict[str, Any]:
         """Return what is this rank's own: tensors and plain values."""
         progress = self.progress
-        peak = max(progress.peak_memory_bytes, report.peak_memory_bytes(self.device))
         own = {
             "exchange": self.optimizer.worker_state_dict(),
             "buffers": dict(self.model.named_buffers()),
             "train_sums": self.train_sums.sums,
             "payload_bytes": progress.payload_bytes,
             "phase_seconds": dict(progress.phase_seconds),
-            "peak_memory_bytes": peak,
+            "peak_memory_bytes": self.peak_memory_bytes,
             "random": random_states(),
         }
         if self.device.type == "cuda":
@@ -111,6 +110,11 @@ class RunState:
         set_random_states(worker["random"])
         if self.device.type == "cuda" and "random_cuda" in worker:
             torch.cuda.set_rng_state(worker["random_cuda"], self.device)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most that this rank took, in this process or those before it."""
+        return max(self.progress.peak_memory_bytes, report.peak_memory_bytes(self.device))
 
     @property
     def dense_bytes_per_step(self) -> int:
@@ -144,9 +148,7 @@ class RunState:
             "dense_bytes_per_step": self.dense_bytes_per_step,
             "seconds_per_step": progress.seconds_per_step(),
             "state_bytes": self.state_bytes(),
-            "peak_memory_bytes": max(
-                progress.peak_memory_bytes, report.peak_memory_bytes(self.device)
-            ),
+            "peak_memory_bytes": self.peak_memory_bytes,
             "parameter_hash": report.hash_all(hashes),
             "versions": report.versions(),
             "hardware": report.hardware(self.device),
