@@ -1,0 +1,1 @@
+"""Operations that dgc and optim share: one schema each, three implementations. See kernels.ops."""

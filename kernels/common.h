@@ -1,0 +1,175 @@
+// The arithmetic and the hash, written once: host.cpp and device.cu include this file.
+//
+// Everything is float32 and rounded operation by operation (both compilers are told not to fuse a
+// multiplication with an addition), so that the implementations agree to the bit wherever the order of
+// a sum is defined. Nothing is included here: NVRTC has no standard headers.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FN __device__ __forceinline__
+#else
+#define FN inline __attribute__((always_inline))
+#endif
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+// ---- 16-bit floats: parameters and gradients may have them, state never does ----------------------
+
+struct bf16 { u16 bits; };
+struct f16 { u16 bits; };
+
+FN u32 as_bits(float x) {
+#if defined(__CUDACC__)
+    return __float_as_uint(x);
+#else
+    u32 bits;
+    __builtin_memcpy(&bits, &x, 4);
+    return bits;
+#endif
+}
+
+FN float as_float(u32 bits) {
+#if defined(__CUDACC__)
+    return __uint_as_float(bits);
+#else
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+#endif
+}
+
+FN float widen(float x) { return x; }
+
+FN float widen(bf16 x) { return as_float((u32)x.bits << 16); }
+
+FN float widen(f16 x) {
+    u32 magnitude = (u32)(x.bits & 0x7fff) << 13;
+    float finite = as_float(magnitude) * 5.192296858534828e33f;  // 2^112 moves the exponent's bias
+    u32 bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : as_bits(finite);
+    return as_float(bits | (u32)(x.bits & 0x8000) << 16);
+}
+
+template <class T> FN T narrow(float x);
+
+template <> FN float narrow<float>(float x) { return x; }
+
+// To the nearest, ties to even, as torch rounds; NaN stays NaN.
+template <> FN bf16 narrow<bf16>(float x) {
+    u32 bits = as_bits(x);
+    u32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+    bf16 result = {(u16)((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded)};
+    return result;
+}
+
+template <> FN f16 narrow<f16>(float x) {
+    u32 bits = as_bits(x), magnitude = bits & 0x7fffffffu;
+    u32 normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
+    u32 subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000u;  // 0.5's last bit is f16's
+    u32 half = magnitude < 0x38800000u ? subnormal : normal;
+    half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+    half = magnitude > 0x7f800000u ? 0x7e00u : half;
+    f16 result = {(u16)(half | ((bits >> 16) & 0x8000u))};
+    return result;
+}
+
+// ---- the hash ------------------------------------------------------------------------------------
+
+// Chris Wellons' lowbias32: every input bit flips every output bit with a chance close to one half.
+FN u32 mix(u32 x) {
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    x ^= x >> 16;
+    return x;
+}
+
+// The low bit is the sign, the high bits choose the bucket: see bucket_of and sign_of.
+FN u32 hash_row(i64 row, i64 seed) {
+    return mix(mix((u32)row ^ (u32)(u64)seed) ^ (u32)((u64)seed >> 32));
+}
+
+FN i64 bucket_of(u32 hash, i64 width) { return (i64)(((u64)hash * (u64)width) >> 32); }
+
+FN float sign_of(u32 hash) { return (hash & 1) ? -1.0f : 1.0f; }
+
+// ---- estimates from a sketch's `depth` buckets -----------------------------------------------------
+
+FN float smaller(float a, float b) { return a < b ? a : b; }
+FN float larger(float a, float b) { return a > b ? a : b; }
+
+FN void order(float &a, float &b) {
+    float low = smaller(a, b);
+    b = larger(a, b);
+    a = low;
+}
+
+template <int DEPTH> FN float minimum_of(const float *x) {
+    float least = x[0];
+    for (int j = 1; j < DEPTH; j++) least = smaller(x[j], least);
+    return least;
+}
+
+// An even depth takes the mean of the two in the middle.
+template <int DEPTH> FN float median_of(const float *x) {
+    if (DEPTH == 1) return x[0];
+    if (DEPTH == 2) return (x[0] + x[1]) * 0.5f;
+    float a = x[0], b = x[1], c = x[2];
+    if (DEPTH == 3) {
+        order(a, b);
+        return larger(a, smaller(b, c));
+    }
+    float d = x[DEPTH > 3 ? 3 : 0];
+    order(a, b);
+    order(c, d);
+    float low = larger(a, c), high = smaller(b, d);  // of four, the two in the middle
+    if (DEPTH == 4) return (low + high) * 0.5f;
+    float e = x[DEPTH > 4 ? 4 : 0];
+    order(low, high);
+    return larger(low, smaller(high, e));
+}
+
+// ---- the rule --------------------------------------------------------------------------------------
+
+// Mirrors kernels.ops.Rule field by field; all floats.
+struct Rule {
+    float lr, decay, weight_decay, sign;
+    float first_beta, first_gain, first_decay, first_scale;
+    float second_beta, second_gain, second_decay, second_scale;
+    float eps_inside, eps_outside;
+};
+
+enum First { FIRST_NONE, FIRST_BEFORE, FIRST_AFTER, FIRST_SKETCH };
+enum Second { SECOND_NONE, SECOND_FULL, SECOND_COVER, SECOND_COVER_I, SECOND_FACTORED, SECOND_SKETCH };
+
+// The gradient that the statistics see: of the loss (or of minus it), with coupled weight decay.
+FN float oriented(float grad, float param, const Rule &r) {
+    float g = r.sign * grad, pulled = g + r.weight_decay * param;
+    return r.weight_decay != 0.0f ? pulled : g;
+}
+
+FN float average_first(float old, float x, const Rule &r) {
+    return r.first_beta * old + r.first_gain * x;
+}
+
+FN float average_second(float old, float g, const Rule &r) {
+    return r.second_beta * old + r.second_gain * (g * g);
+}
+
+// 0 / 0 is 0: an entry that has never had a gradient does not move, whatever eps is.
+FN float preconditioned(float numerator, float nu, const Rule &r) {
+    float root = sqrtf(nu * r.second_scale + r.eps_inside) + r.eps_outside;
+    float quotient = numerator / root;
+    return root == 0.0f ? 0.0f : quotient;
+}
+
+FN float moved(float param, float update, const Rule &r) { return param * r.decay - r.lr * update; }
+
+// How much of its rows' estimates a count-min bucket gives up at once. `count` rows share it in this
+// step; beyond 1 / count it would give up more than it holds.
+FN float bounded_decay(float decay, i64 count) {
+    return decay * (float)count <= 1.0f ? decay : 1.0f / (float)count;
+}

@@ -1,0 +1,627 @@
+// The operations of ops.py for CPU tensors. Plain C++ with OpenMP, which runs on torch's own threads
+// (see build.py); loaded through ctypes, so nothing of torch or Python is included.
+//
+// Memory is read and written once where the structure allows it (none, full, SM3-II). Where the estimate
+// needs this step's gradients first (SM3-I, factored, sketches) the gradient is read twice; a sketch is
+// walked in blocks of columns, small enough that the block's part of the table stays in the cache.
+// No result depends on the number of threads.
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "common.h"
+
+namespace {
+
+// ---- what ops.py hands over; host.py mirrors both ---------------------------------------------------
+
+struct SketchArgs {
+    float *values;  // (depth, width, dim)
+    const i64 *seeds;
+    i64 depth, width;
+};
+
+struct StepArgs {
+    void *param;        // (n, m)
+    const void *grad;   // (k, m); of elements: (k,) float32
+    const i64 *at;      // (k,) rows, or flat elements; null: every row
+    i64 n, m, k;
+    int dtype, first, second, threads;
+    float *first_values;                // full, velocity
+    float *second_values;               // full
+    float *row, *col;                   // cover, factored
+    SketchArgs first_table, second_table;
+    Rule rule;
+};
+
+const i64 PARALLEL_FROM = 1 << 15;  // elements; below, starting threads costs more than it saves
+
+inline int ordered_bits(float x) { return (int)(as_bits(x) & 0x7fffffffu); }  // of x >= 0, or NaN
+inline int max_of(int a, int b) { return a > b ? a : b; }
+
+// ---- the innermost loop: one stretch of one row ------------------------------------------------------
+
+// Where the estimate of the second moment comes from while a row is walked. COVER also finds the new
+// accumulators; LOWER and OUTER were fed before; GIVEN was queried from a sketch into `nu`.
+enum Source { NOTHING, FULL, COVER, COVER_ROW, LOWER, ROW, OUTER, GIVEN };
+
+struct Stretch {
+    float *m;          // first moment or velocity, or its estimate
+    float *nu;         // full second moment, or the estimate
+    const float *col;  // cover; of OUTER: relative to the mean
+    int *col_max;
+    float row;
+    int row_max;
+};
+
+template <class T, First F, Source S>
+void walk(T *__restrict p, const T *__restrict g, i64 length, Stretch &s, const Rule rule) {
+    float *__restrict m = s.m, *__restrict v = s.nu;
+    const float *__restrict col = s.col;
+    int *__restrict col_max = s.col_max;
+    const float row = s.row;
+    int row_max = 0;
+#pragma omp simd reduction(max : row_max)
+    for (i64 j = 0; j < length; j++) {
+        float pj = widen(p[j]), gj = oriented(widen(g[j]), pj, rule), x = gj;
+        if (F == FIRST_BEFORE) m[j] = average_first(m[j], gj, rule);
+        if (F == FIRST_BEFORE || F == FIRST_SKETCH) x = m[j] * rule.first_scale;
+        if (S != NOTHING) {
+            float nu = row;
+            if (S == FULL) nu = v[j] = average_second(v[j], gj, rule);
+            if (S == GIVEN) nu = v[j];
+            if (S == LOWER) nu = smaller(row, col[j]);
+            if (S == OUTER) nu = row * col[j];
+            if (S == COVER || S == COVER_ROW) {
+                nu = average_second(S == COVER ? smaller(row, col[j]) : row, gj, rule);
+                int bits = ordered_bits(nu);
+                row_max = max_of(row_max, bits);
+                col_max[j] = max_of(col_max[j], bits);
+            }
+            x = preconditioned(x, nu, rule);
+        }
+        if (F == FIRST_AFTER) x = m[j] = average_first(m[j], x, rule);
+        p[j] = narrow<T>(moved(pj, x, rule));
+    }
+    s.row_max = row_max;
+}
+
+// ---- sketches ----------------------------------------------------------------------------------------
+
+// out[c] = estimate of one item from its buckets in `cells`.
+template <int DEPTH, bool SIGNED>
+void estimate(const float *const *cells, const float *sign, i64 length, float *__restrict out) {
+    const float *a[DEPTH];
+    float s[DEPTH];
+    for (int j = 0; j < DEPTH; j++) a[j] = cells[j], s[j] = SIGNED ? sign[j] : 1.0f;
+#pragma omp simd
+    for (i64 c = 0; c < length; c++) {
+        float x[DEPTH];
+        for (int j = 0; j < DEPTH; j++) x[j] = SIGNED ? a[j][c] * s[j] : a[j][c];
+        out[c] = SIGNED ? median_of<DEPTH>(x) : minimum_of<DEPTH>(x);
+    }
+}
+
+// sums[j][c] += sign (gain x - rate estimate), the estimate from the buckets as they were.
+template <int DEPTH, bool SIGNED>
+void feed(const float *const *cells, float *const *sums, const float *sign, const float *rate,
+          const float *__restrict x, float gain, i64 length) {
+    const float *a[DEPTH];
+    float *b[DEPTH], s[DEPTH], r[DEPTH];
+    for (int j = 0; j < DEPTH; j++)
+        a[j] = cells[j], b[j] = sums[j], s[j] = SIGNED ? sign[j] : 1.0f, r[j] = rate[j];
+#pragma GCC ivdep
+    for (i64 c = 0; c < length; c++) {
+        float y[DEPTH];
+        for (int j = 0; j < DEPTH; j++) y[j] = SIGNED ? a[j][c] * s[j] : a[j][c];
+        float q = SIGNED ? median_of<DEPTH>(y) : minimum_of<DEPTH>(y), gx = gain * x[c];
+        for (int j = 0; j < DEPTH; j++) {
+            float change = gx - r[j] * q;
+            b[j][c] += SIGNED ? change * s[j] : change;
+        }
+    }
+}
+
+typedef void (*Estimate)(const float *const *, const float *, i64, float *);
+typedef void (*Feed)(const float *const *, float *const *, const float *, const float *, const float *,
+                     float, i64);
+const Estimate estimates[2][5] = {
+    {estimate<1, false>, estimate<2, false>, estimate<3, false>, estimate<4, false>, estimate<5, false>},
+    {estimate<1, true>, estimate<2, true>, estimate<3, true>, estimate<4, true>, estimate<5, true>}};
+const Feed feeds[2][5] = {{feed<1, false>, feed<2, false>, feed<3, false>, feed<4, false>, feed<5, false>},
+                          {feed<1, true>, feed<2, true>, feed<3, true>, feed<4, true>, feed<5, true>}};
+
+// The buckets that k items hash to. `slot` numbers those that occur, so that a block of columns of just
+// these can be copied together; an item's are slot[i * depth + j].
+struct Buckets {
+    SketchArgs table;
+    bool is_signed;
+    i64 dim, k, num_slots = 0;
+    std::vector<i64> address;  // of a slot: where its first column is in the table
+    std::vector<int> slot;
+    std::vector<float> sign, rate;
+
+    // Rows `at` (null: 0..k-1), whole; or with `columns` > 0 elements of a tensor that is so wide.
+    Buckets(const SketchArgs &t, bool is_signed_, i64 dim_, const i64 *at, i64 k_, i64 columns, float decay)
+        : table(t), is_signed(is_signed_), dim(columns ? 1 : dim_), k(k_), slot(k * t.depth),
+          sign(k * t.depth), rate(k * t.depth) {
+        std::vector<i64> cell(k * t.depth);
+        for (i64 i = 0; i < k; i++)
+            for (i64 j = 0; j < t.depth; j++) {
+                i64 position = at ? at[i] : i, row = columns ? position / columns : position;
+                u32 hash = hash_row(row, t.seeds[j]);
+                i64 bucket = j * t.width + bucket_of(hash, t.width);
+                cell[i * t.depth + j] = columns ? bucket * columns + position % columns : bucket * dim;
+                sign[i * t.depth + j] = sign_of(hash);
+            }
+        number(cell);
+        share(decay);
+    }
+
+    // Number the cells in the order in which they occur first, through an open hash table.
+    void number(const std::vector<i64> &cell) {
+        size_t size = 16;
+        while (size < 2 * cell.size()) size *= 2;
+        std::vector<int> found(size, -1);
+        for (size_t i = 0; i < cell.size(); i++) {
+            size_t h = mix((u32)cell[i] ^ mix((u32)(cell[i] >> 32))) & (size - 1);
+            while (found[h] >= 0 && address[found[h]] != cell[i]) h = (h + 1) & (size - 1);
+            if (found[h] < 0) found[h] = (int)num_slots++, address.push_back(cell[i]);
+            slot[i] = found[h];
+        }
+    }
+
+    // Each item's decay, bounded where many share a bucket that must not fall below 0.
+    void share(float decay) {
+        std::vector<int> count(num_slots, 0);
+        for (int s : slot) count[s]++;
+        for (size_t i = 0; i < slot.size(); i++)
+            rate[i] = is_signed ? decay : bounded_decay(decay, count[slot[i]]);
+    }
+
+    // How many columns to take at once: what keeps two copies of the block in half a megabyte or so.
+    i64 block(i64 m) const {
+        i64 fitting = (1 << 17) / (num_slots > 0 ? num_slots : 1) / 16 * 16;
+        return fitting < 16 ? 16 : fitting < m ? fitting : m;
+    }
+};
+
+// One block of columns of the buckets: as they were, then as they are after all items were fed.
+struct Block {
+    const Buckets &b;
+    i64 begin, length;
+    std::vector<float> cells, sums;
+
+    Block(const Buckets &b_, i64 begin_, i64 length_)
+        : b(b_), begin(begin_), length(length_), cells(b.num_slots * length),
+          sums(b.num_slots * length, 0.0f) {
+        for (i64 s = 0; s < b.num_slots; s++)
+            memcpy(&cells[s * length], b.table.values + b.address[s] + begin, length * sizeof(float));
+    }
+
+    void feed_item(i64 i, const float *x, float gain) {
+        const float *from[5];
+        float *to[5];
+        for (i64 j = 0, s; j < b.table.depth; j++) {
+            s = b.slot[i * b.table.depth + j] * length;
+            from[j] = &cells[s], to[j] = &sums[s];
+        }
+        const float *sign = &b.sign[i * b.table.depth], *rate = &b.rate[i * b.table.depth];
+        feeds[b.is_signed][b.table.depth - 1](from, to, sign, rate, x, gain, length);
+    }
+
+    void fold() {
+        for (i64 s = 0; s < b.num_slots; s++) {
+            float *__restrict cell = &cells[s * length], *__restrict sum = &sums[s * length];
+            for (i64 c = 0; c < length; c++) cell[c] += sum[c];
+            if (!b.is_signed)
+                for (i64 c = 0; c < length; c++) cell[c] = cell[c] < 0.0f ? 0.0f : cell[c];
+            memcpy(b.table.values + b.address[s] + begin, cell, length * sizeof(float));
+        }
+    }
+
+    void query(i64 i, float *out) const {
+        const float *from[5];
+        for (i64 j = 0; j < b.table.depth; j++) from[j] = &cells[b.slot[i * b.table.depth + j] * length];
+        estimates[b.is_signed][b.table.depth - 1](from, &b.sign[i * b.table.depth], length, out);
+    }
+};
+
+// ---- statistics that are fed before the walk ----------------------------------------------------------
+
+template <class T> struct Rows {
+    const StepArgs &a;
+    i64 row(i64 i) const { return a.at ? a.at[i] : i; }
+    T *param(i64 i) const { return (T *)a.param + row(i) * a.m; }
+    const T *grad(i64 i) const { return (const T *)a.grad + i * a.m; }
+
+    // x[c] = the oriented gradient, or its square, of columns begin.. of item i.
+    void read(i64 i, i64 begin, i64 length, bool squared, float *__restrict x) const {
+        const T *__restrict p = param(i) + begin, *__restrict g = grad(i) + begin;
+        const Rule rule = a.rule;
+        if (rule.weight_decay == 0.0f)
+            for (i64 c = 0; c < length; c++) x[c] = rule.sign * widen(g[c]);
+        else
+            for (i64 c = 0; c < length; c++) x[c] = oriented(widen(g[c]), widen(p[c]), rule);
+        if (squared)
+            for (i64 c = 0; c < length; c++) x[c] = x[c] * x[c];
+    }
+};
+
+// SM3-I: each accumulator is raised by the largest square of its slice.
+template <class T> void feed_cover_i(const StepArgs &a) {
+    Rows<T> rows{a};
+    const Rule &r = a.rule;
+    std::vector<float> x(a.m);
+    std::vector<int> col_max(a.m, 0);
+    for (i64 i = 0; i < a.k; i++) {
+        rows.read(i, 0, a.m, true, x.data());
+        int row_max = 0;
+#pragma omp simd reduction(max : row_max)
+        for (i64 j = 0; j < a.m; j++) {
+            int bits = ordered_bits(x[j]);
+            row_max = max_of(row_max, bits);
+            col_max[j] = max_of(col_max[j], bits);
+        }
+        float &row = a.row[rows.row(i)];
+        row = row * r.second_beta + as_float(row_max) * r.second_gain;
+    }
+    for (i64 j = 0; j < a.m; j++) {
+        float raised = a.col[j] * r.second_beta + as_float(col_max[j]) * r.second_gain;
+        a.col[j] = a.at ? larger(a.col[j], raised) : raised;
+    }
+}
+
+// Columns as multiples of their mean; all 0 before the first gradient.
+std::vector<float> relative(const float *col, i64 m) {
+    double sum = 0;
+    for (i64 j = 0; j < m; j++) sum += col[j];
+    const float mean = (float)(sum / (double)m);
+    std::vector<float> result(m, 0.0f);
+    if (mean > 0.0f)
+        for (i64 j = 0; j < m; j++) result[j] = col[j] / mean;
+    return result;
+}
+
+// Sums over stretches of 64 columns are float32, in 16 lanes; the rest of a row's sum is double.
+double sum_of(const float *x, i64 length) {
+    double total = 0;
+    i64 j = 0;
+    for (; j + 64 <= length; j += 64) {
+        float lane[16];
+        for (int l = 0; l < 16; l++) lane[l] = (x[j + l] + x[j + 16 + l]) + (x[j + 32 + l] + x[j + 48 + l]);
+        float half[8];
+        for (int l = 0; l < 8; l++) half[l] = lane[l] + lane[l + 8];
+        total += (double)((half[0] + half[4]) + (half[1] + half[5])) +
+                 (double)((half[2] + half[6]) + (half[3] + half[7]));
+    }
+    for (; j < length; j++) total += x[j];
+    return total;
+}
+
+// Rows and columns learn the means of the squares. 32 rows at a time add to the columns in float32, each
+// such group by one thread, and the groups in double, in order: the threads do not show in the result.
+template <class T> void feed_factored(const StepArgs &a) {
+    const i64 GROUP = 32, groups = (a.k + GROUP - 1) / GROUP, SPAN = 64;
+    Rows<T> rows{a};
+    const Rule &r = a.rule;
+    const bool is_dense = !a.at;
+    const std::vector<float> prior = is_dense ? std::vector<float>() : relative(a.col, a.m);
+    std::vector<double> total(a.m, 0.0);
+    const int threads = a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
+    for (i64 first = 0; first < groups; first += SPAN) {  // so many partial sums are held at once
+        const i64 last = first + SPAN < groups ? first + SPAN : groups;
+        std::vector<float> partial((last - first) * a.m, 0.0f);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+        for (i64 group = first; group < last; group++) {
+            std::vector<float> x(a.m);
+            float *__restrict sums = &partial[(group - first) * a.m];
+            for (i64 i = group * GROUP; i < a.k && i < (group + 1) * GROUP; i++) {
+                rows.read(i, 0, a.m, true, x.data());
+                float &row = a.row[rows.row(i)];
+                if (is_dense)
+                    for (i64 j = 0; j < a.m; j++) sums[j] += x[j];
+                else
+                    for (i64 j = 0; j < a.m; j++)
+                        sums[j] += r.second_gain * x[j] - r.second_decay * (row * prior[j]);
+                const float mean = (float)(sum_of(x.data(), a.m) / (double)a.m);
+                row = row * r.second_beta + mean * r.second_gain;
+            }
+        }
+        for (i64 group = first; group < last; group++)
+            for (i64 j = 0; j < a.m; j++) total[j] += partial[(group - first) * a.m + j];
+    }
+    for (i64 j = 0; j < a.m; j++) {
+        const float mean = (float)(total[j] / (double)a.n);
+        if (is_dense) a.col[j] = a.col[j] * r.second_beta + mean * r.second_gain;
+        else a.col[j] = larger(a.col[j] + mean, 0.0f);
+    }
+}
+
+// ---- a step of whole rows ------------------------------------------------------------------------------
+
+struct Estimates {  // of the sketches' block at hand; null where there is none
+    const Block *first, *second;
+};
+
+// Walk items i0..i1 in columns begin..begin+length. col_max collects a cover's new columns, row_max (one
+// for an item) its new rows.
+template <class T, First F, Source S>
+void walk_rows(const StepArgs &a, i64 i0, i64 i1, i64 begin, i64 length, const float *col,
+               const Estimates &e, int *col_max, int *row_max) {
+    Rows<T> rows{a};
+    std::vector<float> m(e.first ? length : 0), nu(e.second ? length : 0);
+    for (i64 i = i0; i < i1; i++) {
+        const i64 row = rows.row(i), offset = row * a.m + begin;
+        Stretch s = {};
+        if (F == FIRST_BEFORE || F == FIRST_AFTER) s.m = a.first_values + offset;
+        if (F == FIRST_SKETCH) e.first->query(i, s.m = m.data());
+        if (S == FULL) s.nu = a.second_values + offset;
+        if (S == GIVEN) e.second->query(i, s.nu = nu.data());
+        if (S != NOTHING && S != FULL && S != GIVEN) s.row = a.row[row], s.col = col + begin;
+        if (S == COVER || S == COVER_ROW) s.col_max = col_max + begin;
+        walk<T, F, S>(rows.param(i) + begin, rows.grad(i) + begin, length, s, a.rule);
+        if (S == COVER || S == COVER_ROW) row_max[i] = max_of(row_max[i], s.row_max);
+    }
+}
+
+typedef void (*WalkRows)(const StepArgs &, i64, i64, i64, i64, const float *, const Estimates &, int *, int *);
+
+template <class T, First F> WalkRows choose_source(Source s) {
+    switch (s) {
+        case FULL: return walk_rows<T, F, FULL>;
+        case COVER: return walk_rows<T, F, COVER>;
+        case COVER_ROW: return walk_rows<T, F, COVER_ROW>;
+        case LOWER: return walk_rows<T, F, LOWER>;
+        case ROW: return walk_rows<T, F, ROW>;
+        case OUTER: return walk_rows<T, F, OUTER>;
+        case GIVEN: return walk_rows<T, F, GIVEN>;
+        default: return walk_rows<T, F, NOTHING>;
+    }
+}
+
+template <class T> WalkRows choose_walk(int first, Source s) {
+    switch (first) {
+        case FIRST_BEFORE: return choose_source<T, FIRST_BEFORE>(s);
+        case FIRST_AFTER: return choose_source<T, FIRST_AFTER>(s);
+        case FIRST_SKETCH: return choose_source<T, FIRST_SKETCH>(s);
+        default: return choose_source<T, FIRST_NONE>(s);
+    }
+}
+
+Source source_of(const StepArgs &a) {
+    switch (a.second) {
+        case SECOND_FULL: return FULL;
+        case SECOND_COVER: return a.at ? COVER_ROW : COVER;
+        case SECOND_COVER_I: return a.at ? ROW : LOWER;
+        case SECOND_FACTORED: return OUTER;
+        case SECOND_SKETCH: return GIVEN;
+        default: return NOTHING;
+    }
+}
+
+// Without a sketch: threads share the rows. Each finds its own columns' maxima; a maximum of maxima does
+// not depend on who found which.
+template <class T> void step_by_rows(const StepArgs &a, const float *col, int *col_max, int *row_max) {
+    const WalkRows walk_all = choose_walk<T>(a.first, source_of(a));
+    const int threads = a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
+    const i64 CHUNK = 32, chunks = (a.k + CHUNK - 1) / CHUNK;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        std::vector<int> own(col_max ? a.m : 0, 0);
+#pragma omp for schedule(static)
+        for (i64 c = 0; c < chunks; c++) {
+            const i64 end = (c + 1) * CHUNK < a.k ? (c + 1) * CHUNK : a.k;
+            walk_all(a, c * CHUNK, end, 0, a.m, col, Estimates{}, own.data(), row_max);
+        }
+#pragma omp critical
+        for (size_t j = 0; j < own.size(); j++) col_max[j] = max_of(col_max[j], own[j]);
+    }
+}
+
+// With a sketch: threads share the blocks of columns, and each feeds and walks all items of its block. A
+// cover beside a sketched first moment has maxima of rows that blocks would share: one thread then.
+template <class T> void step_by_columns(const StepArgs &a, const Buckets *first, const Buckets *second,
+                                        const float *col, int *col_max, int *row_max) {
+    const WalkRows walk_all = choose_walk<T>(a.first, source_of(a));
+    const Rows<T> rows{a};
+    i64 size = a.m;
+    if (first) size = first->block(size);
+    if (second) size = second->block(size);
+    const i64 blocks = (a.m + size - 1) / size;
+    const int threads = col_max || a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (i64 block = 0; block < blocks; block++) {
+        const i64 begin = block * size, length = begin + size < a.m ? size : a.m - begin;
+        std::vector<float> x(length);
+        std::vector<Block> fed;
+        fed.reserve(2);
+        for (const Buckets *b : {first, second}) {
+            if (!b) continue;
+            const bool squared = b == second;
+            fed.emplace_back(*b, begin, length);
+            for (i64 i = 0; i < a.k; i++) {
+                rows.read(i, begin, length, squared, x.data());
+                fed.back().feed_item(i, x.data(), squared ? a.rule.second_gain : a.rule.first_gain);
+            }
+            fed.back().fold();
+        }
+        const Estimates e{first ? &fed.front() : nullptr, second ? &fed.back() : nullptr};
+        walk_all(a, 0, a.k, begin, length, col, e, col_max, row_max);
+    }
+}
+
+template <class T> void step_rows(const StepArgs &a) {
+    if (a.second == SECOND_COVER_I) feed_cover_i<T>(a);
+    if (a.second == SECOND_FACTORED) feed_factored<T>(a);
+    std::vector<float> scaled;
+    if (a.second == SECOND_FACTORED) scaled = relative(a.col, a.m);
+    const float *col = a.second == SECOND_FACTORED ? scaled.data() : a.col;
+    const bool covers = a.second == SECOND_COVER;
+    std::vector<int> col_max(covers ? a.m : 0, 0), row_max(covers ? a.k : 0, 0);
+    int *cm = covers ? col_max.data() : nullptr, *rm = row_max.data();
+    const Rule &r = a.rule;
+    if (a.first == FIRST_SKETCH && a.second == SECOND_SKETCH) {
+        const Buckets first(a.first_table, true, a.m, a.at, a.k, 0, r.first_decay);
+        const Buckets second(a.second_table, false, a.m, a.at, a.k, 0, r.second_decay);
+        step_by_columns<T>(a, &first, &second, col, cm, rm);
+    } else if (a.first == FIRST_SKETCH) {
+        const Buckets first(a.first_table, true, a.m, a.at, a.k, 0, r.first_decay);
+        step_by_columns<T>(a, &first, nullptr, col, cm, rm);
+    } else if (a.second == SECOND_SKETCH) {
+        const Buckets second(a.second_table, false, a.m, a.at, a.k, 0, r.second_decay);
+        step_by_columns<T>(a, nullptr, &second, col, cm, rm);
+    } else {
+        step_by_rows<T>(a, col, cm, rm);
+    }
+    if (!covers) return;
+    for (i64 i = 0; i < a.k; i++) a.row[a.at ? a.at[i] : i] = as_float(row_max[i]);
+    for (i64 j = 0; j < a.m; j++)
+        a.col[j] = as_float(a.at ? max_of(ordered_bits(a.col[j]), col_max[j]) : col_max[j]);
+}
+
+// ---- a step of single elements: few, so plain loops over arrays of k ------------------------------------
+
+typedef std::vector<float> Floats;
+
+void feed_and_query(const SketchArgs &table, bool is_signed, const StepArgs &a, const Floats &x, float gain,
+                    float decay, Floats &out) {
+    const Buckets buckets(table, is_signed, 1, a.at, a.k, a.m, decay);
+    Block block(buckets, 0, 1);
+    for (i64 i = 0; i < a.k; i++) block.feed_item(i, &x[i], gain);
+    block.fold();
+    for (i64 i = 0; i < a.k; i++) block.query(i, &out[i]);
+}
+
+// Accumulators can only rise: the elements of their slices that did not come are still below them.
+void cover_elements(const StepArgs &a, const Floats &g, Floats &nu) {
+    const bool is_first_variant = a.second == SECOND_COVER_I;
+    Floats rows(a.k), cols(a.k);
+    for (i64 e = 0; e < a.k; e++) {
+        const float row = a.row[a.at[e] / a.m], col = a.col[a.at[e] % a.m];
+        nu[e] = average_second(smaller(row, col), g[e], a.rule);
+        rows[e] = is_first_variant ? average_second(row, g[e], a.rule) : nu[e];
+        cols[e] = is_first_variant ? average_second(col, g[e], a.rule) : nu[e];
+    }
+    for (i64 e = 0; e < a.k; e++) {
+        float &row = a.row[a.at[e] / a.m], &col = a.col[a.at[e] % a.m];
+        row = as_float(max_of(ordered_bits(row), ordered_bits(rows[e])));
+        col = as_float(max_of(ordered_bits(col), ordered_bits(cols[e])));
+    }
+    if (is_first_variant)
+        for (i64 e = 0; e < a.k; e++) nu[e] = smaller(a.row[a.at[e] / a.m], a.col[a.at[e] % a.m]);
+}
+
+void factored_elements(const StepArgs &a, const Floats &g, Floats &nu) {
+    const Rule &r = a.rule;
+    Floats prior = relative(a.col, a.m);
+    std::vector<double> change(a.k), col_change(a.m, 0.0);
+    for (i64 e = 0; e < a.k; e++) {
+        const float square = g[e] * g[e], old = a.row[a.at[e] / a.m] * prior[a.at[e] % a.m];
+        change[e] = (double)square * r.second_gain - (double)old * r.second_decay;
+        col_change[a.at[e] % a.m] += change[e];
+    }
+    for (i64 e = 0; e < a.k;) {  // ascending: a row's elements lie together
+        const i64 row = a.at[e] / a.m;
+        double sum = 0;
+        for (; e < a.k && a.at[e] / a.m == row; e++) sum += change[e];
+        a.row[row] = larger(a.row[row] + (float)(sum / (double)a.m), 0.0f);
+    }
+    for (i64 j = 0; j < a.m; j++)
+        if (col_change[j] != 0.0) a.col[j] = larger(a.col[j] + (float)(col_change[j] / (double)a.n), 0.0f);
+    prior = relative(a.col, a.m);
+    for (i64 e = 0; e < a.k; e++) nu[e] = a.row[a.at[e] / a.m] * prior[a.at[e] % a.m];
+}
+
+void second_of_elements(const StepArgs &a, const Floats &g, Floats &nu) {
+    if (a.second == SECOND_FULL)
+        for (i64 e = 0; e < a.k; e++) {
+            float &v = a.second_values[a.at[e]];
+            nu[e] = v = average_second(v, g[e], a.rule);
+        }
+    if (a.second == SECOND_COVER || a.second == SECOND_COVER_I) cover_elements(a, g, nu);
+    if (a.second == SECOND_FACTORED) factored_elements(a, g, nu);
+    if (a.second == SECOND_SKETCH) {
+        Floats square(a.k);
+        for (i64 e = 0; e < a.k; e++) square[e] = g[e] * g[e];
+        feed_and_query(a.second_table, false, a, square, a.rule.second_gain, a.rule.second_decay, nu);
+    }
+}
+
+template <class T> void step_some(const StepArgs &a) {
+    const Rule rule = a.rule;
+    T *param = (T *)a.param;
+    const float *grad = (const float *)a.grad;
+    Floats g(a.k), x(a.k), nu(a.k);
+    for (i64 e = 0; e < a.k; e++) x[e] = g[e] = oriented(grad[e], widen(param[a.at[e]]), rule);
+    if (a.first == FIRST_SKETCH)
+        feed_and_query(a.first_table, true, a, g, rule.first_gain, rule.first_decay, x);
+    if (a.first == FIRST_BEFORE)
+        for (i64 e = 0; e < a.k; e++) {
+            float &m = a.first_values[a.at[e]];
+            x[e] = m = average_first(m, g[e], rule);
+        }
+    if (a.first == FIRST_SKETCH || a.first == FIRST_BEFORE)
+        for (i64 e = 0; e < a.k; e++) x[e] *= rule.first_scale;
+    second_of_elements(a, g, nu);
+    for (i64 e = 0; e < a.k; e++) {
+        T &p = param[a.at[e]];
+        float update = a.second == SECOND_NONE ? x[e] : preconditioned(x[e], nu[e], rule);
+        if (a.first == FIRST_AFTER) {
+            float &u = a.first_values[a.at[e]];
+            update = u = average_first(u, update, rule);
+        }
+        p = narrow<T>(moved(widen(p), update, rule));
+    }
+}
+
+}  // namespace
+
+// ---- what ctypes calls -----------------------------------------------------------------------------------
+
+extern "C" {
+
+// Tells whether host.py's idea of the structures is this one's.
+i64 parsimony_sizes(int which) { return which ? sizeof(SketchArgs) : sizeof(StepArgs); }
+
+void parsimony_step(const StepArgs *a) {
+    if (a->dtype == 0) step_rows<float>(*a);
+    if (a->dtype == 1) step_rows<bf16>(*a);
+    if (a->dtype == 2) step_rows<f16>(*a);
+}
+
+void parsimony_step_elements(const StepArgs *a) {
+    if (a->dtype == 0) step_some<float>(*a);
+    if (a->dtype == 1) step_some<bf16>(*a);
+    if (a->dtype == 2) step_some<f16>(*a);
+}
+
+// Insert gain x - decay query.
+void parsimony_sketch_update(const SketchArgs *table, int is_signed, i64 dim, const i64 *rows,
+                             const float *x, i64 k, float gain, float decay, int threads) {
+    const Buckets buckets(*table, is_signed != 0, dim, rows, k, 0, decay);
+    const i64 size = buckets.block(dim), blocks = (dim + size - 1) / size;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && k * dim >= PARALLEL_FROM)
+    for (i64 b = 0; b < blocks; b++) {
+        const i64 begin = b * size, length = begin + size < dim ? size : dim - begin;
+        Block block(buckets, begin, length);
+        for (i64 i = 0; i < k; i++) block.feed_item(i, x + i * dim + begin, gain);
+        block.fold();
+    }
+}
+
+void parsimony_sketch_query(const SketchArgs *table, int is_signed, i64 dim, const i64 *rows, float *out,
+                            i64 k, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && k * dim >= PARALLEL_FROM)
+    for (i64 i = 0; i < k; i++) {
+        const float *cells[5];
+        float sign[5];
+        for (i64 j = 0; j < table->depth; j++) {
+            u32 hash = hash_row(rows[i], table->seeds[j]);
+            cells[j] = table->values + (j * table->width + bucket_of(hash, table->width)) * dim;
+            sign[j] = sign_of(hash);
+        }
+        estimates[is_signed != 0][table->depth - 1](cells, sign, dim, out + i * dim);
+    }
+}
+}

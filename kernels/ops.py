@@ -1,0 +1,335 @@
+"""Operations on tensors and their compressed state: what each takes, checked here and only here.
+
+Three implementations stand behind every operation and agree: `kernels.reference` (plain torch, the
+specification), `kernels.host` (C++, for CPU tensors) and `kernels.device` (CUDA). "native", the
+default, is C++ or CUDA, whichever the tensors are on; "reference" works on any device. `use` or the
+environment variable PARSIMONY_KERNELS chooses; nothing falls back to another by itself.
+
+Shapes: n rows of m columns make the parameter's 2-D view; k of its rows, or of its elements, arrive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+MAX_DEPTH = 5
+MAX_ROWS = 2**31
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IMPLEMENTATIONS = ("native", "reference")
+
+
+class Rule(ctypes.Structure):
+    """The scalars of one update, held as float32; common.h has the same fields in the same order.
+
+    With g = sign * gradient + weight_decay * p (coupled decay; `sign` -1 maximizes):
+        first moment   m  <- first_beta m + first_gain g          (of the update, for a Velocity)
+        second moment  nu <- second_beta nu + second_gain g^2
+        p <- decay p - lr (first_scale m) / (sqrt(second_scale nu + eps_inside) + eps_outside)
+    where 0 / 0 is 0. A sketch inserts gain x - (its decay) query instead: for an average that forgets
+    both betas are 1 - decay, for a sum decay is 0. The defaults make plain gradient descent.
+    """
+
+    _fields_ = [  # noqa: RUF012 (what ctypes asks for)
+        (name, ctypes.c_float)
+        for name in (
+            *("lr", "decay", "weight_decay", "sign"),
+            *("first_beta", "first_gain", "first_decay", "first_scale"),
+            *("second_beta", "second_gain", "second_decay", "second_scale"),
+            *("eps_inside", "eps_outside"),
+        )
+    ]
+
+    def __init__(self, lr: float, **scalars: float) -> None:
+        ones = ("decay", "sign", "first_beta", "first_gain", "first_scale")
+        ones += ("second_beta", "second_gain", "second_scale")
+        super().__init__(lr=lr, **{**dict.fromkeys(ones, 1.0), **scalars})
+        unknown = set(scalars) - {name for name, _ in self._fields_}
+        if unknown:
+            raise TypeError(f"Rule has no {', '.join(sorted(unknown))}")
+
+
+@dataclass(frozen=True)
+class Full:
+    """One float32 for each element: values (n, m)."""
+
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Velocity:
+    """A first moment of the preconditioned updates instead of the gradients: values (n, m)."""
+
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Cover:
+    """SM3's accumulators: row (n,), col (m,); variant "II" or "I" of the paper."""
+
+    row: Tensor
+    col: Tensor
+    variant: str = "II"
+
+
+@dataclass(frozen=True)
+class Factored:
+    """Row means (n,) and column means (m,) of the squared gradients."""
+
+    row: Tensor
+    col: Tensor
+
+
+@dataclass(frozen=True)
+class Table:
+    """A sketch over rows: values (depth, width, m) float32, seeds (depth,) int64 on the CPU.
+
+    Signed: a count-sketch, whose estimate is the median; otherwise a count-min sketch.
+    """
+
+    values: Tensor
+    seeds: Tensor
+    signed: bool
+
+
+First = Full | Velocity | Table | None
+Second = Full | Cover | Factored | Table | None
+
+_chosen = os.environ.get("PARSIMONY_KERNELS", "native")
+
+
+def implementation() -> str:
+    """Return which implementation operations now run on: "native" or "reference"."""
+    return _chosen
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Run the operations within the `with` block on the implementation of that name."""
+    global _chosen
+    _check_implementation(name)
+    before, _chosen = _chosen, name
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def sketch_insert(table: Table, rows: Tensor, values: Tensor) -> None:
+    """Add values (k, m) float32 to the buckets of rows (k,) int64, in order; rows may repeat.
+
+    A bucket's values are summed in the order of `rows` before they are added to it, so that the
+    result does not depend on threads or devices.
+    """
+    _check_table(table, values.shape[-1], values.device)
+    _check_rows(rows, values)
+    _run(table.values).sketch_insert(table, rows, values)
+
+
+def sketch_query(table: Table, rows: Tensor) -> Tensor:
+    """Return the estimates (k, m) float32 for rows (k,) int64."""
+    _check_table(table, table.values.shape[-1], rows.device)
+    _check_rows(rows, None)
+    return _run(table.values).sketch_query(table, rows)
+
+
+def sketch_update(
+    table: Table, rows: Tensor, values: Tensor, *, gain: float = 1.0, decay: float = 0.0
+) -> None:
+    """Insert gain * values - decay * query(rows), every query being of the sketch as it was.
+
+    Source: Spring et al. 2019, Algorithms 2-4. Differs: rows that arrive together are queried
+    together; and where `count` of them share a count-min bucket and decay * count is above 1, the
+    bucket gives up estimate / count instead of decay * estimate for each, so that it cannot fall
+    below 0, which would make the next step infinite.
+    """
+    _check_table(table, values.shape[-1], values.device)
+    _check_rows(rows, values)
+    _run(table.values).sketch_update(table, rows, values, gain, decay)
+
+
+def step(
+    param: Tensor,
+    grad: Tensor,
+    rule: Rule,
+    *,
+    first: First = None,
+    second: Second = None,
+    rows: Tensor | None = None,
+) -> None:
+    """Update state and parameter (n, m) in place from a gradient: dense (n, m), or rows of it (k, m).
+
+    `rows` (k,) int64, ascending and unique, are the only ones that are read or written, with what
+    their state shares. `grad` has the parameter's dtype; state and arithmetic are float32.
+
+    How a row-sparse gradient meets state that rows share: a Cover's estimate is that of the row
+    accumulator alone and its column accumulators can only rise (DESIGN.md, section 5); Factored
+    columns change by what the arriving rows change, (1/n) sum (gain g^2 - decay nu); sketches query,
+    then insert.
+    """
+    _check_parameter(param, grad, rows)
+    if grad.dtype != param.dtype:
+        raise ValueError(f"grad is {grad.dtype}; allowed: the parameter's dtype, {param.dtype}")
+    _check_first(first, param)
+    _check_second(second, param)
+    if grad.numel() > 0:
+        _run(param).step(param, grad, rule, first, second, rows)
+
+
+def step_elements(
+    param: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    rule: Rule,
+    *,
+    first: First = None,
+    second: Second = None,
+) -> None:
+    """Update state and parameter (n, m) in place where elements of the gradient arrive.
+
+    `indices` (k,) int64 into the flattened parameter, ascending and unique; `values` (k,) float32. A
+    Cover's accumulators can only rise; Factored rows and columns change by what the arriving elements
+    change; a sketch is queried and fed in the columns that arrived.
+    """
+    _check_tensor("param", param, param.device, PARAMETER_DTYPES, 2)
+    _check_tensor("values", values, param.device, (torch.float32,), 1)
+    _check_positions("indices", indices, values.shape[0], param.numel(), param.device)
+    _check_first(first, param)
+    _check_second(second, param)
+    if values.numel() > 0:
+        _run(param).step_elements(param, values, indices, rule, first, second)
+
+
+# ---- choice of implementation ----------------------------------------------------------------------
+
+
+def _check_implementation(name: str) -> None:
+    if name not in IMPLEMENTATIONS:
+        allowed = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"kernel implementation {name!r}; allowed: {allowed} (PARSIMONY_KERNELS)")
+
+
+def _run(tensor: Tensor) -> ModuleType:
+    """Return the module that implements the operations on this tensor's device."""
+    _check_implementation(_chosen)
+    if _chosen == "reference":
+        return importlib.import_module("kernels.reference")
+    if tensor.device.type == "cpu":
+        return importlib.import_module("kernels.host")
+    if tensor.device.type == "cuda":
+        return importlib.import_module("kernels.device")
+    raise ValueError(
+        f"no native kernels for device {tensor.device}; allowed: cpu, cuda. "
+        "PARSIMONY_KERNELS=reference, or kernels.ops.use('reference'), runs on any"
+    )
+
+
+# ---- checks ----------------------------------------------------------------------------------------
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], dim: int
+) -> None:
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} is {tensor.dtype}; allowed: {', '.join(map(str, dtypes))}")
+    if tensor.dim() != dim:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {dim} dimensions")
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; allowed: {device}, as the other tensors")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}; allowed: contiguous (.contiguous())")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    _check_tensor(name, tensor, device, (torch.float32,), len(shape))
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {shape}")
+
+
+def _check_parameter(param: Tensor, grad: Tensor, rows: Tensor | None) -> None:
+    _check_tensor("param", param, param.device, PARAMETER_DTYPES, 2)
+    _check_tensor("grad", grad, param.device, PARAMETER_DTYPES, 2)
+    num_rows = param.shape[0]
+    if num_rows > MAX_ROWS:
+        raise ValueError(f"param has {num_rows} rows; allowed: up to {MAX_ROWS}")
+    if rows is not None:
+        num_rows = rows.shape[0]
+        _check_positions("rows", rows, num_rows, param.shape[0], param.device)
+    if tuple(grad.shape) != (num_rows, param.shape[1]):
+        allowed = (num_rows, param.shape[1])
+        raise ValueError(f"grad has shape {tuple(grad.shape)}; allowed: {allowed}")
+
+
+def _check_positions(
+    name: str, positions: Tensor, length: int, bound: int, device: torch.device
+) -> None:
+    """Ascending, unique and in range; on a GPU this waits for the device."""
+    _check_tensor(name, positions, device, (torch.int64,), 1)
+    if positions.shape[0] != length:
+        raise ValueError(f"{name} has {positions.shape[0]} entries for {length} values")
+    if length == 0:
+        return
+    if int(positions[0]) < 0 or int(positions[-1]) >= bound:
+        raise ValueError(f"{name} lie in {int(positions[0])}..{int(positions[-1])}; allowed: "
+                         f"0..{bound - 1}")  # fmt: skip
+    if not bool((positions[1:] > positions[:-1]).all()):
+        raise ValueError(f"{name} are not ascending and unique; coalesce the gradient first")
+
+
+def _check_rows(rows: Tensor, values: Tensor | None) -> None:
+    """Rows of a sketch: any order, repeats allowed."""
+    _check_tensor("rows", rows, rows.device, (torch.int64,), 1)
+    if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= MAX_ROWS):
+        raise ValueError(f"rows lie in {int(rows.min())}..{int(rows.max())}; allowed: "
+                         f"0..{MAX_ROWS - 1}")  # fmt: skip
+    if values is not None:
+        _check_tensor("values", values, rows.device, (torch.float32,), 2)
+        if values.shape[0] != rows.shape[0]:
+            raise ValueError(f"{rows.shape[0]} rows for {values.shape[0]} rows of values")
+
+
+def _check_table(table: Table, num_columns: int, device: torch.device) -> None:
+    _check_tensor("table", table.values, device, (torch.float32,), 3)
+    depth, width, dim = table.values.shape
+    if not 1 <= depth <= MAX_DEPTH:
+        raise ValueError(f"the sketch has depth {depth}; allowed: 1 to {MAX_DEPTH}")
+    if not 1 <= width < MAX_ROWS:
+        raise ValueError(f"the sketch has width {width}; allowed: 1 to {MAX_ROWS - 1}")
+    if dim != num_columns:
+        raise ValueError(f"the sketch has dim {dim}; allowed: {num_columns}, as the rows")
+    _check_tensor("seeds", table.seeds, torch.device("cpu"), (torch.int64,), 1)
+    if table.seeds.shape[0] != depth:
+        raise ValueError(f"the sketch has {table.seeds.shape[0]} seeds; allowed: its depth, {depth}")
+
+
+def _check_first(first: First, param: Tensor) -> None:
+    match first:
+        case Full() | Velocity():
+            _check_shape("first moment", first.values, tuple(param.shape), param.device)
+        case Table():
+            _check_table(first, param.shape[1], param.device)
+            if not first.signed:
+                raise ValueError("a first moment has both signs; its sketch must be signed")
+
+
+def _check_second(second: Second, param: Tensor) -> None:
+    match second:
+        case Full():
+            _check_shape("second moment", second.values, tuple(param.shape), param.device)
+        case Cover() | Factored():
+            _check_shape("row", second.row, (param.shape[0],), param.device)
+            _check_shape("col", second.col, (param.shape[1],), param.device)
+            if isinstance(second, Cover) and second.variant not in ("I", "II"):
+                raise ValueError(f"SM3 variant {second.variant!r}; allowed: I, II")
+        case Table():
+            _check_table(second, param.shape[1], param.device)
+            if second.signed:
+                raise ValueError("a second moment's sketch is a count-min sketch, without signs")

@@ -1,0 +1,272 @@
+"""The operations in plain torch: the specification, and the implementation for any device.
+
+Every product, sum, root and quotient is float32 and rounded by itself, sums over rows that share a
+bucket are taken in the order of the rows, and the means of Factored in float64; so the native
+implementations equal this one to the bit, except Factored, which they equal to rounding.
+Tensors as large as the gradient come and go here; see kernels.ops for what each operation means.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.ops import Cover, Factored, First, Full, Rule, Second, Table, Velocity
+
+# ---- sketches --------------------------------------------------------------------------------------
+
+
+def _mix(x: Tensor) -> Tensor:
+    """common.h's `mix`, on 32-bit numbers held as int64."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & 0xFFFFFFFF
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def hash_rows(table: Table, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's bucket (depth, k) int64, counted through all of the table, and its sign."""
+    depth, width, _ = table.values.shape
+    buckets, signs = [], []
+    for j, seed in enumerate(table.seeds.tolist()):
+        low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+        hashed = _mix(_mix((rows & 0xFFFFFFFF) ^ low) ^ high)
+        buckets.append(j * width + ((hashed * width) >> 32))
+        signs.append(1.0 - 2.0 * (hashed & 1).float())
+    return torch.stack(buckets), torch.stack(signs)
+
+
+def _ordered_sum(slots: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum values (k, ...) that share a slot, one after another in their order, starting from 0.
+
+    Returns: the slots that occur, ascending; their sums; how many values each has.
+    """
+    unique, inverse, counts = slots.unique(return_inverse=True, return_counts=True)
+    order = inverse.argsort(stable=True)
+    starts = (counts.cumsum(0) - counts)[inverse[order]]
+    turn = torch.arange(len(order), device=order.device) - starts
+    sums = values.new_zeros(len(unique), *values.shape[1:])
+    for i in range(int(counts.max()) if len(counts) else 0):
+        items = order[turn == i]
+        sums[inverse[items]] += values[items]
+    return unique, sums, counts
+
+
+def _estimate(table: Table, candidates: Tensor) -> Tensor:
+    """Return the minimum over axis 0, or the median; an even depth's is the mean of the middle two."""
+    if not table.signed:
+        return candidates.amin(0)
+    ordered, depth = candidates.sort(0).values, len(candidates)
+    if depth % 2:
+        return ordered[depth // 2]
+    return (ordered[depth // 2 - 1] + ordered[depth // 2]) * 0.5
+
+
+class _Cells:
+    """The cells of a table that k rows, or k elements, hash to: (depth, k) numbers into `flat`."""
+
+    def __init__(self, table: Table, rows: Tensor, columns: Tensor | None = None) -> None:
+        self.table = table
+        self.cells, signs = hash_rows(table, rows)
+        dim = table.values.shape[2]
+        if columns is None:
+            self.flat = table.values.view(-1, dim)
+            self.signs = signs[:, :, None] if table.signed else torch.ones_like(signs[:, :, None])
+        else:
+            self.cells = self.cells * dim + columns
+            self.flat = table.values.view(-1)
+            self.signs = signs if table.signed else torch.ones_like(signs)
+
+    def query(self) -> Tensor:
+        return _estimate(self.table, self.flat[self.cells] * self.signs)
+
+    def update(self, x: Tensor, gain: float, decay: float) -> None:
+        """Insert gain * x - decay * query()."""
+        estimate = self.query() if decay else torch.zeros_like(x)
+        for cells, signs in zip(self.cells, self.signs, strict=True):
+            rate = self._bounded_decay(cells, decay)
+            change = (x * gain - estimate * (rate[:, None] if x.dim() == 2 else rate)) * signs
+            unique, sums, _ = _ordered_sum(cells, change)
+            new = self.flat[unique] + sums
+            self.flat[unique] = new if self.table.signed else new.clamp_min(0)
+
+    def _bounded_decay(self, cells: Tensor, decay: float) -> Tensor:
+        _, inverse, counts = cells.unique(return_inverse=True, return_counts=True)
+        count = counts[inverse].float()
+        if self.table.signed:
+            return torch.full_like(count, decay)
+        return torch.where(count * decay <= 1, torch.full_like(count, decay), 1 / count)
+
+
+def sketch_insert(table: Table, rows: Tensor, values: Tensor) -> None:
+    _Cells(table, rows).update(values, 1.0, 0.0)
+
+
+def sketch_query(table: Table, rows: Tensor) -> Tensor:
+    return _Cells(table, rows).query()
+
+
+def sketch_update(table: Table, rows: Tensor, values: Tensor, gain: float, decay: float) -> None:
+    _Cells(table, rows).update(values, gain, decay)
+
+
+# ---- steps -----------------------------------------------------------------------------------------
+
+
+def step(
+    param: Tensor, grad: Tensor, rule: Rule, first: First, second: Second, rows: Tensor | None
+) -> None:
+    is_dense = rows is None
+    rows = torch.arange(len(param), device=param.device) if rows is None else rows
+    p = param[rows].float()
+    g = _oriented(grad.float(), p, rule)
+    numerator = _first_moment(first, g, rows, rule)
+    match second:
+        case Full():
+            nu = second.values[rows] = _average(second.values[rows], g, rule)
+        case Cover():
+            nu = _cover_rows(second, g, rows, is_dense, rule)
+        case Factored():
+            nu = _factored_rows(second, g, rows, is_dense, rule)
+        case Table():
+            nu = _sketched(_Cells(second, rows), g, rule)
+        case None:
+            nu = None
+    update = _velocity(first, _preconditioned(numerator, nu, rule), rows, rule)
+    param[rows] = (p * rule.decay - update * rule.lr).to(param.dtype)
+
+
+def step_elements(
+    param: Tensor, values: Tensor, indices: Tensor, rule: Rule, first: First, second: Second
+) -> None:
+    flat = param.view(-1)
+    i, j = indices // param.shape[1], indices % param.shape[1]
+    p = flat[indices].float()
+    g = _oriented(values, p, rule)
+    numerator = _first_moment(first, g, (i, j), rule)
+    match second:
+        case Full():
+            nu = second.values[i, j] = _average(second.values[i, j], g, rule)
+        case Cover():
+            nu = _cover_elements(second, g, i, j, rule)
+        case Factored():
+            nu = _factored_elements(second, g, i, j, rule)
+        case Table():
+            nu = _sketched(_Cells(second, i, j), g, rule)
+        case None:
+            nu = None
+    update = _velocity(first, _preconditioned(numerator, nu, rule), (i, j), rule)
+    flat[indices] = (p * rule.decay - update * rule.lr).to(param.dtype)
+
+
+def _oriented(g: Tensor, p: Tensor, rule: Rule) -> Tensor:
+    g = g * rule.sign
+    return g + p * rule.weight_decay if rule.weight_decay else g
+
+
+def _average(old: Tensor, g: Tensor, rule: Rule) -> Tensor:
+    return old * rule.second_beta + (g * g) * rule.second_gain
+
+
+def _preconditioned(numerator: Tensor, nu: Tensor | None, rule: Rule) -> Tensor:
+    if nu is None:
+        return numerator
+    scaled = nu * rule.second_scale + rule.eps_inside
+    root = scaled.double().sqrt().float() + rule.eps_outside  # torch's float32 root is MKL's: inexact
+    return torch.where(root == 0, torch.zeros_like(root), numerator / root)
+
+
+def _first_moment(first: First, g: Tensor, at, rule: Rule) -> Tensor:
+    """Feed the gradient to its first moment and return the moment; or the gradient, if none."""
+    match first:
+        case Full():
+            m = first.values[at] = first.values[at] * rule.first_beta + g * rule.first_gain
+        case Table():
+            cells = _Cells(first, *at) if isinstance(at, tuple) else _Cells(first, at)
+            cells.update(g, rule.first_gain, rule.first_decay)
+            m = cells.query()
+        case _:
+            return g
+    return m * rule.first_scale
+
+
+def _velocity(first: First, update: Tensor, at, rule: Rule) -> Tensor:
+    if not isinstance(first, Velocity):
+        return update
+    u = first.values[at] = first.values[at] * rule.first_beta + update * rule.first_gain
+    return u
+
+
+def _sketched(cells: _Cells, g: Tensor, rule: Rule) -> Tensor:
+    cells.update(g * g, rule.second_gain, rule.second_decay)
+    return cells.query()
+
+
+# ---- covers ----------------------------------------------------------------------------------------
+
+
+def _cover_rows(cover: Cover, g: Tensor, rows: Tensor, is_dense: bool, rule: Rule) -> Tensor:
+    row, col = cover.row[rows], cover.col
+    if cover.variant == "I":
+        square = g * g
+        row = row * rule.second_beta + square.amax(1) * rule.second_gain
+        new_col = col * rule.second_beta + square.amax(0) * rule.second_gain
+    else:
+        prior = torch.minimum(row[:, None], col) if is_dense else row[:, None]
+        nu = _average(prior, g, rule)
+        row, new_col = nu.amax(1), nu.amax(0)
+    cover.row[rows] = row
+    cover.col.copy_(new_col if is_dense else torch.maximum(col, new_col))
+    if cover.variant == "II":
+        return nu
+    return torch.minimum(row[:, None], cover.col) if is_dense else row[:, None].expand_as(g)
+
+
+def _cover_elements(cover: Cover, g: Tensor, i: Tensor, j: Tensor, rule: Rule) -> Tensor:
+    if cover.variant == "I":
+        for accumulator, at in ((cover.row, i), (cover.col, j)):
+            accumulator.scatter_reduce_(0, at, _average(accumulator[at], g, rule), "amax")
+        return torch.minimum(cover.row[i], cover.col[j])
+    nu = _average(torch.minimum(cover.row[i], cover.col[j]), g, rule)
+    cover.row.scatter_reduce_(0, i, nu, "amax")
+    cover.col.scatter_reduce_(0, j, nu, "amax")
+    return nu
+
+
+# ---- factored means --------------------------------------------------------------------------------
+
+
+def _relative(col: Tensor) -> Tensor:
+    """Return the columns as multiples of their mean, which is also the mean of the rows."""
+    mean = col.double().mean().float()
+    return torch.where(mean > 0, col / mean, torch.zeros_like(col))
+
+
+def _factored_rows(
+    factored: Factored, g: Tensor, rows: Tensor, is_dense: bool, rule: Rule
+) -> Tensor:
+    row, col, square = factored.row[rows], factored.col, (g * g).double()
+    mean = square.mean(1).float()
+    if is_dense:
+        new_col = col * rule.second_beta + square.mean(0).float() * rule.second_gain
+    else:
+        estimate = row[:, None] * _relative(col)
+        change = (square * rule.second_gain - estimate.double() * rule.second_decay).sum(0)
+        new_col = (col + (change / len(factored.row)).float()).clamp_min(0)
+    row = row * rule.second_beta + mean * rule.second_gain
+    factored.row[rows] = row
+    factored.col.copy_(new_col)
+    return row[:, None] * _relative(new_col)
+
+
+def _factored_elements(
+    factored: Factored, g: Tensor, i: Tensor, j: Tensor, rule: Rule
+) -> Tensor:
+    row, col = factored.row, factored.col
+    estimate = row[i] * _relative(col)[j]
+    change = (g * g).double() * rule.second_gain - estimate.double() * rule.second_decay
+    for means, at, share in ((row, i, len(col)), (col, j, len(row))):
+        unique, sums, _ = _ordered_sum(at, change)
+        means[unique] = (means[unique] + (sums / share).float()).clamp_min(0)
+    return row[i] * _relative(col)[j]
