@@ -1,29 +1,32 @@
 // The operations of kernels/ops.py on a GPU; kernels/device.py launches these kernels.
 //
-// To the bit what kernels/reference.py says, on every run and every GPU (Factored: close to rounding).
-// Hence: compile with -fmad=false and IEEE division and roots (the defaults); no atomic additions. The
-// only atomics are maxima of non-negative floats, taken on their bits as unsigned integers (a NaN of
-// either sign is then above all), whose result does not depend on the order. Sums over rows that share
-// a bucket are gathered: the launcher sorts the rows by bucket, stably, and one thread adds a bucket's
-// rows in their order. Double sums (Factored) have a shape that depends on the tensor's alone.
+// To the bit what kernels/reference.py says, on every run and every GPU (Factored: close to
+// rounding). Hence: compile with -fmad=false and IEEE division and roots (the defaults); no atomic
+// additions. The only atomics are maxima of non-negative floats, taken on their bits as unsigned
+// integers (a NaN of either sign is then above all), whose result does not depend on the order.
+// Sums over rows that share a bucket are gathered: the launcher sorts the rows by bucket, stably,
+// and one thread adds a bucket's rows in their order. Double sums (Factored) have a shape that
+// depends on the tensor's alone.
 //
-// Sizes are limited by nothing but memory: 64-bit indices, and every kernel strides over its work, so
-// any grid is correct; blocks must have THREADS threads (a multiple of 32, at most 1024).
+// Sizes are limited by nothing but memory: 64-bit indices, and every kernel strides over its work,
+// so any grid is correct; blocks must have THREADS threads (a multiple of 32, at most 1024).
 //
-// Two mappings. "Flat": one thread an item. "Tiles": THREADS / lanes rows by lanes * COLUMNS columns at
-// a time; `lanes` neighbouring threads (a power of two up to 32) share a row, each has COLUMNS of its
-// columns, `lanes` apart so that accesses coalesce whatever the alignment, in rows_per_thread rows.
+// Two mappings. "Flat": one thread an item. "Tiles": THREADS / lanes rows by lanes * COLUMNS
+// columns at a time; `lanes` neighbouring threads (a power of two up to 32) share a row, each has
+// COLUMNS of its columns, `lanes` apart so that accesses coalesce whatever the alignment, in
+// rows_per_thread rows.
 #include "common.h"
 
 #ifndef KERNEL  // tests/emulation has its own
-#define KERNEL(NAME, ARGUMENT) extern "C" __global__ void __launch_bounds__(THREADS) NAME(const ARGUMENT s)
+#define KERNEL(NAME, ARGUMENT) \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME(const ARGUMENT s)
 #endif
 #define FOR_EACH_TYPE(DEFINE) DEFINE(f32, float) DEFINE(bf16, bf16) DEFINE(f16, f16)
 
 const int MAX_DEPTH = 5;
 const u32 WHOLE_WARP = 0xffffffffu;
 
-// ---- what device.py fills in; its ctypes structures have the same fields in the same order ----------
+// ---- what device.py fills in; its ctypes structures have the same fields in the same order ------
 
 struct Tiling {
     i64 num_rows, num_columns, num_tiles;
@@ -81,7 +84,7 @@ struct Stepping {
     i64 share;                   //   and how many elements each entry is the mean of
 };
 
-// ---- places ----------------------------------------------------------------------------------------
+// ---- places -------------------------------------------------------------------------------------
 
 FN i64 flat_start() { return (i64)blockIdx.x * blockDim.x + threadIdx.x; }
 FN i64 flat_stride() { return (i64)gridDim.x * blockDim.x; }
@@ -93,7 +96,7 @@ FN i64 tiles_across(const Tiling &t) {
 
 // This thread's share of a tile.
 struct Tile {
-    i64 across, down, column, row;  // first column and row; the next are `lanes` and `slots` further
+    i64 across, down, column, row;  // its first ones; the next are `lanes` and `slots` further
     int slots;
 };
 
@@ -114,7 +117,9 @@ FN i64 row_of(const Items &x, i64 item) {
 
 FN i64 column_of(const Items &x, i64 item, i64 row) { return x.positions[item] - row * x.dim; }
 
-template <class T> FN float param_at(const Items &x, i64 at) { return widen(((const T *)x.param)[at]); }
+template <class T> FN float param_at(const Items &x, i64 at) {
+    return widen(((const T *)x.param)[at]);
+}
 
 template <class T> FN float grad_at(const Items &x, i64 at) {
     return x.is_elements ? ((const float *)x.grad)[at] : widen(((const T *)x.grad)[at]);
@@ -126,7 +131,7 @@ template <class T> FN float gradient(const Items &x, const Rule &r, i64 source, 
     return oriented(grad_at<T>(x, source), p, r);
 }
 
-// ---- sketches --------------------------------------------------------------------------------------
+// ---- sketches -----------------------------------------------------------------------------------
 
 struct Cells {
     i64 start[MAX_DEPTH];  // of the row's buckets, in the flattened table
@@ -197,7 +202,8 @@ template <class T> FN float fed_value(const Feeding &s, i64 item, i64 row, i64 c
     const Items &x = s.items;
     i64 source = x.is_elements ? item : item * x.dim + column;
     if (s.source == SOURCE_VALUES) return ((const float *)x.grad)[source];
-    float g = gradient<T>(x, s.rule, source, x.is_elements ? x.positions[item] : row * x.dim + column);
+    i64 at = x.is_elements ? x.positions[item] : row * x.dim + column;
+    float g = gradient<T>(x, s.rule, source, at);
     return s.source == SOURCE_SQUARE ? g * g : g;
 }
 
@@ -221,11 +227,11 @@ FN void sum_of_cell(const Feeding &s, i64 begin, i64 end, i64 first_column, floa
     }
 }
 
-// Tiles of (depth * num_items, dim), or for elements (depth * num_items, 1), over the sorted cells: the
-// thread at a cell's first entry adds all of its items in their order; the others have nothing to do.
-// Where estimates are needed every item's `depth` buckets are read once for each of them. They are read
-// from the table as it was, so new values go to `fresh`; without decay, straight into the table.
-// No atomics; any thread order.
+// Tiles of (depth * num_items, dim), or for elements (depth * num_items, 1), over the sorted cells:
+// the thread at a cell's first entry adds all of its items in their order; the others have nothing
+// to do. Where estimates are needed every item's `depth` buckets are read once for each of them.
+// They are read from the table as it was, so new values go to `fresh`; without decay, straight into
+// the table. No atomics; any thread order.
 template <class T> FN void sketch_update(const Feeding &s) {
     i64 num_entries = s.tiling.num_rows, num_columns = s.tiling.num_columns;
     for (i64 index = blockIdx.x; index < s.tiling.num_tiles; index += gridDim.x) {
@@ -274,9 +280,10 @@ KERNEL(sketch_store, Feeding) {
     }
 }
 
-// ---- one entry's step ------------------------------------------------------------------------------
+// ---- one entry's step ---------------------------------------------------------------------------
 
-// Where an entry is, and what its row and column hold; a kind of state that needs none ignores them.
+// Where an entry is, and what its row and column hold; a kind of state that needs none ignores
+// them.
 struct Place {
     i64 column, at;
     float row_value, col_value;
@@ -286,7 +293,7 @@ FN float relative(float col, float mean) { return mean > 0.0f ? col / mean : 0.0
 
 // The second moment after this step; Full's is stored here, the others' by other kernels.
 FN float second_moment(const Stepping &s, int kind, const Place &q, const Cells &cells, float g) {
-    bool is_alone = !s.items.is_elements && !s.items.is_dense;  // sparse rows: no column accumulator
+    bool is_alone = !s.items.is_elements && !s.items.is_dense;  // sparse rows: no columns
     float low = is_alone ? q.row_value : smaller(q.row_value, q.col_value);
     switch (kind) {
         case SECOND_FULL:
@@ -299,8 +306,8 @@ FN float second_moment(const Stepping &s, int kind, const Place &q, const Cells 
 }
 
 // Return the new parameter; `nu` becomes the second moment, which is of this kind.
-FN float stepped(const Stepping &s, int kind, const Place &q, const Cells &first, const Cells &second,
-                 float p, float grad, float &nu) {
+FN float stepped(const Stepping &s, int kind, const Place &q, const Cells &first,
+                 const Cells &second, float p, float grad, float &nu) {
     float g = oriented(grad, p, s.rule), m = g;
     if (s.first == FIRST_BEFORE) {
         m = s.first_values[q.at] = average_first(s.first_values[q.at], g, s.rule);
@@ -317,7 +324,7 @@ FN float stepped(const Stepping &s, int kind, const Place &q, const Cells &first
     return moved(p, m, s.rule);
 }
 
-// ---- steps of rows ---------------------------------------------------------------------------------
+// ---- steps of rows ------------------------------------------------------------------------------
 
 // A block's own memory; in plain functions, as the emulation cannot place what templates declare.
 FN u32 *shared_maxima() {
@@ -338,8 +345,8 @@ FN u32 max_over_lanes(u32 x, int lanes) {
     return x;
 }
 
-// Raise col_max by a tile's maxima; all of the block's threads must come here together. `block_max` is
-// shared and all 0, before and after.
+// Raise col_max by a tile's maxima; all of the block's threads must come here together. `block_max`
+// is shared and all 0, before and after.
 FN void raise_columns(const Stepping &s, i64 tile_across, const u32 *column_max, u32 *block_max) {
     int lanes = s.tiling.lanes, width = lanes * COLUMNS;
     for (int v = 0; v < COLUMNS; v++)
@@ -389,10 +396,10 @@ FN u32 step_row(const Stepping &s, const Tile &tile, const float *col_values, u3
     return row_max;
 }
 
-// Tiles of (num_items, dim); reads the gradient once, reads and writes the parameter and what Full and
-// Velocity keep. Sketches were fed before and are only queried. With a Cover (variant II) the step's
-// maxima go to row_max, one atomic for each row of a tile, and col_max, one for each of its columns.
-// Thread order reaches no result.
+// Tiles of (num_items, dim); reads the gradient once, reads and writes the parameter and what Full
+// and Velocity keep. Sketches were fed before and are only queried. With a Cover (variant II) the
+// step's maxima go to row_max, one atomic for each row of a tile, and col_max, one for each of its
+// columns. Thread order reaches no result.
 template <class T, bool IS_COVER, bool IS_SKETCHED> FN void step_tiles(const Stepping &s) {
     u32 *block_max = shared_maxima();
     if (IS_COVER) {
@@ -434,7 +441,7 @@ template <class T, bool IS_COVER, bool IS_SKETCHED> FN void step_tiles(const Ste
 FOR_EACH_TYPE(DEFINE)
 #undef DEFINE
 
-// ---- covers ----------------------------------------------------------------------------------------
+// ---- covers -------------------------------------------------------------------------------------
 
 // Tiles of (num_items, dim): the maxima of g^2, for variant I. Atomics as in step_tiles.
 template <class T> FN void cover_maxima(const Stepping &s) {
@@ -511,7 +518,7 @@ KERNEL(cover_raise, Stepping) {
     }
 }
 
-// ---- factored means --------------------------------------------------------------------------------
+// ---- factored means -----------------------------------------------------------------------------
 
 FN double sum_over_lanes(double x, int lanes) {
     for (int apart = lanes / 2; apart > 0; apart /= 2) x += __shfl_xor_sync(WHOLE_WARP, x, apart);
@@ -540,8 +547,9 @@ FN double factored_row(const Stepping &s, const Tile &tile, double *column_sums)
     return row_sum;
 }
 
-// Tiles of (num_items, dim): partial sums for the rows of a tile and for its columns, to row_sums and
-// col_sums. No atomics; the order of every sum follows from the tiling, hence from the shape alone.
+// Tiles of (num_items, dim): partial sums for the rows of a tile and for its columns, to row_sums
+// and col_sums. No atomics; the order of every sum follows from the tiling, hence from the shape
+// alone.
 template <class T> FN void factored_sums(const Stepping &s) {
     double *block_sums = shared_sums();
     int lanes = s.tiling.lanes, width = lanes * COLUMNS;
@@ -619,8 +627,8 @@ template <class T> FN void factored_changes(const Stepping &s) {
 FOR_EACH_TYPE(DEFINE)
 #undef DEFINE
 
-// Flat over elements sorted by row or by column: the thread at a key's first entry adds all changes of
-// that key in order. No atomics; any thread order.
+// Flat over elements sorted by row or by column: the thread at a key's first entry adds all changes
+// of that key in order. No atomics; any thread order.
 KERNEL(factored_raise, Stepping) {
     for (i64 i = flat_start(); i < s.items.num_items; i += flat_stride()) {
         if (!is_first_of_cell(s.keys, i)) continue;
@@ -632,7 +640,7 @@ KERNEL(factored_raise, Stepping) {
     }
 }
 
-// ---- steps of elements -----------------------------------------------------------------------------
+// ---- steps of elements --------------------------------------------------------------------------
 
 // Flat over elements. With a Cover, reads the accumulators as they were (II) or as variant I raised
 // them, and leaves in `averages` what cover_raise is to raise them to (II). No atomics.
@@ -643,7 +651,8 @@ template <class T> FN void step_elements(const Stepping &s) {
         Cells first = {}, second = {};
         if (s.first == FIRST_SKETCH) first = cells_of(s.first_sketch, row);
         if (s.second == SECOND_SKETCH) second = cells_of(s.second_sketch, row);
-        Place place = {column, x.positions[i], s.row ? s.row[row] : 0.0f, s.col ? s.col[column] : 0.0f};
+        float row_value = s.row ? s.row[row] : 0.0f, col_value = s.col ? s.col[column] : 0.0f;
+        Place place = {column, x.positions[i], row_value, col_value};
         float nu = 0.0f, p = param_at<T>(x, place.at);
         float grad = ((const float *)x.grad)[i];
         float value = stepped(s, s.second, place, first, second, p, grad, nu);

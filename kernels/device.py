@@ -29,8 +29,8 @@ from kernels.ops import (
     Velocity,
 )
 
-# A tile's threads take up to MAX_ROWS_PER_THREAD rows, so that maxima and sums leave a block seldom,
-# but fewer where there would be fewer tiles than WANTED_TILES, too few to fill a GPU.
+# A tile's threads take up to MAX_ROWS_PER_THREAD rows, so that maxima and sums leave a block
+# seldom, but fewer where there would be fewer tiles than WANTED_TILES, too few to fill a GPU.
 MAX_ROWS_PER_THREAD = 16
 WANTED_TILES = 512
 MAX_BLOCKS = 2**20  # kernels stride over what is more

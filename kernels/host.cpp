@@ -35,6 +35,8 @@ struct StepArgs {
 };
 
 const i64 PARALLEL_FROM = 1 << 15;  // elements; below, starting threads costs more than it saves
+const i64 CACHED = 3 << 16;         // floats of a sketch's buckets, and as many of their sums, at a time
+const i64 AHEAD = 4;                // rows, when a block of columns is walked
 
 inline int ordered_bits(float x) { return (int)(as_bits(x) & 0x7fffffffu); }  // of x >= 0, or NaN
 inline int max_of(int a, int b) { return a > b ? a : b; }
@@ -42,34 +44,36 @@ inline int max_of(int a, int b) { return a > b ? a : b; }
 // ---- the innermost loop: one stretch of one row ------------------------------------------------------
 
 // Where the estimate of the second moment comes from while a row is walked. COVER also finds the new
-// accumulators; LOWER and OUTER were fed before; GIVEN was queried from a sketch into `nu`.
-enum Source { NOTHING, FULL, COVER, COVER_ROW, LOWER, ROW, OUTER, GIVEN };
+// accumulators; LOWER, OUTER and the sketches (of depth 1 to 5) were fed before.
+enum Source { NOTHING, FULL, COVER, COVER_ROW, LOWER, ROW, OUTER, SKETCH };
 
 struct Stretch {
-    float *m;          // first moment or velocity, or its estimate
-    float *nu;         // full second moment, or the estimate
-    const float *col;  // cover; of OUTER: relative to the mean
+    float *m;               // first moment or velocity, or its estimate
+    float *v;               // full second moment
+    const float *cells[5];  // of a sketch: the item's buckets
+    const float *col;       // cover; of OUTER: relative to the mean
     int *col_max;
     float row;
     int row_max;
 };
 
-template <class T, First F, Source S>
-void walk(T *__restrict p, const T *__restrict g, i64 length, Stretch &s, const Rule rule) {
-    float *__restrict m = s.m, *__restrict v = s.nu;
+template <First F, int S>
+void walk(float *__restrict p, const float *__restrict g, i64 length, Stretch &s, const Rule rule) {
+    const int DEPTH = S >= SKETCH ? S - SKETCH + 1 : 1;
+    float *__restrict m = s.m, *__restrict v = s.v;
     const float *__restrict col = s.col;
+    const float *c0 = s.cells[0], *c1 = s.cells[1], *c2 = s.cells[2], *c3 = s.cells[3], *c4 = s.cells[4];
     int *__restrict col_max = s.col_max;
     const float row = s.row;
     int row_max = 0;
 #pragma omp simd reduction(max : row_max)
     for (i64 j = 0; j < length; j++) {
-        float pj = widen(p[j]), gj = oriented(widen(g[j]), pj, rule), x = gj;
+        float gj = oriented(g[j], p[j], rule), x = gj;
         if (F == FIRST_BEFORE) m[j] = average_first(m[j], gj, rule);
         if (F == FIRST_BEFORE || F == FIRST_SKETCH) x = m[j] * rule.first_scale;
         if (S != NOTHING) {
             float nu = row;
             if (S == FULL) nu = v[j] = average_second(v[j], gj, rule);
-            if (S == GIVEN) nu = v[j];
             if (S == LOWER) nu = smaller(row, col[j]);
             if (S == OUTER) nu = row * col[j];
             if (S == COVER || S == COVER_ROW) {
@@ -78,10 +82,17 @@ void walk(T *__restrict p, const T *__restrict g, i64 length, Stretch &s, const 
                 row_max = max_of(row_max, bits);
                 col_max[j] = max_of(col_max[j], bits);
             }
+            if (S >= SKETCH) {
+                nu = c0[j];
+                if (DEPTH > 1) nu = smaller(c1[j], nu);
+                if (DEPTH > 2) nu = smaller(c2[j], nu);
+                if (DEPTH > 3) nu = smaller(c3[j], nu);
+                if (DEPTH > 4) nu = smaller(c4[j], nu);
+            }
             x = preconditioned(x, nu, rule);
         }
         if (F == FIRST_AFTER) x = m[j] = average_first(m[j], x, rule);
-        p[j] = narrow<T>(moved(pj, x, rule));
+        p[j] = moved(p[j], x, rule);
     }
     s.row_max = row_max;
 }
@@ -179,50 +190,60 @@ struct Buckets {
             rate[i] = is_signed ? decay : bounded_decay(decay, count[slot[i]]);
     }
 
-    // How many columns to take at once: what keeps two copies of the block in half a megabyte or so.
+    // How many columns to take at once: so many that two copies of the block stay in the second-level
+    // cache, but not so few that memory is read in crumbs.
     i64 block(i64 m) const {
-        i64 fitting = (1 << 17) / (num_slots > 0 ? num_slots : 1) / 16 * 16;
-        return fitting < 16 ? 16 : fitting < m ? fitting : m;
+        i64 fitting = CACHED / (num_slots > 0 ? num_slots : 1) / 16 * 16;
+        fitting = fitting < 256 ? 256 : fitting;
+        return fitting < m ? fitting : m;
     }
 };
 
-// One block of columns of the buckets: as they were, then as they are after all items were fed.
+// A block of columns of the buckets: as they were, then as they are after all items were fed.
 struct Block {
     const Buckets &b;
-    i64 begin, length;
+    i64 begin = 0, length = 0;
     std::vector<float> cells, sums;
 
-    Block(const Buckets &b_, i64 begin_, i64 length_)
-        : b(b_), begin(begin_), length(length_), cells(b.num_slots * length),
-          sums(b.num_slots * length, 0.0f) {
+    Block(const Buckets &b_, i64 size) : b(b_), cells(b.num_slots * size), sums(b.num_slots * size) {}
+
+    void load(i64 begin_, i64 length_) {
+        begin = begin_, length = length_;
         for (i64 s = 0; s < b.num_slots; s++)
             memcpy(&cells[s * length], b.table.values + b.address[s] + begin, length * sizeof(float));
+        memset(sums.data(), 0, b.num_slots * length * sizeof(float));
+    }
+
+    void find(i64 i, const float **at) const {
+        for (i64 j = 0; j < b.table.depth; j++) at[j] = &cells[b.slot[i * b.table.depth + j] * length];
     }
 
     void feed_item(i64 i, const float *x, float gain) {
+        const i64 depth = b.table.depth;
         const float *from[5];
         float *to[5];
-        for (i64 j = 0, s; j < b.table.depth; j++) {
-            s = b.slot[i * b.table.depth + j] * length;
-            from[j] = &cells[s], to[j] = &sums[s];
-        }
-        const float *sign = &b.sign[i * b.table.depth], *rate = &b.rate[i * b.table.depth];
-        feeds[b.is_signed][b.table.depth - 1](from, to, sign, rate, x, gain, length);
+        find(i, from);
+        for (i64 j = 0; j < depth; j++) to[j] = &sums[b.slot[i * depth + j] * length];
+        feeds[b.is_signed][depth - 1](from, to, &b.sign[i * depth], &b.rate[i * depth], x, gain, length);
     }
 
     void fold() {
         for (i64 s = 0; s < b.num_slots; s++) {
             float *__restrict cell = &cells[s * length], *__restrict sum = &sums[s * length];
-            for (i64 c = 0; c < length; c++) cell[c] += sum[c];
-            if (!b.is_signed)
-                for (i64 c = 0; c < length; c++) cell[c] = cell[c] < 0.0f ? 0.0f : cell[c];
+            if (b.is_signed)
+                for (i64 c = 0; c < length; c++) cell[c] += sum[c];
+            else
+                for (i64 c = 0; c < length; c++) {
+                    float x = cell[c] + sum[c];
+                    cell[c] = x < 0.0f ? 0.0f : x;
+                }
             memcpy(b.table.values + b.address[s] + begin, cell, length * sizeof(float));
         }
     }
 
     void query(i64 i, float *out) const {
         const float *from[5];
-        for (i64 j = 0; j < b.table.depth; j++) from[j] = &cells[b.slot[i * b.table.depth + j] * length];
+        find(i, from);
         estimates[b.is_signed][b.table.depth - 1](from, &b.sign[i * b.table.depth], length, out);
     }
 };
@@ -235,16 +256,29 @@ template <class T> struct Rows {
     T *param(i64 i) const { return (T *)a.param + row(i) * a.m; }
     const T *grad(i64 i) const { return (const T *)a.grad + i * a.m; }
 
-    // x[c] = the oriented gradient, or its square, of columns begin.. of item i.
-    void read(i64 i, i64 begin, i64 length, bool squared, float *__restrict x) const {
+    // A block's next rows are a stride away, which no processor foresees.
+    void prefetch(i64 i, i64 begin, i64 length, bool with_param) const {
+        if (i >= a.k) return;
+        const char *p = (const char *)(param(i) + begin), *g = (const char *)(grad(i) + begin);
+        for (i64 byte = 0; byte < length * (i64)sizeof(T); byte += 64) {
+            if (with_param) __builtin_prefetch(p + byte, 1);
+            __builtin_prefetch(g + byte);
+        }
+    }
+
+    // x[c] = the oriented gradient of columns begin.. of item i.
+    void read(i64 i, i64 begin, i64 length, float *__restrict x) const {
         const T *__restrict p = param(i) + begin, *__restrict g = grad(i) + begin;
         const Rule rule = a.rule;
         if (rule.weight_decay == 0.0f)
             for (i64 c = 0; c < length; c++) x[c] = rule.sign * widen(g[c]);
         else
             for (i64 c = 0; c < length; c++) x[c] = oriented(widen(g[c]), widen(p[c]), rule);
-        if (squared)
-            for (i64 c = 0; c < length; c++) x[c] = x[c] * x[c];
+    }
+
+    void read_squares(i64 i, float *__restrict x) const {
+        read(i, 0, a.m, x);
+        for (i64 c = 0; c < a.m; c++) x[c] *= x[c];
     }
 };
 
@@ -255,7 +289,7 @@ template <class T> void feed_cover_i(const StepArgs &a) {
     std::vector<float> x(a.m);
     std::vector<int> col_max(a.m, 0);
     for (i64 i = 0; i < a.k; i++) {
-        rows.read(i, 0, a.m, true, x.data());
+        rows.read_squares(i, x.data());
         int row_max = 0;
 #pragma omp simd reduction(max : row_max)
         for (i64 j = 0; j < a.m; j++) {
@@ -317,7 +351,7 @@ template <class T> void feed_factored(const StepArgs &a) {
             std::vector<float> x(a.m);
             float *__restrict sums = &partial[(group - first) * a.m];
             for (i64 i = group * GROUP; i < a.k && i < (group + 1) * GROUP; i++) {
-                rows.read(i, 0, a.m, true, x.data());
+                rows.read_squares(i, x.data());
                 float &row = a.row[rows.row(i)];
                 if (is_dense)
                     for (i64 j = 0; j < a.m; j++) sums[j] += x[j];
@@ -345,29 +379,39 @@ struct Estimates {  // of the sketches' block at hand; null where there is none
 };
 
 // Walk items i0..i1 in columns begin..begin+length. col_max collects a cover's new columns, row_max (one
-// for an item) its new rows.
-template <class T, First F, Source S>
+// for an item) its new rows. 16-bit parameters are widened a stretch at a time.
+template <class T, First F, int S>
 void walk_rows(const StepArgs &a, i64 i0, i64 i1, i64 begin, i64 length, const float *col,
                const Estimates &e, int *col_max, int *row_max) {
     Rows<T> rows{a};
-    std::vector<float> m(e.first ? length : 0), nu(e.second ? length : 0);
+    const bool is_wide = sizeof(T) == 4;
+    std::vector<float> m(e.first ? length : 0), wide(is_wide ? 0 : 2 * length);
     for (i64 i = i0; i < i1; i++) {
         const i64 row = rows.row(i), offset = row * a.m + begin;
+        T *p = rows.param(i) + begin;
+        const T *g = rows.grad(i) + begin;
+        float *wide_p = is_wide ? (float *)p : wide.data();
+        const float *wide_g = is_wide ? (const float *)g : wide.data() + length;
+        if (!is_wide)
+            for (i64 j = 0; j < length; j++) wide[j] = widen(p[j]), wide[length + j] = widen(g[j]);
+        if (length < a.m) rows.prefetch(i + AHEAD, begin, length, true);
         Stretch s = {};
         if (F == FIRST_BEFORE || F == FIRST_AFTER) s.m = a.first_values + offset;
         if (F == FIRST_SKETCH) e.first->query(i, s.m = m.data());
-        if (S == FULL) s.nu = a.second_values + offset;
-        if (S == GIVEN) e.second->query(i, s.nu = nu.data());
-        if (S != NOTHING && S != FULL && S != GIVEN) s.row = a.row[row], s.col = col + begin;
+        if (S == FULL) s.v = a.second_values + offset;
+        if (S >= SKETCH) e.second->find(i, s.cells);
+        if (S >= COVER && S <= OUTER) s.row = a.row[row], s.col = col + begin;
         if (S == COVER || S == COVER_ROW) s.col_max = col_max + begin;
-        walk<T, F, S>(rows.param(i) + begin, rows.grad(i) + begin, length, s, a.rule);
+        walk<F, S>(wide_p, wide_g, length, s, a.rule);
         if (S == COVER || S == COVER_ROW) row_max[i] = max_of(row_max[i], s.row_max);
+        if (!is_wide)
+            for (i64 j = 0; j < length; j++) p[j] = narrow<T>(wide_p[j]);
     }
 }
 
 typedef void (*WalkRows)(const StepArgs &, i64, i64, i64, i64, const float *, const Estimates &, int *, int *);
 
-template <class T, First F> WalkRows choose_source(Source s) {
+template <class T, First F> WalkRows choose_source(int s) {
     switch (s) {
         case FULL: return walk_rows<T, F, FULL>;
         case COVER: return walk_rows<T, F, COVER>;
@@ -375,12 +419,16 @@ template <class T, First F> WalkRows choose_source(Source s) {
         case LOWER: return walk_rows<T, F, LOWER>;
         case ROW: return walk_rows<T, F, ROW>;
         case OUTER: return walk_rows<T, F, OUTER>;
-        case GIVEN: return walk_rows<T, F, GIVEN>;
+        case SKETCH: return walk_rows<T, F, SKETCH>;
+        case SKETCH + 1: return walk_rows<T, F, SKETCH + 1>;
+        case SKETCH + 2: return walk_rows<T, F, SKETCH + 2>;
+        case SKETCH + 3: return walk_rows<T, F, SKETCH + 3>;
+        case SKETCH + 4: return walk_rows<T, F, SKETCH + 4>;
         default: return walk_rows<T, F, NOTHING>;
     }
 }
 
-template <class T> WalkRows choose_walk(int first, Source s) {
+template <class T> WalkRows choose_walk(int first, int s) {
     switch (first) {
         case FIRST_BEFORE: return choose_source<T, FIRST_BEFORE>(s);
         case FIRST_AFTER: return choose_source<T, FIRST_AFTER>(s);
@@ -389,13 +437,13 @@ template <class T> WalkRows choose_walk(int first, Source s) {
     }
 }
 
-Source source_of(const StepArgs &a) {
+int source_of(const StepArgs &a) {
     switch (a.second) {
         case SECOND_FULL: return FULL;
         case SECOND_COVER: return a.at ? COVER_ROW : COVER;
         case SECOND_COVER_I: return a.at ? ROW : LOWER;
         case SECOND_FACTORED: return OUTER;
-        case SECOND_SKETCH: return GIVEN;
+        case SECOND_SKETCH: return SKETCH + (int)a.second_table.depth - 1;
         default: return NOTHING;
     }
 }
@@ -430,24 +478,28 @@ template <class T> void step_by_columns(const StepArgs &a, const Buckets *first,
     if (second) size = second->block(size);
     const i64 blocks = (a.m + size - 1) / size;
     const int threads = col_max || a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (i64 block = 0; block < blocks; block++) {
-        const i64 begin = block * size, length = begin + size < a.m ? size : a.m - begin;
-        std::vector<float> x(length);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        std::vector<float> x(size);
         std::vector<Block> fed;
-        fed.reserve(2);
-        for (const Buckets *b : {first, second}) {
-            if (!b) continue;
-            const bool squared = b == second;
-            fed.emplace_back(*b, begin, length);
-            for (i64 i = 0; i < a.k; i++) {
-                rows.read(i, begin, length, squared, x.data());
-                fed.back().feed_item(i, x.data(), squared ? a.rule.second_gain : a.rule.first_gain);
-            }
-            fed.back().fold();
-        }
+        for (const Buckets *b : {first, second})
+            if (b) fed.emplace_back(*b, size);
         const Estimates e{first ? &fed.front() : nullptr, second ? &fed.back() : nullptr};
-        walk_all(a, 0, a.k, begin, length, col, e, col_max, row_max);
+#pragma omp for schedule(static)
+        for (i64 block = 0; block < blocks; block++) {
+            const i64 begin = block * size, length = begin + size < a.m ? size : a.m - begin;
+            for (Block &f : fed) f.load(begin, length);
+            for (i64 i = 0; i < a.k; i++) {
+                rows.prefetch(i + AHEAD, begin, length, false);
+                rows.read(i, begin, length, x.data());
+                if (first) fed.front().feed_item(i, x.data(), a.rule.first_gain);
+                if (!second) continue;
+                for (i64 c = 0; c < length; c++) x[c] *= x[c];
+                fed.back().feed_item(i, x.data(), a.rule.second_gain);
+            }
+            for (Block &f : fed) f.fold();
+            walk_all(a, 0, a.k, begin, length, col, e, col_max, row_max);
+        }
     }
 }
 
@@ -487,7 +539,8 @@ typedef std::vector<float> Floats;
 void feed_and_query(const SketchArgs &table, bool is_signed, const StepArgs &a, const Floats &x, float gain,
                     float decay, Floats &out) {
     const Buckets buckets(table, is_signed, 1, a.at, a.k, a.m, decay);
-    Block block(buckets, 0, 1);
+    Block block(buckets, 1);
+    block.load(0, 1);
     for (i64 i = 0; i < a.k; i++) block.feed_item(i, &x[i], gain);
     block.fold();
     for (i64 i = 0; i < a.k; i++) block.query(i, &out[i]);
@@ -601,12 +654,16 @@ void parsimony_sketch_update(const SketchArgs *table, int is_signed, i64 dim, co
                              const float *x, i64 k, float gain, float decay, int threads) {
     const Buckets buckets(*table, is_signed != 0, dim, rows, k, 0, decay);
     const i64 size = buckets.block(dim), blocks = (dim + size - 1) / size;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && k * dim >= PARALLEL_FROM)
-    for (i64 b = 0; b < blocks; b++) {
-        const i64 begin = b * size, length = begin + size < dim ? size : dim - begin;
-        Block block(buckets, begin, length);
-        for (i64 i = 0; i < k; i++) block.feed_item(i, x + i * dim + begin, gain);
-        block.fold();
+#pragma omp parallel num_threads(threads) if (threads > 1 && k * dim >= PARALLEL_FROM)
+    {
+        Block block(buckets, size);
+#pragma omp for schedule(static)
+        for (i64 b = 0; b < blocks; b++) {
+            const i64 begin = b * size;
+            block.load(begin, begin + size < dim ? size : dim - begin);
+            for (i64 i = 0; i < k; i++) block.feed_item(i, x + i * dim + begin, gain);
+            block.fold();
+        }
     }
 }
 

@@ -1,9 +1,15 @@
-"""How kernels of device.cu are compiled and launched: by CuPy, when the first is launched."""
+"""How kernels of device.cu are compiled and launched: by CuPy, when the first is launched.
+
+Compiled code is kept in ~/.cache/parsimony/kernels (XDG_CACHE_HOME moves it), under a name made of
+the source, the options, the compiler's version and the GPU's architecture.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,8 +21,8 @@ if TYPE_CHECKING:
 THREADS = 256  # in a block
 COLUMNS = 4  # that a thread has of each of its rows
 DEFINES = (f"-DTHREADS={THREADS}", f"-DCOLUMNS={COLUMNS}")
-# No product may be fused with a sum; division and square root stay IEEE's. See device.cu.
-ARITHMETIC = ("--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false")
+# No product may be fused with a sum, numbers close to 0 stay, and quotients and roots are IEEE's.
+ARITHMETIC = ("--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 OPTIONS = ("--std=c++14", *DEFINES, *ARITHMETIC)
 
 _FOLDER = Path(__file__).parent
@@ -33,14 +39,8 @@ class Launcher(Protocol):
         """Run `name` in num_blocks blocks of THREADS threads; `argument` is passed by value."""
 
 
-def source() -> str:
-    """Return device.cu with common.h in it: CuPy's cache looks at the source, not at headers."""
-    header = (_FOLDER / "common.h").read_text().replace("#pragma once", "")
-    return (_FOLDER / "device.cu").read_text().replace('#include "common.h"', header)
-
-
 class CuPyLauncher:
-    """Compiles for a device at its first launch; CuPy keeps the binaries, in memory and on disk."""
+    """Launches on torch's current stream of the device."""
 
     def launch(
         self, name: str, num_blocks: int, argument: ctypes.Structure, device: torch.device
@@ -51,8 +51,14 @@ class CuPyLauncher:
         value = numpy.ndarray((1,), dtype=f"V{ctypes.sizeof(argument)}", buffer=argument)
         with torch.cuda.device(device):
             kernel = _kernel(name, torch.cuda.current_device())
-            with _cupy().cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+            with _cupy().cuda.Stream.from_external(torch.cuda.current_stream()):
                 kernel((num_blocks,), (THREADS,), (value,))
+
+
+def source() -> str:
+    """Return device.cu with common.h in it."""
+    header = (_FOLDER / "common.h").read_text().replace("#pragma once", "")
+    return (_FOLDER / "device.cu").read_text().replace('#include "common.h"', header)
 
 
 @functools.cache
@@ -71,12 +77,42 @@ def _kernel(name: str, device_index: int) -> cupy.RawKernel:
 
 @functools.cache
 def _module(device_index: int) -> cupy.RawModule:
-    """Compile for the current device, which is the one of this index."""
-    cupy = _cupy()
-    module = cupy.RawModule(code=source(), options=OPTIONS)
+    """Load the kernels for the current device, which is the one of this index."""
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return _cupy().RawModule(path=str(_compiled(f"{major}.{minor}")))
+
+
+def _compiled(capability: str) -> Path:
+    """Return the file of compiled code for the current device, made at the first call.
+
+    Not RawModule's own compilation: it appends -ftz=true, and NVRTC obeys its last option.
+    """
+    cuda = _cupy().cuda
+    parts = (source(), OPTIONS, cuda.nvrtc.getVersion(), capability)
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    path = Path(home) / "parsimony" / "kernels" / f"device-{key}.cubin"
+    if path.exists():
+        return path
     try:
-        module.compile()
-    except cupy.cuda.compiler.CompileException as error:
-        gpu = torch.cuda.get_device_name(device_index)
-        raise RuntimeError(f"kernels/device.cu fails for {gpu}: {error}. {_REMEDY}") from error
-    return module
+        code, _ = cuda.compiler.compile_using_nvrtc(source(), options=OPTIONS)
+    except cuda.compiler.CompileException as error:
+        raise RuntimeError(
+            f"device.cu does not compile for capability {capability}: {error}\n{_REMEDY}"
+        ) from error
+    _keep(code, path)
+    return path
+
+
+def _keep(code: bytes, path: Path) -> None:
+    """Write whole or not at all: the ranks of a job start together."""
+    new = path.with_suffix(f".new.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_bytes(code)
+        new.replace(path)
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot keep the compiled kernels in {path.parent}: {error}. Set XDG_CACHE_HOME to a "
+            "folder that can be written"
+        ) from error
