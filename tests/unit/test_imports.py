@@ -9,19 +9,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = {"configs", "dgc", "engine", "workloads", "launch", "train"}
+ROOMS = {"configs", "dgc", "engine", "kernels", "launch", "optim", "train", "workloads"}
 MAY_IMPORT = {
     "workloads": set(),
-    "dgc": set(),
+    "kernels": set(),
+    "dgc": {"kernels"},
+    "optim": {"kernels"},
     "engine": set(),
     "launch": set(),
-    "configs": {"dgc", "workloads"},
+    "configs": {"dgc", "optim", "workloads"},
 }
 ONLY_IN = {
     "horovod": {"dgc/comm.py"},
     "mpi4py": {"dgc/comm.py", "launch/doctor.py"},
-    "cupy": {"launch/doctor.py"},
+    "cupy": {"kernels/launch_cupy.py", "launch/doctor.py"},
 }
+PACKAGES = {"kernels": {"torch", "cupy", "numpy"}, "optim": {"torch"}}  # all that these rooms need
 
 
 def imports(path):
@@ -59,13 +62,18 @@ def test_rooms_import_only_what_they_may(path):
         top = module.split(".")[0]
         if top in ROOMS - {room}:
             assert top in MAY_IMPORT[room], f"{room} imports {module}"
+        elif room in PACKAGES and top not in sys.stdlib_module_names | {room}:
+            assert top in PACKAGES[room], f"{room} imports {module}"
         if top in ONLY_IN:
             assert str(path.relative_to(ROOT)) in ONLY_IN[top], f"{path} imports {module}"
             assert not at_import, f"{path} imports {module} at import time"
 
 
 def test_importing_the_rooms_starts_nothing():
-    rooms = "configs.load, configs.schema, dgc, dgc.comm, engine.loop, workloads.datasets, train"
+    rooms = (
+        "configs.load, configs.schema, dgc, dgc.comm, engine.loop, kernels.host, kernels.device, "
+        "kernels.reference, optim, workloads.datasets, train"
+    )
     code = (
         f"import {rooms}, sys\n"
         "loaded = {'horovod', 'mpi4py', 'cupy'} & set(sys.modules)\n"

@@ -1,0 +1,84 @@
+"""Adam, with each of its moments kept in a structure of one's choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optim.base import Group, MomentOptimizer
+from optim.options import given
+
+
+class Adam(MomentOptimizer):
+    """torch.optim.Adam, or AdamW if decoupled_weight_decay; betas[0] = 0 keeps no first moment.
+
+    Source: Kingma and Ba 2015 (arXiv:1412.6980), algorithm 1.
+    State: exp_avg, exp_avg_sq, as they are kept: see MomentOptimizer, also for the other options.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        first_moment: str | None = None,
+        second_moment: str | None = None,
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+        min_compressed_numel: int = 4096,
+        depth: int = 3,
+        size_ratio: float = 0.2,
+        width: int | None = None,
+        seed: int = 0,
+        clean_factor: float = 0.2,
+        clean_interval: int | None = None,
+    ) -> None:
+        super().__init__(params, given(locals()))
+
+    def _first(self, group: Group) -> tuple[str, str] | None:
+        return ("exp_avg", group["first_moment"]) if group["betas"][0] else None
+
+    def _second(self, group: Group) -> tuple[str, str]:
+        return "exp_avg_sq", group["second_moment"]
+
+    def _scalars(self, group: Group, step: int) -> dict[str, float]:
+        beta1, beta2 = group["betas"]
+        return {
+            "first_beta": beta1,
+            "first_gain": 1 - beta1,
+            "first_decay": 1 - beta1,
+            "first_scale": 1 / (1 - beta1**step),
+            "second_beta": beta2,
+            "second_gain": 1 - beta2,
+            "second_decay": 1 - beta2,
+            "second_scale": 1 / (1 - beta2**step),
+            "eps_outside": group["eps"],
+        }
+
+
+class SketchAdam(Adam):
+    """Adam in sketches: CS-MV of the paper; with first_moment="full", CS-V; betas[0] = 0, CMS.
+
+    Source: Spring et al. 2019 (PMLR 97), algorithm 4. Differs: the listing names M in the
+        second-moment queries where V is meant; rows that arrive together are queried together.
+    """
+
+    structures = {"first_moment": "sketch", "second_moment": "sketch"}  # noqa: RUF012
+
+
+class SM3Adam(Adam):
+    """Adam whose second moment is SM3's cover, an average that decays: accumulator_0, ..."""
+
+    structures = {"first_moment": "full", "second_moment": "cover"}  # noqa: RUF012
+
+
+class FactoredAdam(Adam):
+    """Adam whose second moment is kept as its row and column means: exp_avg_sq_row, exp_avg_sq_col.
+
+    Source: Shazeer and Stern 2018 (arXiv:1804.04235), section 3. Differs: Adam's bias correction,
+        eps and rate; no clipping of the update, and no rate relative to the parameter.
+    """
+
+    structures = {"first_moment": "full", "second_moment": "factored"}  # noqa: RUF012

@@ -1,0 +1,264 @@
+"""MomentOptimizer: a torch.optim.Optimizer of a first and a second moment, each kept somehow.
+
+Owns: options and their checks, state and its checkpoints, and what arrives (dense, row-sparse or
+element-sparse). A subclass says which moments there are and the scalars of the rule; moments.py how
+each is kept; kernels.ops does the arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from kernels import ops
+from optim import options
+from optim.gradients import Gradient, check_parameter, read_gradient
+from optim.moments import STRUCTURES, Moment, Sketch, Spec, balanced_split, fit_state, matrix_shape
+
+Group = dict[str, Any]
+
+
+class MomentOptimizer(Optimizer):
+    """What all optimizers here have in common. All options can be set for each parameter group.
+
+    Args:
+        lr: a float or a tensor; a tensor on a GPU is waited for in every step.
+        weight_decay, decoupled_weight_decay: as in Adam, or if decoupled as in AdamW. With a sparse
+            gradient, of either kind, it reaches only what arrived.
+        maximize: ascend instead of descend.
+        first_moment: how it is kept: "full" or "sketch".
+        second_moment: "full", "cover", "factored" or "sketch". Vectors, scalars and tensors with
+            fewer than min_compressed_numel elements keep full state: there is little to save.
+        depth, size_ratio, width: of sketches; width, if given, instead of size_ratio (see
+            optim.sketch). Rows are the parameter's first axis.
+        seed: of the hashes; each parameter and moment gets its own from it and the parameter's
+            position, so that ranks agree without talking. A checkpoint's hashes replace them.
+        clean_factor, clean_interval: every so many steps of a parameter, multiply the sketch of its
+            second moment, all of it, by the factor. None: never, the default also for sums, so that
+            a sketch without collisions equals the full state (the paper: 0.2 and 125).
+
+    State is float32 whatever the parameter's dtype, and is made when a parameter that requires a
+    gradient is given, not in the first step: `broadcast_optimizer_state` of Horovod would else step
+    with zero gradients. `step` in the state counts the steps in which a parameter had a gradient.
+    A sparse gradient (COO) is coalesced. With one sparse dimension it is of rows, with as many as
+    the parameter has it is of elements; only they are touched, and what their state shares with
+    others (see kernels.ops.step).
+    """
+
+    first_follows_update: ClassVar[bool] = False
+    structures: ClassVar[Mapping[str, str]] = {"first_moment": "full", "second_moment": "full"}
+
+    def __init__(self, params: Any, defaults: Group) -> None:
+        unset = {k: v for k, v in self.structures.items() if defaults.get(k, "") is None}
+        super().__init__(params, {**defaults, **unset})
+
+    # ---- what a subclass says --------------------------------------------------------------------
+
+    def _first(self, group: Group) -> tuple[str, str] | None:
+        """Return the name and structure of the first moment; None if there is none."""
+        return None
+
+    def _second(self, group: Group) -> tuple[str, str] | None:
+        return None
+
+    def _scalars(self, group: Group, step: int) -> dict[str, float]:
+        """Return those of kernels.ops.Rule that the moments need, in a parameter's step, from 1."""
+        raise NotImplementedError
+
+    # ---- a step ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        elements: Mapping[Tensor, tuple[Tensor, Tensor]] | None = None,
+    ) -> Any:
+        """Update the parameters that have a gradient, and return the closure's loss.
+
+        Args: elements: parameter -> (indices (k,) int64 into it flattened, ascending and unique;
+            values (k,) float32): what has arrived of its gradient, instead of its .grad.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        elements = dict(elements or {})
+        arrived = [(place, read_gradient(place[2], elements.pop(place[2], None)))
+                   for place in self._places()]  # fmt: skip
+        if elements:
+            shapes = [tuple(p.shape) for p in elements]
+            raise ValueError(f"elements for tensors of shapes {shapes}, which are no parameters of "
+                             "this optimizer")  # fmt: skip
+        for place, gradient in arrived:
+            if gradient is not None:
+                self._step_parameter(*place, gradient)
+        return loss
+
+    def _step_parameter(self, position: int, group: Group, p: Tensor, gradient: Gradient) -> None:
+        moments = self._moments(position, group, p)
+        step = int(self.state[p]["step"]) + 1
+        if gradient.values.numel():
+            self._launch(p, gradient, self._rule(group, step), moments)
+        self.state[p]["step"] += 1
+        second, interval = moments[1], group.get("clean_interval")
+        if isinstance(second, Sketch) and interval and step % interval == 0:
+            second.sketch.clean(group["clean_factor"])
+
+    def _launch(
+        self, p: Tensor, gradient: Gradient, rule: ops.Rule, moments: tuple[Moment | None, ...]
+    ) -> None:
+        """Run the kernel on the parameter as a matrix."""
+        any_split = gradient.rows is None and all(m.any_split for m in moments if m)
+        split = balanced_split(tuple(p.shape)) if any_split else 1
+        shape = matrix_shape(tuple(p.shape), split)
+        target = p.contiguous()
+        matrix, values = target.view(shape), gradient.values.contiguous()
+        first, second = (m and m.operand(split) for m in moments)
+        if gradient.indices is None:
+            values = values.view(-1, shape[1])
+            ops.step(matrix, values, rule, first=first, second=second, rows=gradient.rows)
+        else:
+            ops.step_elements(matrix, values, gradient.indices, rule, first=first, second=second)
+        for moment, operand in zip(moments, (first, second), strict=True):
+            if moment is not None:
+                moment.write_back(operand, split, is_dense=gradient.is_dense)
+        if target.data_ptr() != p.data_ptr():
+            p.copy_(target)
+        torch.autograd.graph.increment_version(p)  # native kernels write behind autograd's back
+
+    def _rule(self, group: Group, step: int) -> ops.Rule:
+        lr, weight_decay = float(group["lr"]), group["weight_decay"]
+        decay = {"weight_decay": weight_decay}
+        if group["decoupled_weight_decay"]:
+            decay = {"decay": 1 - lr * weight_decay}
+        sign = -1.0 if group["maximize"] else 1.0
+        return ops.Rule(lr, sign=sign, **decay, **self._scalars(group, step))
+
+    # ---- state -----------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        super().add_param_group(param_group)
+        try:
+            options.check(self.param_groups[-1])
+            for position, group, p in self._places():
+                if group is self.param_groups[-1] and p.requires_grad:
+                    self._moments(position, group, p)
+        except ValueError:
+            for p in self.param_groups.pop()["params"]:
+                self.state.pop(p, None)
+            raise
+
+    def _places(self) -> Iterator[tuple[int, Group, Tensor]]:
+        """Yield every parameter with its position in the optimizer and its group."""
+        pairs = ((group, p) for group in self.param_groups for p in group["params"])
+        return ((position, group, p) for position, (group, p) in enumerate(pairs))
+
+    def _moments(
+        self, position: int, group: Group, p: Tensor, *, as_layout: bool = False
+    ) -> tuple[Moment | None, Moment | None]:
+        """Return a parameter's moments, after making those parts of its state that are not there.
+
+        Args: as_layout: make new ones, without memory and not in the state, to compare with.
+        """
+        check_parameter(p)
+        state = {} if as_layout else self.state[p]
+        if "step" not in state:
+            state["step"] = torch.zeros(())
+        is_small = p.dim() < 2 or p.numel() < group["min_compressed_numel"] or p.numel() == 0
+        found: list[Moment | None] = []
+        for turn, chosen in enumerate((self._first(group), self._second(group))):
+            if chosen is None:
+                found.append(None)
+                continue
+            spec = Spec(
+                name=chosen[0],
+                shape=tuple(p.shape),
+                device=torch.device("meta") if as_layout else p.device,
+                is_first=turn == 0,
+                follows_update=turn == 0 and self.first_follows_update,
+                seed_key=(group.get("seed", 0), position, turn),
+                options=group,
+            )
+            found.append(STRUCTURES["full" if is_small else chosen[1]](spec, state))
+        return found[0], found[1]
+
+    def estimate(self, p: Tensor) -> Tensor:
+        """Return the second moment of each element as it is kept: before bias correction.
+
+        It takes the full size in float32: for tests and benchmarks.
+        """
+        for position, group, parameter in self._places():
+            second = self._moments(position, group, p)[1] if parameter is p else None
+            if second is not None:
+                return second.estimate()
+        raise ValueError("not a parameter of this optimizer, or one without a second moment")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all state."""
+        return sum(self.state_bytes().values())
+
+    def state_bytes(self) -> dict[str, int]:
+        """Return each parameter's bytes of state, by its name, or its position if it has none."""
+        named = [group.get("param_names", [None] * len(group["params"]))
+                 for group in self.param_groups]  # fmt: skip
+        names = chain.from_iterable(named)
+        return {
+            name or str(position): sum(t.nbytes for t in self.state.get(p, {}).values())
+            for name, (position, _, p) in zip(names, self._places(), strict=True)
+        }
+
+    # ---- checkpoints -----------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a checkpoint's options and a copy of its state, in float32.
+
+        torch's own would cast the state to the parameter's dtype (pytorch issue 43706), share
+        tensors with `state_dict`, and take any shape. Seeds and `step` stay on the CPU.
+        Raises: ValueError, before anything changes, if a parameter's state was kept otherwise.
+        """
+        fitted: dict[Tensor, dict[str, Tensor]] = {}
+
+        def take(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            fitted.update(self._fit(loaded))
+            groups = [
+                {**{k: v for k, v in mine.items() if k != "params"}, **theirs}
+                for mine, theirs in zip(self.param_groups, loaded["param_groups"], strict=False)
+            ]
+            groups += loaded["param_groups"][len(groups) :]  # which torch will refuse
+            return {**loaded, "state": {}, "param_groups": groups}
+
+        def put(_: Optimizer) -> None:
+            self.state.update(fitted)
+            for position, group, p in self._places():
+                if p.requires_grad:
+                    self._moments(position, group, p)
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _fit(self, loaded: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+        """Return copies of the loaded tensors for each parameter, once all are known to fit."""
+        keys = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+        fitted = {}
+        for key, (position, group, p) in zip(keys, self._places(), strict=False):
+            theirs = loaded["state"].get(key)
+            if theirs:
+                layout: dict[str, Tensor] = {"step": torch.zeros(())}
+                for moment in self._moments(position, group, p, as_layout=True):
+                    layout.update(moment.tensors if moment else {})
+                fitted[p] = fit_state(position, layout, theirs, p.device)
+        return fitted

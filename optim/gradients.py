@@ -1,0 +1,71 @@
+"""The gradients that a step takes: dense, row-sparse or element-sparse, told apart and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.ops import PARAMETER_DTYPES
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Values like the parameter; or of `rows` along its first axis; or of its flat `indices`."""
+
+    values: Tensor
+    rows: Tensor | None = None
+    indices: Tensor | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        return self.rows is None and self.indices is None
+
+
+def check_parameter(p: Tensor) -> None:
+    if p.dtype not in PARAMETER_DTYPES or p.layout != torch.strided:
+        allowed = ", ".join(map(str, PARAMETER_DTYPES))
+        raise ValueError(
+            f"a parameter of shape {tuple(p.shape)} is {p.layout} {p.dtype}; allowed: dense and "
+            f"{allowed}. Give others to an optimizer of torch.optim"
+        )
+
+
+def read_gradient(p: Tensor, elements: tuple[Tensor, Tensor] | None) -> Gradient | None:
+    """Return what has arrived for a parameter, coalesced; None if nothing has.
+
+    Args: elements: indices (k,) int64, ascending and unique, and values (k,) float32; or p.grad is
+        taken.
+    """
+    if elements is not None:
+        if p.grad is not None:
+            raise ValueError(f"a parameter of shape {tuple(p.shape)} has elements and a .grad; "
+                             "allowed: one of them")  # fmt: skip
+        indices, values = elements
+        return Gradient(values, indices=indices)
+    if p.grad is None:
+        return None
+    grad = p.grad.detach()
+    if grad.shape != p.shape or grad.dtype != p.dtype:
+        raise ValueError(
+            f"grad is {tuple(grad.shape)} {grad.dtype}; allowed: {tuple(p.shape)} {p.dtype}, "
+            f"as the parameter"
+        )
+    return _read_sparse(p, grad) if grad.is_sparse else Gradient(grad)
+
+
+def _read_sparse(p: Tensor, grad: Tensor) -> Gradient:
+    if grad.sparse_dim() not in (1, p.dim()):
+        raise ValueError(
+            f"grad of shape {tuple(p.shape)} has {grad.sparse_dim()} sparse dimensions; allowed: 1 "
+            f"(rows) or {p.dim()} (elements). Use a dense gradient (grad.to_dense())"
+        )
+    grad = grad.coalesce()
+    positions, values = grad.indices(), grad.values()
+    if p.dim() > 1 and grad.sparse_dim() == 1:
+        return Gradient(values, rows=positions[0])
+    flat = torch.zeros_like(positions[0])
+    for size, position in zip(p.shape, positions, strict=True):
+        flat = flat * size + position
+    return Gradient(values.float(), indices=flat)

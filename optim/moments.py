@@ -1,0 +1,250 @@
+"""How a moment of a parameter is kept: in full, as a cover, as factored means, or as a sketch.
+
+One interface for the four, so that an optimizer does not know which it has. A moment wraps plain
+tensors that live under their names in `optimizer.state[p]`, so that checkpoints hold tensors only.
+
+Shapes: a parameter of any shape is seen as a matrix (n, m): `split` of its axes make the rows, the
+others the columns.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kernels import ops
+from optim.sketch import CountMinSketch, CountSketch, hash_seeds, width_for
+
+SEEDS = "_seeds"  # what the names of the tensors end in that stay on the CPU
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Whose moment it is, and which."""
+
+    name: str
+    shape: tuple[int, ...]
+    device: torch.device
+    is_first: bool  # of both signs
+    follows_update: bool  # a first moment of the preconditioned updates
+    seed_key: tuple[int, ...]
+    options: Mapping[str, Any]  # of the parameter's group
+
+
+def matrix_shape(shape: tuple[int, ...], split: int) -> tuple[int, int]:
+    return math.prod(shape[:split]), math.prod(shape[split:])
+
+
+def balanced_split(shape: tuple[int, ...]) -> int:
+    """Return the split with the smallest n + m; 0, which makes one row, for vectors and scalars."""
+    if len(shape) < 2:
+        return 0
+    return min(range(1, len(shape)), key=lambda split: sum(matrix_shape(shape, split)))
+
+
+class Moment(ABC):
+    """A moment kept in the tensors of `state` under its names; those not there are made zero."""
+
+    any_split: ClassVar[bool] = True  # False: the rows of the matrix are the first axis
+
+    def __init__(self, spec: Spec, state: dict[str, Tensor]) -> None:
+        self.spec = spec
+        names = self.names()
+        if not state.keys() >= set(names):
+            state.update(self.zeros())
+        for name in names:
+            if state[name].device != spec.device and not name.endswith(SEEDS):
+                state[name] = state[name].to(spec.device)  # the parameter has moved
+        self.tensors = {name: state[name] for name in names}
+
+    @abstractmethod
+    def names(self) -> tuple[str, ...]: ...
+
+    @abstractmethod
+    def zeros(self) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def operand(self, split: int) -> Any:
+        """Return what kernels.ops takes for the parameter as a matrix."""
+
+    def write_back(self, operand: Any, split: int, *, is_dense: bool) -> None:  # noqa: B027
+        """Bring what a step did to `operand` into the tensors, where it is not a view of them."""
+
+    @abstractmethod
+    def estimate(self) -> Tensor:
+        """Return the moment of every element, in the parameter's shape."""
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, device=self.spec.device)
+
+
+class Full(Moment):
+    """One float32 for each element, as torch.optim keeps it."""
+
+    def names(self) -> tuple[str, ...]:
+        return (self.spec.name,)
+
+    def zeros(self) -> dict[str, Tensor]:
+        return {self.spec.name: self._zeros(*self.spec.shape)}
+
+    def operand(self, split: int) -> ops.Full | ops.Velocity:
+        kind = ops.Velocity if self.spec.follows_update else ops.Full
+        return kind(self.tensors[self.spec.name].view(matrix_shape(self.spec.shape, split)))
+
+    def estimate(self) -> Tensor:
+        return self.tensors[self.spec.name].clone()
+
+
+class Cover(Moment):
+    """SM3's accumulators: one for each axis, shaped (1, .., n_k, .., 1).
+
+    Source: Anil et al. 2019 (arXiv:1901.11150). For a kernel, the accumulators of the axes that
+    make the rows are merged into the minimum of them, and so are those of the columns.
+    Differs: variant I covers a tensor of more than two axes by its first axis and by the others
+    together (two accumulators, shaped (n, 1, ..) and (1, ..)): merging would change its sums.
+    """
+
+    def __init__(self, spec: Spec, state: dict[str, Tensor]) -> None:
+        self.variant = spec.options.get("variant", "II")
+        self.any_split = self.variant == "II"
+        super().__init__(spec, state)
+
+    def names(self) -> tuple[str, ...]:
+        count = len(self.spec.shape) if self.variant == "II" else 2
+        return tuple(f"accumulator_{k}" for k in range(count))
+
+    def zeros(self) -> dict[str, Tensor]:
+        shape, dim = self.spec.shape, len(self.spec.shape)
+        axes = [(k, k + 1) for k in range(dim)] if self.variant == "II" else [(0, 1), (1, dim)]
+        shapes = [[n if a <= k < b else 1 for k, n in enumerate(shape)] for a, b in axes]
+        return {n: self._zeros(*shape) for n, shape in zip(self.names(), shapes, strict=True)}
+
+    def operand(self, split: int) -> ops.Cover:
+        (row, _), (col, _) = self._sides(split)
+        return ops.Cover(_merged(row).view(-1), _merged(col).view(-1), self.variant)
+
+    def write_back(self, operand: ops.Cover, split: int, *, is_dense: bool) -> None:
+        sides = zip(self._sides(split), (operand.row, operand.col), strict=True)
+        for (views, shape), merged in sides:
+            if len(views) == 1:
+                continue  # the operand was this accumulator
+            for k, view in enumerate(views):
+                others = [axis for axis in range(len(shape)) if axis != k]
+                largest = merged.view(shape).amax(others, keepdim=True)
+                view.copy_(largest if is_dense else torch.maximum(view, largest))
+
+    def estimate(self) -> Tensor:
+        return _merged(list(self.tensors.values())).expand(self.spec.shape).clone()
+
+    def _sides(self, split: int) -> list[tuple[list[Tensor], tuple[int, ...]]]:
+        """Return the accumulators, and the axes' sizes, of rows and of columns."""
+        tensors, shape = list(self.tensors.values()), self.spec.shape
+        rows = [t.view(t.shape[:split]) for t in tensors[:split]]
+        cols = [t.view(t.shape[split:]) for t in tensors[split:]]
+        return [(rows, shape[:split]), (cols, shape[split:])]
+
+
+class Factored(Moment):
+    """Row means (n,) and column means (m,); the estimate is row x col / mean(col).
+
+    Source: Shazeer and Stern 2018 (arXiv:1804.04235), algorithm 2. Differs: no eps is added to the
+    squares, and the means of a sparse gradient follow kernels.ops.step.
+    """
+
+    any_split = False
+
+    def names(self) -> tuple[str, ...]:
+        return f"{self.spec.name}_row", f"{self.spec.name}_col"
+
+    def zeros(self) -> dict[str, Tensor]:
+        sizes = matrix_shape(self.spec.shape, 1)
+        return {name: self._zeros(size) for name, size in zip(self.names(), sizes, strict=True)}
+
+    def operand(self, split: int) -> ops.Factored:
+        return ops.Factored(*self.tensors.values())
+
+    def estimate(self) -> Tensor:
+        row, col = self.tensors.values()
+        mean = col.double().mean().float()
+        relative = torch.where(mean > 0, col / mean, torch.zeros_like(col))
+        return (row[:, None] * relative).view(self.spec.shape)
+
+
+class Sketch(Moment):
+    """A sketch over the rows: a CountSketch of a first moment, a CountMinSketch of a second."""
+
+    any_split = False
+
+    def names(self) -> tuple[str, ...]:
+        return self.spec.name, f"{self.spec.name}{SEEDS}"
+
+    def zeros(self) -> dict[str, Tensor]:
+        num_rows, dim = matrix_shape(self.spec.shape, 1)
+        depth, size_ratio, width = (self.spec.options[k] for k in ("depth", "size_ratio", "width"))
+        width = width or width_for(num_rows, depth, size_ratio)
+        seeds = hash_seeds(depth, *self.spec.seed_key)
+        return dict(zip(self.names(), (self._zeros(depth, width, dim), seeds), strict=True))
+
+    @property
+    def sketch(self) -> CountSketch | CountMinSketch:
+        kind = CountSketch if self.spec.is_first else CountMinSketch
+        return kind.wrap(*self.tensors.values())
+
+    def operand(self, split: int) -> ops.Table:
+        return self.sketch.table
+
+    def estimate(self) -> Tensor:
+        rows = torch.arange(self.spec.shape[0], device=self.spec.device)
+        return self.sketch.query(rows).view(self.spec.shape)
+
+
+STRUCTURES: dict[str, type[Moment]] = {
+    "full": Full, "cover": Cover, "factored": Factored, "sketch": Sketch,
+}  # fmt: skip
+
+
+def _merged(accumulators: list[Tensor]) -> Tensor:
+    """Return the minimum of accumulators that broadcast; one by itself is returned as it is."""
+    merged = accumulators[0]
+    for accumulator in accumulators[1:]:
+        merged = torch.minimum(merged, accumulator)
+    return merged
+
+
+def fit_state(
+    position: int, layout: dict[str, Tensor], theirs: Mapping[str, Any], device: torch.device
+) -> dict[str, Tensor]:
+    """Return copies of a parameter's loaded state, where it has the layout's names and shapes.
+
+    Numbers for `step` are taken, others dropped."""
+    mine = {name: tuple(tensor.shape) for name, tensor in layout.items()}
+    theirs = {
+        name: torch.as_tensor(value)
+        for name, value in theirs.items()
+        if name == "step" or isinstance(value, Tensor)
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+    if shapes != mine:
+        raise ValueError(
+            f"the checkpoint keeps {shapes} for parameter {position}; allowed: {mine}, as here. "
+            f"Make the optimizer with the options that the checkpoint was made with"
+        )
+    fitted = {}
+    for name, tensor in layout.items():
+        stays = name == "step" or name.endswith(SEEDS)
+        if name.endswith(SEEDS) and theirs[name].dtype != tensor.dtype:
+            raise ValueError(f"{name} is {theirs[name].dtype}; allowed: {tensor.dtype}")
+        place = torch.device("cpu") if stays else device
+        copy = theirs[name].detach().to(place, tensor.dtype, copy=True)
+        fitted[name] = copy.contiguous()
+    return fitted

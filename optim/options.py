@@ -1,0 +1,78 @@
+"""What each option of the optimizers and sketches may be, in one table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kernels.ops import MAX_DEPTH, MAX_ROWS
+
+STRUCTURE_NAMES = ("full", "cover", "factored", "sketch")
+
+
+def _number(low: float, high: float = math.inf, *, below: bool = False) -> Callable[[Any], bool]:
+    return lambda x: low <= float(x) < high if below else low <= float(x) <= high
+
+
+def _count(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda x: isinstance(x, int) and not isinstance(x, bool) and low <= x <= high
+
+
+def _one_of(*allowed: Any) -> Callable[[Any], bool]:
+    return lambda x: x in allowed
+
+
+_at_least_0 = (_number(0, math.inf, below=True), "0 or more, and finite")
+_below_1 = (_number(0, 1, below=True), "from 0 to below 1")
+_yes_or_no = (_one_of(True, False), "True or False")
+
+# option -> (whether a value is allowed, what is allowed in words)
+ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": _at_least_0,
+    "eps": _at_least_0,
+    "weight_decay": _at_least_0,
+    "momentum": _below_1,
+    "beta": _below_1,
+    "alpha": _below_1,
+    "betas": (lambda x: len(x) == 2 and all(0 <= b < 1 for b in x), "two, from 0 to below 1"),
+    "decoupled_weight_decay": _yes_or_no,
+    "maximize": _yes_or_no,
+    "min_compressed_numel": (_count(0, 2**63), "an integer, 0 (compress all) or more"),
+    "first_moment": (_one_of("full", "sketch"), "full, sketch"),
+    "second_moment": (_one_of(*STRUCTURE_NAMES), ", ".join(STRUCTURE_NAMES)),
+    "variant": (_one_of("I", "II"), "I, II"),
+    "num_rows": (_count(0, MAX_ROWS), f"an integer, 0 to {MAX_ROWS}"),
+    "dim": (_count(0, 2**63), "an integer, 0 or more"),
+    "depth": (_count(1, MAX_DEPTH), f"an integer, 1 to {MAX_DEPTH}"),
+    "size_ratio": (lambda x: 0 < x < math.inf, "above 0; 0.2 is a fifth of the full size"),
+    "width": (
+        lambda x: x is None or _count(1, MAX_ROWS - 1)(x),
+        f"an integer, 1 to {MAX_ROWS - 1}, or None to take it from size_ratio",
+    ),
+    "seed": (_count(0, 2**32 - 1), f"an integer, 0 to {2**32 - 1}"),
+    "clean_factor": (_number(0, 1), "0 to 1 (the paper's is 0.2)"),
+    "clean_interval": (
+        lambda x: x is None or _count(1, 2**63)(x),
+        "a number of steps, 1 or more (the paper's is 125), or None for no cleaning",
+    ),
+}
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option whose value is not allowed; names not in the table pass."""
+    for name, value in options.items():
+        if name not in ALLOWED:
+            continue
+        is_allowed, words = ALLOWED[name]
+        try:
+            fits = is_allowed(value)
+        except (TypeError, ValueError, RuntimeError):  # of another type altogether
+            fits = False
+        if not fits:
+            raise ValueError(f"{name} is {value!r}; allowed: {words}")
+
+
+def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options among a constructor's `locals()`."""
+    return {k: v for k, v in arguments.items() if k not in ("self", "params", "__class__")}

@@ -1,0 +1,60 @@
+"""The learning rate over a run that SM3's authors advise, as a scheduler of torch.
+
+Polyak averaging, their other advice, is torch.optim.swa_utils.AveragedModel.
+"""
+
+from __future__ import annotations
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class QuadraticWarmupLinearCooldown(LambdaLR):
+    """Rise with the square of the step, stay, then fall in a line to zero at the end of the run.
+
+    Source: Anil et al. 2019 (arXiv:1901.11150). Differs: the warm-up counts steps from 1, so that
+        the first one moves.
+    Args:
+        warmup_steps: the last of them has the full rate.
+        total_steps: of the run; from then on the rate is 0.
+        cooldown_fraction: of total_steps, at whose end the rate falls.
+    Example: warmup_steps=2, total_steps=10, cooldown_fraction=0.2 multiplies the rate by
+        1/4, 1, 1, 1, 1, 1, 1, 1, 1, 1/2 in ten steps.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int,
+        total_steps: int,
+        cooldown_fraction: float = 0.1,
+        last_epoch: int = -1,
+    ) -> None:
+        if not 0 <= cooldown_fraction <= 1:
+            raise ValueError(f"cooldown_fraction is {cooldown_fraction}; allowed: 0 to 1")
+        cooldown_steps = round(cooldown_fraction * total_steps)
+        if not 0 <= warmup_steps <= total_steps - cooldown_steps:
+            raise ValueError(
+                f"warmup_steps is {warmup_steps}; allowed: 0 to {total_steps - cooldown_steps}, "
+                f"which the cool-down leaves of {total_steps} steps"
+            )
+        shape = _Shape(warmup_steps, total_steps, cooldown_steps)
+        super().__init__(optimizer, shape, last_epoch)
+
+
+class _Shape:
+    """A step's multiple of the rate; an object, because a scheduler saves those."""
+
+    def __init__(self, warmup_steps: int, total_steps: int, cooldown_steps: int) -> None:
+        self.warmup_steps, self.total_steps = warmup_steps, total_steps
+        self.cooldown_steps = cooldown_steps
+
+    def __call__(self, step: int) -> float:
+        steps_left = self.total_steps - step
+        if steps_left <= 0:
+            return 0.0
+        if steps_left < self.cooldown_steps:
+            return steps_left / self.cooldown_steps
+        if step < self.warmup_steps:
+            return ((step + 1) / self.warmup_steps) ** 2
+        return 1.0

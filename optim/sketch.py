@@ -1,0 +1,151 @@
+"""CountSketch and CountMinSketch: sketches over the rows of a matrix, as value types.
+
+Source: Spring et al. 2019 (PMLR 97), after Charikar et al. 2002 and Cormode and Muthukrishnan 2005.
+A sketch holds `values` (depth, width, dim) float32 and its hash's `seeds` (depth,) int64 on the
+CPU; row i lives in one bucket of each of the `depth` tables. Owns their sizes and seeds; the hash
+and the arithmetic are kernels.ops'.
+
+Shapes: k rows of `dim` columns arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from kernels import ops
+from optim import options
+
+
+def width_for(num_rows: int, depth: int, size_ratio: float) -> int:
+    """Return the buckets a table that make a sketch of the ratio: 200, 3, 0.2 -> 13."""
+    return max(1, round(size_ratio * num_rows / depth))
+
+
+def hash_seeds(depth: int, *key: int) -> Tensor:
+    """Return `depth` non-negative seeds that depend on nothing but the key's numbers below 2^32."""
+    generator, state = torch.Generator(), 0
+    for part in key:
+        generator.manual_seed(state ^ part)
+        state = int(torch.randint(2**32, (), generator=generator))
+    return torch.randint(2**63 - 1, (depth,), generator=generator)
+
+
+class _RowSketch:
+    """What both sketches have in common.
+
+    Args:
+        num_rows: of the matrix, from which size_ratio gives the width; None where width is given.
+        dim: columns of the matrix, and of every bucket.
+        depth: tables, each with a hash of its own.
+        size_ratio: the size of the whole sketch relative to num_rows x dim.
+        width: buckets a table, instead of size_ratio.
+        seed: of the hashes. Sketches can be merged only where seeds are equal.
+    """
+
+    signed: ClassVar[bool]
+
+    def __init__(
+        self,
+        num_rows: int | None,
+        dim: int,
+        *,
+        depth: int = 3,
+        size_ratio: float = 0.2,
+        width: int | None = None,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        sizes = {"dim": dim, "depth": depth, "size_ratio": size_ratio, "width": width, "seed": seed}
+        options.check(sizes)
+        if width is None:
+            if num_rows is None:
+                raise ValueError("neither num_rows nor width is given; give one of them")
+            options.check({"num_rows": num_rows})
+            width = width_for(num_rows, depth, size_ratio)
+        self.values = torch.zeros(depth, width, dim, device=device)
+        self.seeds = hash_seeds(depth, seed)
+
+    @classmethod
+    def wrap(cls, values: Tensor, seeds: Tensor) -> Self:
+        """Return a sketch that is these tensors, not a copy of them."""
+        sketch = cls.__new__(cls)
+        sketch.values, sketch.seeds = values, seeds
+        return sketch
+
+    @property
+    def table(self) -> ops.Table:
+        """The operand that kernels.ops takes."""
+        return ops.Table(self.values, self.seeds, self.signed)
+
+    def insert(self, rows: Tensor, values: Tensor) -> None:
+        """Add values (k, dim) float32 to rows (k,) int64, in any order; rows may repeat."""
+        ops.sketch_insert(self.table, rows, values)
+
+    def query(self, rows: Tensor) -> Tensor:
+        """Return the estimates (k, dim) of rows (k,) int64."""
+        return ops.sketch_query(self.table, rows)
+
+    def update(
+        self, rows: Tensor, values: Tensor, *, gain: float = 1.0, decay: float = 0.0
+    ) -> Tensor:
+        """Insert gain * values - decay * query(rows), and return the new estimates (k, dim).
+
+        Source: Spring et al. 2019, the query-then-insert of Algorithms 2 to 4: a sum has the
+        default gain and decay (3); an average that forgets with beta has 1 - beta for both (4); a
+        momentum gamma has gain 1 and decay 1 - gamma (2).
+        Differs: see kernels.ops.sketch_update.
+        """
+        ops.sketch_update(self.table, rows, values, gain=gain, decay=decay)
+        return self.query(rows)
+
+    def clean(self, factor: float) -> None:
+        """Multiply everything by `factor`, so that what collisions have piled up fades."""
+        options.check({"clean_factor": factor})
+        self.values.mul_(factor)
+
+    def merge(self, other: Self) -> None:
+        """Add another sketch, so that this one is of both their insertions."""
+        if type(other) is not type(self):
+            raise ValueError(f"cannot merge a {type(other).__name__} into a {type(self).__name__}")
+        if other.values.shape != self.values.shape:
+            shapes = tuple(other.values.shape), tuple(self.values.shape)
+            raise ValueError(f"the other sketch has (depth, width, dim) {shapes[0]}; allowed: "
+                             f"{shapes[1]}, as this one")  # fmt: skip
+        if not torch.equal(other.seeds, self.seeds):
+            raise ValueError(f"the other sketch has seeds {other.seeds.tolist()}; allowed: "
+                             f"{self.seeds.tolist()}, as this one (the same `seed`)")  # fmt: skip
+        self.values.add_(other.values.to(self.values.device))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.values.nbytes + self.seeds.nbytes
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors themselves, as torch's modules do."""
+        return {"values": self.values, "seeds": self.seeds}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over values and seeds: a checkpoint decides the hash."""
+        values, seeds = state["values"], state["seeds"]
+        if values.shape != self.values.shape or seeds.shape != self.seeds.shape:
+            shapes = tuple(values.shape), tuple(self.values.shape)
+            raise ValueError(f"the saved sketch has (depth, width, dim) {shapes[0]}; allowed: "
+                             f"{shapes[1]}, as this one")  # fmt: skip
+        self.values.copy_(values)
+        self.seeds.copy_(seeds)
+
+
+class CountSketch(_RowSketch):
+    """Values of both signs: estimates are medians, right in the mean."""
+
+    signed = True
+
+
+class CountMinSketch(_RowSketch):
+    """Values of 0 or more: estimates are minima, never too low while nothing decays."""
+
+    signed = False

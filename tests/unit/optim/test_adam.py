@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+import torch
+
+from optim import Adam, FactoredAdam, SketchAdam, SM3Adam
+from tests.tolerances import assert_close
+from tests.unit.optim.helpers import assert_no_collisions, gradients, parameter, row_sparse, step
+
+COLLISION_FREE = {"width": 5000, "min_compressed_numel": 0}
+SHAPES = [(12, 5), (12, 1), (6, 2, 3)]
+
+
+def follow(optimizer, p, other, q, grads):
+    """Step both with the same gradients, and see that the parameters stay together."""
+    for grad in grads:
+        step(optimizer, p, grad)
+        step(other, q, grad.clone())
+        assert_close(p.detach(), q.detach())
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (5, 3), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_full_state_is_torch_s_adam(shape, betas, dtype):
+    """16-bit parameters: the other runs in float32 and is rounded after every step."""
+    p, q = parameter(*shape, dtype=dtype), parameter(*shape)
+    optimizer, other = Adam([p], 0.01, betas), torch.optim.Adam([q], 0.01, betas)
+    for grad in gradients(8, *shape, dtype=dtype):
+        with torch.no_grad():
+            q.copy_(p.float())
+        step(optimizer, p, grad)
+        step(other, q, grad.float())
+        assert_close(p.detach(), q.detach().to(dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("first_moment", ["sketch", "full"])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.9)])
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+def test_a_sketch_without_collisions_is_torch_s_adam(shape, first_moment, betas, depth):
+    p, q = parameter(*shape), parameter(*shape)
+    options = {"first_moment": first_moment, "depth": depth, **COLLISION_FREE}
+    optimizer = SketchAdam([p], 0.01, betas, **options)
+    assert_no_collisions(optimizer, p)
+    follow(optimizer, p, torch.optim.Adam([q], 0.01, betas), q, gradients(8, *shape))
+
+
+def test_a_sketch_without_collisions_is_sparse_adam():
+    p, q = parameter(12, 5), parameter(12, 5)
+    optimizer = SketchAdam([p], 0.01, **COLLISION_FREE)
+    assert_no_collisions(optimizer, p)
+    generator = torch.Generator().manual_seed(0)
+    grads = [
+        row_sparse(torch.randint(0, 12, (6,), generator=generator), values, (12, 5))
+        for values in gradients(8, 6, 5)
+    ]
+    follow(optimizer, p, torch.optim.SparseAdam([q], 0.01), q, grads)
+
+
+@pytest.mark.parametrize("make", [SM3Adam, FactoredAdam])
+def test_vectors_have_torch_s_adam_whatever_the_structure(make):
+    p, q = parameter(33), parameter(33)
+    follow(make([p], 0.01), p, torch.optim.Adam([q], 0.01), q, gradients(8, 33))
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.9)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_factored_adam_is_that_of_numpy(betas, shape):
+    p, matrix = parameter(*shape), (shape[0], -1)
+    x = p.detach().numpy().astype(np.float64).reshape(matrix)
+    m, row, col = np.zeros_like(x), np.zeros(x.shape[0]), np.zeros(x.shape[1])
+    optimizer = FactoredAdam([p], 0.01, betas, min_compressed_numel=0)
+    for turn, grad in enumerate(gradients(8, *shape), 1):
+        step(optimizer, p, grad)
+        g = grad.numpy().astype(np.float64).reshape(matrix)
+        m = betas[0] * m + (1 - betas[0]) * g
+        row = betas[1] * row + (1 - betas[1]) * (g**2).mean(1)
+        col = betas[1] * col + (1 - betas[1]) * (g**2).mean(0)
+        nu = np.outer(row, col) / row.mean() / (1 - betas[1] ** turn)
+        x -= 0.01 * m / (1 - betas[0] ** turn) / (np.sqrt(nu) + 1e-8)
+    assert_close(p.detach(), torch.from_numpy(x).float().view(shape))
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (3, 2, 4)], ids=str)
+def test_sm3_adam_is_that_of_numpy(shape):
+    p = parameter(*shape)
+    x, m = p.detach().numpy().astype(np.float64), np.zeros(shape)
+    accumulators = [np.zeros([n if k == a else 1 for k, n in enumerate(shape)])
+                    for a in range(len(shape))]  # fmt: skip
+    optimizer = SM3Adam([p], 0.01, min_compressed_numel=0)
+    for turn, grad in enumerate(gradients(8, *shape), 1):
+        step(optimizer, p, grad)
+        g = grad.numpy().astype(np.float64)
+        m = 0.9 * m + 0.1 * g
+        least = np.broadcast_to(accumulators[0], shape)
+        for accumulator in accumulators[1:]:
+            least = np.minimum(least, accumulator)
+        nu = 0.999 * least + 0.001 * g**2
+        for axis in range(len(shape)):
+            others = tuple(k for k in range(len(shape)) if k != axis)
+            accumulators[axis] = nu.max(others, keepdims=True)
+        x -= 0.01 * m / (1 - 0.9**turn) / (np.sqrt(nu / (1 - 0.999**turn)) + 1e-8)
+    assert_close(p.detach(), torch.from_numpy(x).float())
+
+
+def test_beta1_zero_keeps_no_first_moment():
+    optimizer = SketchAdam([parameter(8, 3)], betas=(0.0, 0.999), min_compressed_numel=0)
+    (state,) = optimizer.state.values()
+    assert set(state) == {"step", "exp_avg_sq", "exp_avg_sq_seeds"}
+
+
+def test_the_names_of_state_are_torch_s_where_it_is_full():
+    p, q = parameter(8, 3), parameter(8, 3)
+    optimizer, other = Adam([p]), torch.optim.Adam([q])
+    follow(optimizer, p, other, q, gradients(2, 8, 3))
+    for name, value in other.state[q].items():
+        assert_close(optimizer.state[p][name], value)
+    assert optimizer.state[p].keys() == other.state[q].keys()
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["float", "tensor"])
+def test_weight_decay_and_maximize_are_torch_s(decoupled, maximize, lr):
+    p, q = parameter(5, 3), parameter(5, 3)
+    ours = Adam([p], lr, weight_decay=0.1, decoupled_weight_decay=decoupled, maximize=maximize)
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    other = kind([q], lr, weight_decay=0.1, maximize=maximize)
+    follow(ours, p, other, q, gradients(8, 5, 3))

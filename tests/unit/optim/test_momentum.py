@@ -1,0 +1,37 @@
+import pytest
+import torch
+
+from optim import Momentum, SketchMomentum
+from tests.tolerances import assert_close
+from tests.unit.optim.helpers import assert_no_collisions, gradients, parameter, step
+
+
+@pytest.mark.parametrize("make", [Momentum, SketchMomentum])
+@pytest.mark.parametrize("shape", [(12, 5), (6, 2, 3)], ids=str)
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_without_collisions_it_is_torch_s_sgd(make, shape, depth):
+    p, q = parameter(*shape), parameter(*shape)
+    optimizer = make([p], 0.01, 0.9, width=5000, depth=depth, min_compressed_numel=0)
+    if make is SketchMomentum:
+        assert_no_collisions(optimizer, p)
+    other = torch.optim.SGD([q], 0.01, 0.9)
+    for grad in gradients(8, *shape):
+        step(optimizer, p, grad)
+        step(other, q, grad.clone())
+        assert_close(p.detach(), q.detach())
+
+
+def test_without_momentum_it_is_plain_descent_and_keeps_nothing():
+    p, q = parameter(12, 5), parameter(12, 5)
+    optimizer, other = SketchMomentum([p], 0.1, 0.0), torch.optim.SGD([q], 0.1)
+    for grad in gradients(3, 12, 5):
+        step(optimizer, p, grad)
+        step(other, q, grad.clone())
+    assert_close(p.detach(), q.detach())
+    assert set(optimizer.state[p]) == {"step"}
+
+
+def test_it_has_no_second_moment_to_estimate():
+    p = parameter(2, 3)
+    with pytest.raises(ValueError, match="one without a second moment"):
+        Momentum([p]).estimate(p)
