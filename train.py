@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from configs import load
 from configs.schema import Run
@@ -33,7 +34,7 @@ from engine.loop import Trainer
 from engine.meters import AccuracyMeter
 from engine.sampling import make_eval_loader, make_train_loader
 from engine.schedules import LearningRate
-from engine.state import RunState
+from engine.state import RunState, polyak
 
 
 def main() -> None:
@@ -153,6 +154,9 @@ def build_trainer(
     test_loader = make_eval_loader(
         datasets["test"], batch_size=train.eval_batch_size_per_rank, **loading
     )
+    averaged = None
+    if train.polyak_decay is not None:  # copied here, before the model's parameters have hooks
+        averaged = AveragedModel(model, multi_avg_fn=polyak(train.polyak_decay))
     groups = parameter_groups(model, train.weight_decay_on_batch_norm)
     optimizer = build_part(
         "configs.train.optimizer",
@@ -179,7 +183,8 @@ def build_trainer(
         per=train.schedule_lr_per,
     )
 
-    state = RunState(model, optimizer, learning_rate, AccuracyMeter(train.top_k, device), device)
+    train_sums = AccuracyMeter(train.top_k, device)
+    state = RunState(model, optimizer, learning_rate, train_sums, device, averaged)
     return Trainer(
         run,
         state,

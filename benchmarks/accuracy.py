@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import tables
 from configs import load
 
 ROOT = Path(__file__).parents[1]
@@ -27,15 +28,12 @@ METRIC = "acc/test_top1"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
+    parser = tables.parser(__doc__)
     parser.add_argument("--configs", nargs="+", required=True)
     parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.01, 0.001])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("-np", type=int, default=2, help="ranks")
     parser.add_argument("--runs", default="runs", help="folder of the runs")
-    parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--picture", type=Path, help="draw the curves here")
     options, extra = parser.parse_known_args()
 
@@ -43,9 +41,8 @@ def main() -> None:
     for density in options.densities:
         results = [run(options, extra, density, seed) for seed in options.seeds]
         rows.append(summarize(density, results))
-        print_table(rows)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        tables.print_table(rows, COLUMNS)
+    tables.write_json(rows, options.json)
     if options.picture:
         draw(options, rows)
 
@@ -111,29 +108,24 @@ def summarize(density: float, results: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    print("\n| density | test accuracy, last epoch (each seed) | train loss | sent a step, mean | "
-          "dense / sent | state bytes a parameter | s a step |")  # fmt: skip
-    print("| --- " * 7 + "|")
-    for row in rows:
-        seeds = ", ".join(f"{accuracy:.2f}" for accuracy in row["accuracies"])
-        sent, dense = row["payload_bytes_per_step"], row["dense_bytes_per_step"]
-        print(
-            f"| {row['density']:g} | {row['accuracy']:.2f} ({seeds}) | {row['train_loss']:.3f} | "
-            f"{sent:,.0f} | {dense / sent:.1f} | {row['state_bytes_per_parameter']:.2f} | "
-            f"{row['seconds_per_step']:.3f} |",
-            flush=True,
-        )
+COLUMNS: tables.Columns = {
+    "density": lambda row: f"{row['density']:g}",
+    "test accuracy, last epoch (each seed)": lambda row: (
+        f"{row['accuracy']:.2f} ({', '.join(f'{value:.2f}' for value in row['accuracies'])})"
+    ),
+    "train loss": lambda row: f"{row['train_loss']:.3f}",
+    "sent a step, mean": lambda row: f"{row['payload_bytes_per_step']:,.0f}",
+    "dense / sent": lambda row: (
+        f"{row['dense_bytes_per_step'] / row['payload_bytes_per_step']:.1f}"
+    ),
+    "state bytes a parameter": lambda row: f"{row['state_bytes_per_parameter']:.2f}",
+    "s a step": lambda row: f"{row['seconds_per_step']:.3f}",
+}
 
 
 def draw(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Draw test accuracy over examples, a line a run, a colour a density."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure, axes = tables.new_picture()
     for color, row in enumerate(rows):
         for number, folder in enumerate(row["folders"]):
             points = sorted(read_scalars(ROOT / options.runs / folder, METRIC).items())
@@ -143,8 +135,7 @@ def draw(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     axes.set(xlabel="examples", ylabel="test accuracy (%)", title=" ".join(options.configs))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(options.picture, dpi=110)
+    tables.save_picture(figure, options.picture)
 
 
 def read_scalars(folder: Path, tag: str) -> dict[int, float]:

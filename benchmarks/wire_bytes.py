@@ -11,8 +11,6 @@ is made rare here (HOROVOD_CYCLE_TIME, ms), so that it does not hide what is mea
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import time
@@ -23,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import tables
 from dgc import Compression, DistributedOptimizer
 from dgc.comm import Comm, horovod_job
 
@@ -37,22 +36,20 @@ CASES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawTextHelpFormatter)  # fmt: skip
+    parser = tables.parser(__doc__)
     parser.add_argument("--interface", default="eth0")
     parser.add_argument("--size", type=int, default=1024, help="side of each weight matrix")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     os.environ.setdefault("HOROVOD_CYCLE_TIME", "100")
     counter = Path(f"/sys/class/net/{options.interface}/statistics/tx_bytes")
     with horovod_job() as comm:
         rows = [measure(comm, name, CASES[name], counter, options) for name in CASES]
         if comm.rank == 0:
-            print_table(rows, comm.world_size)
-            if options.json:
-                options.json.write_text(json.dumps(rows, indent=2) + "\n")
+            print(f"{comm.world_size} hosts; bytes that one of them sent")
+            tables.print_table(rows, COLUMNS)
+            tables.write_json(rows, options.json)
 
 
 def measure(
@@ -87,13 +84,13 @@ def measure(
     }
 
 
-def print_table(rows: list[dict[str, Any]], world_size: int) -> None:
-    print(f"{world_size} hosts; bytes that one of them sent")
-    print("| case | payload | ring volume of it | interface | interface / ring volume |")
-    print("| --- " * 5 + "|")
-    for row in rows:
-        payload, ring, sent = row["payload_bytes"], row["ring_bytes"], row["interface_bytes"]
-        print(f"| {row['case']} | {payload:,} | {ring:,.0f} | {sent:,} | {sent / ring:.3f} |")
+COLUMNS: tables.Columns = {
+    "case": lambda row: row["case"],
+    "payload": lambda row: f"{row['payload_bytes']:,}",
+    "ring volume of it": lambda row: f"{row['ring_bytes']:,.0f}",
+    "interface": lambda row: f"{row['interface_bytes']:,}",
+    "interface / ring volume": lambda row: f"{row['interface_bytes'] / row['ring_bytes']:.3f}",
+}
 
 
 if __name__ == "__main__":

@@ -70,6 +70,9 @@ class Train:
     """The rate rises linearly, step by step, from lr to its scaled value."""
     scale_lr_by_workers: bool = True
     """Multiply lr by world_size * micro_batches_per_step (Goyal et al. 2017, arXiv:1706.02677)."""
+    polyak_decay: float | None = None
+    """Evaluate an average of the parameters in which, each step, the old has this weight (less in
+    the first steps; torch's AveragedModel). None: no average."""
     weight_decay_on_batch_norm: bool = True
     """False: the scales and shifts of normalization layers are not decayed."""
     top_k: Sequence[int] = (1, 5)
@@ -88,6 +91,10 @@ class Train:
             eval_batch_size_per_rank=(self.eval_batch_size_per_rank >= 1, "1 or more"),
             micro_batches_per_step=(self.micro_batches_per_step >= 1, "1 or more"),
             schedule_lr_per=(self.schedule_lr_per in ("epoch", "step"), "epoch, step"),
+            polyak_decay=(
+                self.polyak_decay is None or 0 <= self.polyak_decay < 1,
+                "None or from 0 to below 1",
+            ),
             lr_warmup_epochs=(self.lr_warmup_epochs >= 0, "0 or more"),
             top_k=(len(self.top_k) > 0 and min(self.top_k) >= 1, "numbers of 1 or more"),
             best_metric=(

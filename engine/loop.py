@@ -70,7 +70,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Return loss and accuracies over the whole test set, over all ranks."""
-        model, device = self.state.model, self.state.device
+        model, device = self.state.evaluated(), self.state.device
         meter = AccuracyMeter(self.run.train.top_k, device)
         model.eval()
         with torch.no_grad():
@@ -83,7 +83,7 @@ class Trainer:
 
     def evaluate_best(self) -> dict[str, float]:
         """Load the best checkpoint's parameters and evaluate them."""
-        self.state.model.load_state_dict(self.checkpoints.load_best()["model"])
+        self.state.restore_model(self.checkpoints.load_best())
         return self.evaluate()
 
     def _resume(self) -> None:
@@ -158,6 +158,8 @@ class Trainer:
                 state.train_sums.add(logits, labels, loss)
         with timed(seconds, "step"):
             state.optimizer.step()
+            if state.averaged is not None:
+                state.averaged.update_parameters(state.model)
         state.optimizer.zero_grad()
         return loss.detach()
 

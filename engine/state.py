@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from engine import report
 from engine.interfaces import ExchangingOptimizer
@@ -15,6 +17,20 @@ from engine.sampling import random_states, set_random_states
 from engine.schedules import LearningRate
 
 _DENSE_BYTES = 4  # dense practice sends float32
+
+
+def polyak(decay: float) -> Callable[..., None]:
+    """Return how AveragedModel takes in a step: an average over few steps at first.
+
+    Of the old, decay stays, but of the n-th step's no more than (1 + n) / (10 + n), so that the
+    initial parameters are soon forgotten (TensorFlow's ExponentialMovingAverage has this rule).
+    """
+
+    def average(averaged: Any, current: Any, num_averaged: Any) -> None:
+        n = int(num_averaged)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
+
+    return average
 
 
 @dataclass
@@ -66,11 +82,24 @@ class RunState:
     learning_rate: LearningRate
     train_sums: AccuracyMeter
     device: torch.device
+    averaged: AveragedModel | None = None
+    """The Polyak average of the parameters, which is evaluated if there is one."""
     progress: Progress = field(default_factory=Progress)
+
+    def evaluated(self) -> nn.Module:
+        """Return the model to evaluate; an average has the buffers of the model as they are now."""
+        if self.averaged is None:
+            return self.model
+        buffers = dict(self.model.named_buffers())
+        for name, buffer in self.averaged.module.named_buffers():
+            buffer.copy_(buffers[name])
+        return self.averaged.module
 
     def shared(self) -> dict[str, Any]:
         """Return what is equal on all ranks: tensors and plain values."""
+        averaged = {} if self.averaged is None else {"averaged": self.averaged.state_dict()}
         return {
+            **averaged,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "learning_rate": self.learning_rate.state_dict(),
@@ -95,7 +124,7 @@ class RunState:
 
     def restore(self, shared: dict[str, Any], worker: dict[str, Any]) -> None:
         """Become the state that was saved, to the bit."""
-        self.model.load_state_dict(shared["model"])
+        self.restore_model(shared)
         self.optimizer.load_state_dict(shared["optimizer"])
         self.learning_rate.load_state_dict(shared["learning_rate"])
         self.progress = Progress(**shared["progress"])
@@ -110,6 +139,12 @@ class RunState:
         set_random_states(worker["random"])
         if self.device.type == "cuda" and "random_cuda" in worker:
             torch.cuda.set_rng_state(worker["random_cuda"], self.device)
+
+    def restore_model(self, shared: dict[str, Any]) -> None:
+        """Take over what is evaluated, and no more."""
+        self.model.load_state_dict(shared["model"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(shared["averaged"])
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -126,12 +161,14 @@ class RunState:
         state = self.optimizer.inner.state.values()
         tensors = [v for values in state for v in values.values() if torch.is_tensor(v)]
         parameters = list(self.model.parameters())
+        averaged = () if self.averaged is None else self.averaged.module.parameters()
         return {
             "parameters": sum(p.nbytes for p in parameters),
             "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
             **self.optimizer.worker_state_bytes(),
             "optimizer": sum(t.nbytes for t in tensors),
             "buffers": sum(b.nbytes for b in self.model.buffers()),
+            "averaged": sum(p.nbytes for p in averaged),
         }
 
     def result(self, world_size: int) -> dict[str, Any]:

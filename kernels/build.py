@@ -103,7 +103,9 @@ def _share_openmp() -> None:
     """
     maps = Path("/proc/self/maps")
     loaded = maps.read_text().split() if maps.exists() else []
-    names = {path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))}
+    names = {
+        path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))
+    }
     from_torch = sorted(name for name in names if str(Path(torch.__file__).parent) in name)
     for name in from_torch or sorted(names):
         ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)

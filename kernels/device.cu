@@ -20,6 +20,9 @@
 #ifndef KERNEL  // tests/emulation has its own
 #define KERNEL(NAME, ARGUMENT) \
     extern "C" __global__ void __launch_bounds__(THREADS) NAME(const ARGUMENT s)
+// Few enough registers for 1024 threads on a multiprocessor, whose reads then hide latency.
+#define STREAMING_KERNEL(NAME, ARGUMENT) \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) NAME(const ARGUMENT s)
 #endif
 #define FOR_EACH_TYPE(DEFINE) DEFINE(f32, float) DEFINE(bf16, bf16) DEFINE(f16, f16)
 
@@ -431,12 +434,12 @@ template <class T, bool IS_COVER, bool IS_SKETCHED> FN void step_tiles(const Ste
 
 // step_*: no sketch, no Cover II. step_cover_*: Cover II, no sketch; SM3 as it is mostly run.
 // step_sketch_*: any first moment and any second.
-#define DEFINE(NAME, T)                                                   \
-    KERNEL(step_##NAME, Stepping) { step_tiles<T, false, false>(s); }      \
-    KERNEL(step_cover_##NAME, Stepping) { step_tiles<T, true, false>(s); } \
-    KERNEL(step_sketch_##NAME, Stepping) {                                \
-        if (s.second == SECOND_COVER) step_tiles<T, true, true>(s);       \
-        else step_tiles<T, false, true>(s);                               \
+#define DEFINE(NAME, T)                                                             \
+    STREAMING_KERNEL(step_##NAME, Stepping) { step_tiles<T, false, false>(s); }      \
+    STREAMING_KERNEL(step_cover_##NAME, Stepping) { step_tiles<T, true, false>(s); } \
+    KERNEL(step_sketch_##NAME, Stepping) {                                          \
+        if (s.second == SECOND_COVER) step_tiles<T, true, true>(s);                 \
+        else step_tiles<T, false, true>(s);                                         \
     }
 FOR_EACH_TYPE(DEFINE)
 #undef DEFINE

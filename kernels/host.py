@@ -8,17 +8,27 @@ import torch
 from torch import Tensor
 
 from kernels.build import host_library
-from kernels.ops import PARAMETER_DTYPES, Cover, Factored, First, Full, Rule, Second, Table, Velocity
+from kernels.ops import (
+    PARAMETER_DTYPES,
+    Cover,
+    Factored,
+    First,
+    Full,
+    Rule,
+    Second,
+    Table,
+    Velocity,
+)
 
 _pointer, _i64, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
 class _SketchArgs(ctypes.Structure):
-    _fields_ = [("values", _pointer), ("seeds", _pointer), ("depth", _i64), ("width", _i64)]  # noqa: RUF012
+    _fields_ = [("values", _pointer), ("seeds", _pointer), ("depth", _i64), ("width", _i64)]
 
 
 class _StepArgs(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, _pointer) for name in ("param", "grad", "at")),
         *((name, _i64) for name in ("n", "m", "k")),
         *((name, _int) for name in ("dtype", "first", "second", "threads")),

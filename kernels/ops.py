@@ -38,7 +38,7 @@ class Rule(ctypes.Structure):
     both betas are 1 - decay, for a sum decay is 0. The defaults make plain gradient descent.
     """
 
-    _fields_ = [  # noqa: RUF012 (what ctypes asks for)
+    _fields_ = [
         (name, ctypes.c_float)
         for name in (
             *("lr", "decay", "weight_decay", "sign"),
@@ -245,7 +245,9 @@ def _check_tensor(
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}; allowed: {device}, as the other tensors")
     if not tensor.is_contiguous():
-        raise ValueError(f"{name} has strides {tensor.stride()}; allowed: contiguous (.contiguous())")
+        raise ValueError(
+            f"{name} has strides {tensor.stride()}; allowed: contiguous (.contiguous())"
+        )
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -307,7 +309,9 @@ def _check_table(table: Table, num_columns: int, device: torch.device) -> None:
         raise ValueError(f"the sketch has dim {dim}; allowed: {num_columns}, as the rows")
     _check_tensor("seeds", table.seeds, torch.device("cpu"), (torch.int64,), 1)
     if table.seeds.shape[0] != depth:
-        raise ValueError(f"the sketch has {table.seeds.shape[0]} seeds; allowed: its depth, {depth}")
+        raise ValueError(
+            f"the sketch has {table.seeds.shape[0]} seeds; allowed: its depth, {depth}"
+        )
 
 
 def _check_first(first: First, param: Tensor) -> None:

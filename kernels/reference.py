@@ -173,7 +173,9 @@ def _preconditioned(numerator: Tensor, nu: Tensor | None, rule: Rule) -> Tensor:
     if nu is None:
         return numerator
     scaled = nu * rule.second_scale + rule.eps_inside
-    root = scaled.double().sqrt().float() + rule.eps_outside  # torch's float32 root is MKL's: inexact
+    root = (
+        scaled.double().sqrt().float() + rule.eps_outside
+    )  # torch's float32 root is MKL's: inexact
     return torch.where(root == 0, torch.zeros_like(root), numerator / root)
 
 
@@ -260,9 +262,7 @@ def _factored_rows(
     return row[:, None] * _relative(new_col)
 
 
-def _factored_elements(
-    factored: Factored, g: Tensor, i: Tensor, j: Tensor, rule: Rule
-) -> Tensor:
+def _factored_elements(factored: Factored, g: Tensor, i: Tensor, j: Tensor, rule: Rule) -> Tensor:
     row, col = factored.row, factored.col
     estimate = row[i] * _relative(col)[j]
     change = (g * g).double() * rule.second_gain - estimate.double() * rule.second_decay

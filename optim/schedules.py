@@ -15,24 +15,26 @@ class QuadraticWarmupLinearCooldown(LambdaLR):
     Source: Anil et al. 2019 (arXiv:1901.11150). Differs: the warm-up counts steps from 1, so that
         the first one moves.
     Args:
-        warmup_steps: the last of them has the full rate.
         total_steps: of the run; from then on the rate is 0.
+        warmup_steps: the last of them has the full rate; None: a twentieth of the run.
         cooldown_fraction: of total_steps, at whose end the rate falls.
-    Example: warmup_steps=2, total_steps=10, cooldown_fraction=0.2 multiplies the rate by
+    Example: total_steps=10, warmup_steps=2, cooldown_fraction=0.2 multiplies the rate by
         1/4, 1, 1, 1, 1, 1, 1, 1, 1, 1/2 in ten steps.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        warmup_steps: int,
         total_steps: int,
+        warmup_steps: int | None = None,
         cooldown_fraction: float = 0.1,
         last_epoch: int = -1,
     ) -> None:
         if not 0 <= cooldown_fraction <= 1:
             raise ValueError(f"cooldown_fraction is {cooldown_fraction}; allowed: 0 to 1")
         cooldown_steps = round(cooldown_fraction * total_steps)
+        if warmup_steps is None:
+            warmup_steps = total_steps // 20
         if not 0 <= warmup_steps <= total_steps - cooldown_steps:
             raise ValueError(
                 f"warmup_steps is {warmup_steps}; allowed: 0 to {total_steps - cooldown_steps}, "

@@ -16,9 +16,19 @@ def build(files=(DIGITS,), **overrides):
 
 def test_every_config_of_the_project_builds_with_a_model_of_its_kind():
     for path in ALL:
-        needs_model = path.parent.name == "dgc" or path.name == "cosine.py"
+        needs_model = path.parent.name in ("dgc", "optim") or path.name == "cosine.py"
         run = build([ROOT / "configs/imagenet/resnet18.py", path] if needs_model else [path])
         assert isinstance(run.model(), torch.nn.Module)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/optim").glob("[a-z]*.py")), ids=str)
+def test_every_optimizer_of_the_project_steps(path):
+    run = build([DIGITS, path])
+    parameter = torch.nn.Parameter(torch.ones(100, 50))
+    optimizer = run.train.optimizer([parameter])
+    parameter.grad = torch.randn(100, 50)
+    optimizer.step()
+    assert bool((parameter != 1).all())
 
 
 def test_the_short_names_mean_what_they_meant_to_the_predecessors():

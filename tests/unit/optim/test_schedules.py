@@ -37,7 +37,7 @@ def test_a_tensor_as_rate_is_scheduled_in_place():
 def test_a_saved_schedule_goes_on_where_it_was(tmp_path):
     def make(warmup_steps):
         optimizer = SM3([parameter(2, 2)], lr=1.0)
-        return optimizer, QuadraticWarmupLinearCooldown(optimizer, warmup_steps, 20)
+        return optimizer, QuadraticWarmupLinearCooldown(optimizer, 20, warmup_steps)
 
     (optimizer, schedule), (other, resumed) = make(8), make(2)
     for _ in range(3):
@@ -78,3 +78,8 @@ def test_torch_s_averaged_model_is_the_polyak_average():
         average.update_parameters(model)
         seen.append(p.detach().clone())
     assert_close(next(average.parameters()).detach(), torch.stack(seen).mean(0))
+
+
+def test_a_twentieth_of_the_run_rises_unless_told_otherwise():
+    found = rates(40, total_steps=40)
+    assert found[:3] == pytest.approx([0.25, 1.0, 1.0])

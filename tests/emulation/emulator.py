@@ -1,0 +1,77 @@
+"""A launcher that runs device.cu on the CPU, in place of CuPy's; see emulation.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import launch_cupy
+
+FOLDER = Path(__file__).parent
+KERNELS = Path(launch_cupy.__file__).parent
+FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE")
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+FORWARD, BACKWARD = 0, 1  # orders of threads and blocks; any other number seeds a shuffle
+
+
+class Emulator:
+    """Runs kernels on the CPU with the threads in this order, and counts launches by name."""
+
+    def __init__(self, order: int = FORWARD, flags: tuple[str, ...] = ()) -> None:
+        self.order = order
+        self.launches: dict[str, int] = {}
+        self._library = _library(flags)
+
+    def launch(
+        self, name: str, num_blocks: int, argument: ctypes.Structure, device: torch.device
+    ) -> None:
+        assert device.type == "cpu"
+        self.launches[name] = self.launches.get(name, 0) + 1
+        error = self._library.emulate(
+            getattr(self._library, name),
+            ctypes.byref(argument), num_blocks, launch_cupy.THREADS, self.order,
+        )  # fmt: skip
+        assert not error, f"{name}: {error.decode()}"
+
+    def size_of(self, structure: str) -> int:
+        """Return sizeof of one of device.cu's structures."""
+        return getattr(self._library, f"size_of_{structure}")()
+
+
+@functools.cache
+def _library(flags: tuple[str, ...]) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(build(flags)))
+    library.emulate.restype = ctypes.c_char_p
+    library.emulate.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_void_p),
+        *(ctypes.c_uint, ctypes.c_uint, ctypes.c_uint64),
+    ]
+    return library
+
+
+def build(flags: tuple[str, ...]) -> Path:
+    """Compile, unless that was done before, and return the library."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("emulating CUDA needs g++")
+    words = [compiler, *FLAGS, *WARNINGS, *launch_cupy.DEFINES, *flags, f"-I{KERNELS}"]
+    sources = [FOLDER / "emulation.cpp", FOLDER / "cuda.h"]
+    sources += [KERNELS / "device.cu", KERNELS / "common.h"]
+    content = repr(words).encode() + b"".join(path.read_bytes() for path in sources)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = cache / "parsimony" / "emulation" / hashlib.sha256(content).hexdigest()[:16]
+    library = folder / "emulation.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        fresh = folder / f"emulation.{os.getpid()}.so"
+        subprocess.run([*words, str(sources[0]), "-o", str(fresh)], check=True, timeout=200)
+        fresh.replace(library)  # whole or not at all, for those who build at the same time
+    return library
