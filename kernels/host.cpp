@@ -7,6 +7,7 @@
 // No result depends on the number of threads.
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "common.h"
@@ -35,8 +36,17 @@ struct StepArgs {
 };
 
 const i64 PARALLEL_FROM = 1 << 15;  // elements; below, starting threads costs more than it saves
-const i64 CACHED = 3 << 16;         // floats of a sketch's buckets, and as many of their sums, at a time
-const i64 AHEAD = 4;                // rows, when a block of columns is walked
+const i64 CACHED = 3 << 17;         // floats of a sketch's buckets that stay in the second-level cache
+
+// Float arrays that begin where a cache line does: a vector that straddles two costs two.
+struct Aligned {
+    float *data;
+    explicit Aligned(i64 size) : data((float *)::operator new(size * sizeof(float), std::align_val_t(64))) {}
+    Aligned(Aligned &&other) : data(other.data) { other.data = nullptr; }
+    Aligned(const Aligned &) = delete;
+    ~Aligned() { ::operator delete(data, std::align_val_t(64)); }
+    operator float *() const { return data; }
+};
 
 inline int ordered_bits(float x) { return (int)(as_bits(x) & 0x7fffffffu); }  // of x >= 0, or NaN
 inline int max_of(int a, int b) { return a > b ? a : b; }
@@ -190,11 +200,11 @@ struct Buckets {
             rate[i] = is_signed ? decay : bounded_decay(decay, count[slot[i]]);
     }
 
-    // How many columns to take at once: so many that two copies of the block stay in the second-level
-    // cache, but not so few that memory is read in crumbs.
+    // How many columns to take at once: so many that the block stays in the second-level cache, but not
+    // so few that memory is read in crumbs.
     i64 block(i64 m) const {
         i64 fitting = CACHED / (num_slots > 0 ? num_slots : 1) / 16 * 16;
-        fitting = fitting < 256 ? 256 : fitting;
+        fitting = fitting < 512 ? 512 : fitting;
         return fitting < m ? fitting : m;
     }
 };
@@ -203,7 +213,7 @@ struct Buckets {
 struct Block {
     const Buckets &b;
     i64 begin = 0, length = 0;
-    std::vector<float> cells, sums;
+    Aligned cells, sums;
 
     Block(const Buckets &b_, i64 size) : b(b_), cells(b.num_slots * size), sums(b.num_slots * size) {}
 
@@ -211,7 +221,7 @@ struct Block {
         begin = begin_, length = length_;
         for (i64 s = 0; s < b.num_slots; s++)
             memcpy(&cells[s * length], b.table.values + b.address[s] + begin, length * sizeof(float));
-        memset(sums.data(), 0, b.num_slots * length * sizeof(float));
+        memset(sums, 0, b.num_slots * length * sizeof(float));
     }
 
     void find(i64 i, const float **at) const {
@@ -255,16 +265,6 @@ template <class T> struct Rows {
     i64 row(i64 i) const { return a.at ? a.at[i] : i; }
     T *param(i64 i) const { return (T *)a.param + row(i) * a.m; }
     const T *grad(i64 i) const { return (const T *)a.grad + i * a.m; }
-
-    // A block's next rows are a stride away, which no processor foresees.
-    void prefetch(i64 i, i64 begin, i64 length, bool with_param) const {
-        if (i >= a.k) return;
-        const char *p = (const char *)(param(i) + begin), *g = (const char *)(grad(i) + begin);
-        for (i64 byte = 0; byte < length * (i64)sizeof(T); byte += 64) {
-            if (with_param) __builtin_prefetch(p + byte, 1);
-            __builtin_prefetch(g + byte);
-        }
-    }
 
     // x[c] = the oriented gradient of columns begin.. of item i.
     void read(i64 i, i64 begin, i64 length, float *__restrict x) const {
@@ -385,19 +385,18 @@ void walk_rows(const StepArgs &a, i64 i0, i64 i1, i64 begin, i64 length, const f
                const Estimates &e, int *col_max, int *row_max) {
     Rows<T> rows{a};
     const bool is_wide = sizeof(T) == 4;
-    std::vector<float> m(e.first ? length : 0), wide(is_wide ? 0 : 2 * length);
+    Aligned m(e.first ? length : 0), wide(is_wide ? 0 : 2 * length);
     for (i64 i = i0; i < i1; i++) {
         const i64 row = rows.row(i), offset = row * a.m + begin;
         T *p = rows.param(i) + begin;
         const T *g = rows.grad(i) + begin;
-        float *wide_p = is_wide ? (float *)p : wide.data();
-        const float *wide_g = is_wide ? (const float *)g : wide.data() + length;
+        float *wide_p = is_wide ? (float *)p : wide;
+        const float *wide_g = is_wide ? (const float *)g : wide + length;
         if (!is_wide)
             for (i64 j = 0; j < length; j++) wide[j] = widen(p[j]), wide[length + j] = widen(g[j]);
-        if (length < a.m) rows.prefetch(i + AHEAD, begin, length, true);
         Stretch s = {};
         if (F == FIRST_BEFORE || F == FIRST_AFTER) s.m = a.first_values + offset;
-        if (F == FIRST_SKETCH) e.first->query(i, s.m = m.data());
+        if (F == FIRST_SKETCH) e.first->query(i, s.m = m);
         if (S == FULL) s.v = a.second_values + offset;
         if (S >= SKETCH) e.second->find(i, s.cells);
         if (S >= COVER && S <= OUTER) s.row = a.row[row], s.col = col + begin;
@@ -480,7 +479,7 @@ template <class T> void step_by_columns(const StepArgs &a, const Buckets *first,
     const int threads = col_max || a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        std::vector<float> x(size);
+        Aligned x(size);
         std::vector<Block> fed;
         for (const Buckets *b : {first, second})
             if (b) fed.emplace_back(*b, size);
@@ -490,12 +489,11 @@ template <class T> void step_by_columns(const StepArgs &a, const Buckets *first,
             const i64 begin = block * size, length = begin + size < a.m ? size : a.m - begin;
             for (Block &f : fed) f.load(begin, length);
             for (i64 i = 0; i < a.k; i++) {
-                rows.prefetch(i + AHEAD, begin, length, false);
-                rows.read(i, begin, length, x.data());
-                if (first) fed.front().feed_item(i, x.data(), a.rule.first_gain);
+                rows.read(i, begin, length, x);
+                if (first) fed.front().feed_item(i, x, a.rule.first_gain);
                 if (!second) continue;
                 for (i64 c = 0; c < length; c++) x[c] *= x[c];
-                fed.back().feed_item(i, x.data(), a.rule.second_gain);
+                fed.back().feed_item(i, x, a.rule.second_gain);
             }
             for (Block &f : fed) f.fold();
             walk_all(a, 0, a.k, begin, length, col, e, col_max, row_max);
