@@ -37,6 +37,7 @@ struct StepArgs {
 
 const i64 PARALLEL_FROM = 1 << 15;  // elements; below, starting threads costs more than it saves
 const i64 CACHED = 3 << 17;         // floats of a sketch's buckets that stay in the second-level cache
+const i64 AHEAD = 768;              // elements
 
 // Float arrays that begin where a cache line does: a vector that straddles two costs two.
 struct Aligned {
@@ -65,6 +66,7 @@ struct Stretch {
     int *col_max;
     float row;
     int row_max;
+    i64 ahead;  // elements, after these in memory and soon wanted
 };
 
 template <First F, int S>
@@ -76,33 +78,40 @@ void walk(float *__restrict p, const float *__restrict g, i64 length, Stretch &s
     int *__restrict col_max = s.col_max;
     const float row = s.row;
     int row_max = 0;
-#pragma omp simd reduction(max : row_max)
-    for (i64 j = 0; j < length; j++) {
-        float gj = oriented(g[j], p[j], rule), x = gj;
-        if (F == FIRST_BEFORE) m[j] = average_first(m[j], gj, rule);
-        if (F == FIRST_BEFORE || F == FIRST_SKETCH) x = m[j] * rule.first_scale;
-        if (S != NOTHING) {
-            float nu = row;
-            if (S == FULL) nu = v[j] = average_second(v[j], gj, rule);
-            if (S == LOWER) nu = smaller(row, col[j]);
-            if (S == OUTER) nu = row * col[j];
-            if (S == COVER || S == COVER_ROW) {
-                nu = average_second(S == COVER ? smaller(row, col[j]) : row, gj, rule);
-                int bits = ordered_bits(nu);
-                row_max = max_of(row_max, bits);
-                col_max[j] = max_of(col_max[j], bits);
-            }
-            if (S >= SKETCH) {
-                nu = c0[j];
-                if (DEPTH > 1) nu = smaller(c1[j], nu);
-                if (DEPTH > 2) nu = smaller(c2[j], nu);
-                if (DEPTH > 3) nu = smaller(c3[j], nu);
-                if (DEPTH > 4) nu = smaller(c4[j], nu);
-            }
-            x = preconditioned(x, nu, rule);
+    for (i64 start = 0; start < length; start += 64) {
+        const i64 stop = start + 64 < length ? start + 64 : length;
+        for (i64 j = start + s.ahead; j < stop + s.ahead; j += 16) {  // the processor's own looks less far
+            __builtin_prefetch(p + j, 1);
+            __builtin_prefetch(g + j);
         }
-        if (F == FIRST_AFTER) x = m[j] = average_first(m[j], x, rule);
-        p[j] = moved(p[j], x, rule);
+#pragma omp simd reduction(max : row_max)
+        for (i64 j = start; j < stop; j++) {
+            float gj = oriented(g[j], p[j], rule), x = gj;
+            if (F == FIRST_BEFORE) m[j] = average_first(m[j], gj, rule);
+            if (F == FIRST_BEFORE || F == FIRST_SKETCH) x = m[j] * rule.first_scale;
+            if (S != NOTHING) {
+                float nu = row;
+                if (S == FULL) nu = v[j] = average_second(v[j], gj, rule);
+                if (S == LOWER) nu = smaller(row, col[j]);
+                if (S == OUTER) nu = row * col[j];
+                if (S == COVER || S == COVER_ROW) {
+                    nu = average_second(S == COVER ? smaller(row, col[j]) : row, gj, rule);
+                    int bits = ordered_bits(nu);
+                    row_max = max_of(row_max, bits);
+                    col_max[j] = max_of(col_max[j], bits);
+                }
+                if (S >= SKETCH) {
+                    nu = c0[j];
+                    if (DEPTH > 1) nu = smaller(c1[j], nu);
+                    if (DEPTH > 2) nu = smaller(c2[j], nu);
+                    if (DEPTH > 3) nu = smaller(c3[j], nu);
+                    if (DEPTH > 4) nu = smaller(c4[j], nu);
+                }
+                x = preconditioned(x, nu, rule);
+            }
+            if (F == FIRST_AFTER) x = m[j] = average_first(m[j], x, rule);
+            p[j] = moved(p[j], x, rule);
+        }
     }
     s.row_max = row_max;
 }
@@ -395,6 +404,7 @@ void walk_rows(const StepArgs &a, i64 i0, i64 i1, i64 begin, i64 length, const f
         if (!is_wide)
             for (i64 j = 0; j < length; j++) wide[j] = widen(p[j]), wide[length + j] = widen(g[j]);
         Stretch s = {};
+        s.ahead = length == a.m && is_wide ? AHEAD : 0;
         if (F == FIRST_BEFORE || F == FIRST_AFTER) s.m = a.first_values + offset;
         if (F == FIRST_SKETCH) e.first->query(i, s.m = m);
         if (S == FULL) s.v = a.second_values + offset;
