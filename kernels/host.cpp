@@ -342,8 +342,8 @@ double sum_of(const float *x, i64 length) {
     return total;
 }
 
-// Rows and columns learn the means of the squares. 32 rows at a time add to the columns in float32, each
-// such group by one thread, and the groups in double, in order: the threads do not show in the result.
+// Rows and columns learn the means of the squares. The columns' sums are those of groups of 32 rows, each
+// group by one thread, added in order: the threads do not show in the result.
 template <class T> void feed_factored(const StepArgs &a) {
     const i64 GROUP = 32, groups = (a.k + GROUP - 1) / GROUP, SPAN = 64;
     Rows<T> rows{a};
@@ -354,11 +354,11 @@ template <class T> void feed_factored(const StepArgs &a) {
     const int threads = a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
     for (i64 first = 0; first < groups; first += SPAN) {  // so many partial sums are held at once
         const i64 last = first + SPAN < groups ? first + SPAN : groups;
-        std::vector<float> partial((last - first) * a.m, 0.0f);
+        std::vector<double> partial((last - first) * a.m, 0.0);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
         for (i64 group = first; group < last; group++) {
             std::vector<float> x(a.m);
-            float *__restrict sums = &partial[(group - first) * a.m];
+            double *__restrict sums = &partial[(group - first) * a.m];
             for (i64 i = group * GROUP; i < a.k && i < (group + 1) * GROUP; i++) {
                 rows.read_squares(i, x.data());
                 float &row = a.row[rows.row(i)];
@@ -366,7 +366,7 @@ template <class T> void feed_factored(const StepArgs &a) {
                     for (i64 j = 0; j < a.m; j++) sums[j] += x[j];
                 else
                     for (i64 j = 0; j < a.m; j++)
-                        sums[j] += r.second_gain * x[j] - r.second_decay * (row * prior[j]);
+                        sums[j] += (double)r.second_gain * x[j] - (double)r.second_decay * (row * prior[j]);
                 const float mean = (float)(sum_of(x.data(), a.m) / (double)a.m);
                 row = row * r.second_beta + mean * r.second_gain;
             }

@@ -216,14 +216,14 @@ def check_steps(case: Case, implementation: ModuleType, device: torch.device = C
 
 
 def assert_same(actual: Tensor, expected: Tensor, what: str, case: Case) -> None:
-    """To the bit; with Factored, to the rounding of a few float32 operations."""
+    """To the bit; with Factored, to the rounding of a few float32 operations on numbers below 4."""
     if case.second != "factored":
         wrong = (actual != expected).sum() if actual.shape == expected.shape else "shape"
         assert _same_bits(actual, expected), f"{what}: {wrong} of {expected.numel()} differ"
         return
     rounding = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[expected.dtype]
     torch.testing.assert_close(
-        actual, expected, rtol=rounding, atol=1e-7, msg=lambda m: f"{what}: {m}"
+        actual, expected, rtol=rounding, atol=3e-7, msg=lambda m: f"{what}: {m}"
     )
 
 
