@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -78,6 +79,7 @@ def step_elements(
     _library().parsimony_step_elements(ctypes.byref(args))
 
 
+@functools.cache
 def _library() -> ctypes.CDLL:
     library = host_library()
     library.parsimony_sizes.restype = _i64

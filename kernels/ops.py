@@ -5,13 +5,14 @@ specification), `kernels.host` (C++, for CPU tensors) and `kernels.device` (CUDA
 default, is C++ or CUDA, whichever the tensors are on; "reference" works on any device. `use` or the
 environment variable PARSIMONY_KERNELS chooses; nothing falls back to another by itself.
 
-Shapes: n rows of m columns make the parameter's 2-D view; k of its rows, or of its elements, arrive.
+Shapes: n rows of m columns make the parameter's 2-D view; k of its rows, or elements, arrive.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import os
 from collections.abc import Iterator
@@ -34,8 +35,8 @@ class Rule(ctypes.Structure):
         first moment   m  <- first_beta m + first_gain g          (of the update, for a Velocity)
         second moment  nu <- second_beta nu + second_gain g^2
         p <- decay p - lr (first_scale m) / (sqrt(second_scale nu + eps_inside) + eps_outside)
-    where 0 / 0 is 0. A sketch inserts gain x - (its decay) query instead: for an average that forgets
-    both betas are 1 - decay, for a sum decay is 0. The defaults make plain gradient descent.
+    where 0 / 0 is 0. A sketch inserts gain x - (its decay) query instead: for an average that
+    forgets beta is 1 - decay, for a sum decay is 0. The defaults make plain gradient descent.
     """
 
     _fields_ = [
@@ -49,12 +50,16 @@ class Rule(ctypes.Structure):
     ]
 
     def __init__(self, lr: float, **scalars: float) -> None:
-        ones = ("decay", "sign", "first_beta", "first_gain", "first_scale")
-        ones += ("second_beta", "second_gain", "second_scale")
-        super().__init__(lr=lr, **{**dict.fromkeys(ones, 1.0), **scalars})
-        unknown = set(scalars) - {name for name, _ in self._fields_}
+        super().__init__(lr=lr, **(_ONES | scalars))
+        unknown = scalars.keys() - _RULE_NAMES
         if unknown:
             raise TypeError(f"Rule has no {', '.join(sorted(unknown))}")
+
+
+_RULE_NAMES = {name for name, _ in Rule._fields_}
+_ONES = dict.fromkeys(
+    ("decay", "sign", "first_beta", "first_gain", "first_scale", "second_beta", "second_gain",
+     "second_scale"), 1.0)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,15 +170,15 @@ def step(
     second: Second = None,
     rows: Tensor | None = None,
 ) -> None:
-    """Update state and parameter (n, m) in place from a gradient: dense (n, m), or rows of it (k, m).
+    """Update state and parameter (n, m) in place from a gradient: dense (n, m), or rows (k, m).
 
     `rows` (k,) int64, ascending and unique, are the only ones that are read or written, with what
     their state shares. `grad` has the parameter's dtype; state and arithmetic are float32.
 
     How a row-sparse gradient meets state that rows share: a Cover's estimate is that of the row
-    accumulator alone and its column accumulators can only rise (DESIGN.md, section 5); Factored
-    columns change by what the arriving rows change, (1/n) sum (gain g^2 - decay nu); sketches query,
-    then insert.
+    accumulator alone and its column accumulators can only rise (as in SM3's own code); Factored
+    columns change by what the arriving rows change, (1/n) sum (gain g^2 - decay nu); sketches
+    query, then insert.
     """
     _check_parameter(param, grad, rows)
     if grad.dtype != param.dtype:
@@ -195,9 +200,9 @@ def step_elements(
 ) -> None:
     """Update state and parameter (n, m) in place where elements of the gradient arrive.
 
-    `indices` (k,) int64 into the flattened parameter, ascending and unique; `values` (k,) float32. A
-    Cover's accumulators can only rise; Factored rows and columns change by what the arriving elements
-    change; a sketch is queried and fed in the columns that arrived.
+    `indices` (k,) int64 into the flattened parameter, ascending and unique; `values` (k,) float32.
+    A Cover's accumulators can only rise; Factored rows and columns change by what the arriving
+    elements change; a sketch is queried and fed in the columns that arrived.
     """
     _check_tensor("param", param, param.device, PARAMETER_DTYPES, 2)
     _check_tensor("values", values, param.device, (torch.float32,), 1)
@@ -208,7 +213,7 @@ def step_elements(
         _run(param).step_elements(param, values, indices, rule, first, second)
 
 
-# ---- choice of implementation ----------------------------------------------------------------------
+# ---- choice of implementation --------------------------------------------------------------------
 
 
 def _check_implementation(name: str) -> None:
@@ -219,20 +224,24 @@ def _check_implementation(name: str) -> None:
 
 def _run(tensor: Tensor) -> ModuleType:
     """Return the module that implements the operations on this tensor's device."""
-    _check_implementation(_chosen)
-    if _chosen == "reference":
+    return _module(_chosen, tensor.device.type)
+
+
+@functools.cache
+def _module(chosen: str, device_type: str) -> ModuleType:
+    _check_implementation(chosen)
+    if chosen == "reference":
         return importlib.import_module("kernels.reference")
-    if tensor.device.type == "cpu":
-        return importlib.import_module("kernels.host")
-    if tensor.device.type == "cuda":
-        return importlib.import_module("kernels.device")
-    raise ValueError(
-        f"no native kernels for device {tensor.device}; allowed: cpu, cuda. "
-        "PARSIMONY_KERNELS=reference, or kernels.ops.use('reference'), runs on any"
-    )
+    modules = {"cpu": "kernels.host", "cuda": "kernels.device"}
+    if device_type not in modules:
+        raise ValueError(
+            f"no native kernels for device {device_type}; allowed: cpu, cuda. "
+            "PARSIMONY_KERNELS=reference, or kernels.ops.use('reference'), runs on any"
+        )
+    return importlib.import_module(modules[device_type])
 
 
-# ---- checks ----------------------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 
 
 def _check_tensor(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.ops import Cover, Factored, First, Full, Rule, Second, Table, Velocity
 
-# ---- sketches --------------------------------------------------------------------------------------
+# ---- sketches ------------------------------------------------------------------------------------
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def _mix(x: Tensor) -> Tensor:
 
 def hash_rows(table: Table, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row's bucket (depth, k) int64, counted through all of the table, and its sign."""
-    depth, width, _ = table.values.shape
+    width = table.values.shape[1]
     buckets, signs = [], []
     for j, seed in enumerate(table.seeds.tolist()):
         low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
@@ -54,7 +54,7 @@ def _ordered_sum(slots: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _estimate(table: Table, candidates: Tensor) -> Tensor:
-    """Return the minimum over axis 0, or the median; an even depth's is the mean of the middle two."""
+    """Return the minimum over axis 0, or the median; of an even depth, the middle two's mean."""
     if not table.signed:
         return candidates.amin(0)
     ordered, depth = candidates.sort(0).values, len(candidates)
@@ -111,7 +111,7 @@ def sketch_update(table: Table, rows: Tensor, values: Tensor, gain: float, decay
     _Cells(table, rows).update(values, gain, decay)
 
 
-# ---- steps -----------------------------------------------------------------------------------------
+# ---- steps ---------------------------------------------------------------------------------------
 
 
 def step(
@@ -205,7 +205,7 @@ def _sketched(cells: _Cells, g: Tensor, rule: Rule) -> Tensor:
     return cells.query()
 
 
-# ---- covers ----------------------------------------------------------------------------------------
+# ---- covers --------------------------------------------------------------------------------------
 
 
 def _cover_rows(cover: Cover, g: Tensor, rows: Tensor, is_dense: bool, rule: Rule) -> Tensor:
@@ -236,7 +236,7 @@ def _cover_elements(cover: Cover, g: Tensor, i: Tensor, j: Tensor, rule: Rule) -
     return nu
 
 
-# ---- factored means --------------------------------------------------------------------------------
+# ---- factored means ------------------------------------------------------------------------------
 
 
 def _relative(col: Tensor) -> Tensor:

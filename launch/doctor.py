@@ -60,9 +60,9 @@ def last_line(output: str) -> str:
     return lines[-1].strip() if lines else "no answer"
 
 
-def ask(code: str) -> dict:
+def ask(code: str, seconds: int = 60) -> dict:
     """Facts that `code` prints as a last line of JSON, or as "error" the last line it died with."""
-    status, output = run(environment_python(), "-c", code)
+    status, output = run(environment_python(), "-c", code, seconds=seconds)
     return json.loads(last_line(output)) if status == 0 else {"error": last_line(output)[:160]}
 
 
@@ -103,6 +103,13 @@ from mpi4py import MPI
 print(json.dumps({"version": mpi4py.__version__, "libmpi": loaded_mpi()}))
 """
 )
+
+# Compiles them, if this machine has not: better now than in a first run.
+_ASK_KERNELS = f"""
+import sys; sys.path.insert(0, {str(REPO)!r})
+from kernels import build
+import json; print(json.dumps({{"library": build.host_library()._name}}))
+"""
 
 _ASK_CUPY = """
 import json, cupy
@@ -208,6 +215,13 @@ def check_same_mpi(name: str, facts: dict, mpirun: str) -> Check:
     return Check(name, found)
 
 
+def check_kernels(facts: dict) -> Check:
+    if "error" in facts:
+        remedy = "see compiler; or export PARSIMONY_KERNELS=reference, which is slow"
+        return Check("CPU kernels", facts["error"], remedy)
+    return Check("CPU kernels", facts["library"])
+
+
 def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin") or ""
@@ -252,6 +266,8 @@ def all_checks() -> Iterator[Check]:
     if mpirun and "error" not in horovod:
         yield check_same_mpi("MPI of horovod", horovod, mpirun)
     yield check_same_mpi("mpi4py", ask(_ASK_MPI4PY), mpirun or "/")
+    if "error" not in torch:
+        yield check_kernels(ask(_ASK_KERNELS, seconds=300))
     yield from check_gpu(driver, torch, horovod)
 
 

@@ -1,4 +1,4 @@
-"""The files of configs/optim in real runs: with a sparse exchange, and killed and taken up again."""
+"""Files of configs/optim in real runs: with a sparse exchange, killed and taken up again."""
 
 import time
 

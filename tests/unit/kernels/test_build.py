@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import build, ops
+from kernels import build, host, ops
 from kernels.ops import Rule
 
 ROOT = Path(__file__).parents[3]
@@ -17,9 +17,11 @@ ROOT = Path(__file__).parents[3]
 def fresh(tmp_path, monkeypatch):
     """Forget the loaded library, and keep compiled ones in a folder of this test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build.host_library.cache_clear()
+    for loaded in (build.host_library, host._library):
+        loaded.cache_clear()
     yield tmp_path / "parsimony" / "kernels"
-    build.host_library.cache_clear()
+    for loaded in (build.host_library, host._library):
+        loaded.cache_clear()
 
 
 def a_step():
