@@ -1,7 +1,7 @@
 """Which optimizer, and how its state is kept. List these files after those of a model.
 
-They replace the optimizer that a model's file chose, with its rate and weight decay; the rates here
-were tuned on digits (benchmarks/results). Weight decay, if one is set, is decoupled.
+They replace the optimizer that a model's file chose, with its rate and weight decay. The rates are
+ones to start from: tune them. Weight decay, if one is set, is decoupled.
 """
 
 import fiddle as fdl
