@@ -168,8 +168,10 @@ FN float preconditioned(float numerator, float nu, const Rule &r) {
 
 FN float moved(float param, float update, const Rule &r) { return param * r.decay - r.lr * update; }
 
-// How much of its rows' estimates a count-min bucket gives up at once. `count` rows share it in this
-// step; beyond 1 / count it would give up more than it holds.
-FN float bounded_decay(float decay, i64 count) {
-    return decay * (float)count <= 1.0f ? decay : 1.0f / (float)count;
+// How much of its rows' estimates a bucket gives up at once. `count` rows share it in this step: beyond
+// 1 / count a count-min bucket would give up more than it holds, beyond 2 / count a count-sketch's would
+// overshoot 0 by more than it held, and grow without end.
+FN float bounded_decay(float decay, i64 count, int is_signed) {
+    float most = is_signed ? 2.0f : 1.0f;
+    return decay * (float)count <= most ? decay : most / (float)count;
 }

@@ -215,7 +215,7 @@ template <class T>
 FN void sum_of_cell(const Feeding &s, i64 begin, i64 end, i64 first_column, float *sums) {
     const Sketch &k = s.sketch;
     i64 j = s.order[begin] / s.items.num_items;
-    float rate = k.is_signed ? s.decay : bounded_decay(s.decay, end - begin);
+    float rate = bounded_decay(s.decay, end - begin, k.is_signed);
     for (i64 i = begin; i < end; i++) {
         i64 item = s.order[i] - j * s.items.num_items, row = row_of(s.items, item);
         Cells cells = cells_of(k, row);

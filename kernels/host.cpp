@@ -201,12 +201,12 @@ struct Buckets {
         }
     }
 
-    // Each item's decay, bounded where many share a bucket that must not fall below 0.
+    // Each item's decay, bounded where many share a bucket.
     void share(float decay) {
         std::vector<int> count(num_slots, 0);
         for (int s : slot) count[s]++;
         for (size_t i = 0; i < slot.size(); i++)
-            rate[i] = is_signed ? decay : bounded_decay(decay, count[slot[i]]);
+            rate[i] = bounded_decay(decay, count[slot[i]], is_signed);
     }
 
     // How many columns to take at once: so many that the block stays in the second-level cache, but not

@@ -93,10 +93,8 @@ class _Cells:
 
     def _bounded_decay(self, cells: Tensor, decay: float) -> Tensor:
         _, inverse, counts = cells.unique(return_inverse=True, return_counts=True)
-        count = counts[inverse].float()
-        if self.table.signed:
-            return torch.full_like(count, decay)
-        return torch.where(count * decay <= 1, torch.full_like(count, decay), 1 / count)
+        count, most = counts[inverse].float(), 2 if self.table.signed else 1
+        return torch.where(count * decay <= most, torch.full_like(count, decay), most / count)
 
 
 def sketch_insert(table: Table, rows: Tensor, values: Tensor) -> None:

@@ -35,3 +35,16 @@ def test_it_has_no_second_moment_to_estimate():
     p = parameter(2, 3)
     with pytest.raises(ValueError, match="one without a second moment"):
         Momentum([p]).estimate(p)
+
+
+@pytest.mark.parametrize("size_ratio", [0.2, 0.05, 0.01])
+def test_a_small_sketch_does_not_blow_up(size_ratio):
+    """60 or 300 rows share a bucket; with the paper's decay for each, this was NaN in 200 steps."""
+    parameter = torch.nn.Parameter(torch.zeros(1000, 24))
+    optimizer = SketchMomentum([parameter], lr=1e-3, size_ratio=size_ratio)
+    generator, largest = torch.Generator().manual_seed(0), []
+    for _ in range(200):
+        parameter.grad = torch.randn(1000, 24, generator=generator)
+        optimizer.step()
+        largest.append(float(optimizer.state[parameter]["momentum_buffer"].abs().max()))
+    assert max(largest[100:]) < 3 * max(largest[:100])
