@@ -210,11 +210,12 @@ struct Buckets {
     }
 
     // How many columns to take at once: so many that the block stays in the second-level cache, but not
-    // so few that memory is read in crumbs.
-    i64 block(i64 m) const {
+    // so few that memory is read in crumbs; and each thread has a block.
+    i64 block(i64 m, int threads) const {
         i64 fitting = CACHED / (num_slots > 0 ? num_slots : 1) / 16 * 16;
         fitting = fitting < 512 ? 512 : fitting;
-        return fitting < m ? fitting : m;
+        const i64 share = (m + 16 * threads - 1) / (16 * threads) * 16;
+        return fitting < share ? fitting : share < m ? share : m;
     }
 };
 
@@ -482,11 +483,11 @@ template <class T> void step_by_columns(const StepArgs &a, const Buckets *first,
                                         const float *col, int *col_max, int *row_max) {
     const WalkRows walk_all = choose_walk<T>(a.first, source_of(a));
     const Rows<T> rows{a};
-    i64 size = a.m;
-    if (first) size = first->block(size);
-    if (second) size = second->block(size);
-    const i64 blocks = (a.m + size - 1) / size;
     const int threads = col_max || a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
+    i64 size = a.m;
+    if (first) size = first->block(size, threads);
+    if (second) size = second->block(size, threads);
+    const i64 blocks = (a.m + size - 1) / size;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Aligned x(size);
@@ -661,8 +662,9 @@ void parsimony_step_elements(const StepArgs *a) {
 void parsimony_sketch_update(const SketchArgs *table, int is_signed, i64 dim, const i64 *rows,
                              const float *x, i64 k, float gain, float decay, int threads) {
     const Buckets buckets(*table, is_signed != 0, dim, rows, k, 0, decay);
-    const i64 size = buckets.block(dim), blocks = (dim + size - 1) / size;
-#pragma omp parallel num_threads(threads) if (threads > 1 && k * dim >= PARALLEL_FROM)
+    if (k * dim < PARALLEL_FROM) threads = 1;
+    const i64 size = buckets.block(dim, threads), blocks = (dim + size - 1) / size;
+#pragma omp parallel num_threads(threads) if (threads > 1)
     {
         Block block(buckets, size);
 #pragma omp for schedule(static)

@@ -136,7 +136,8 @@ def sketch_insert(table: Table, rows: Tensor, values: Tensor) -> None:
     """
     _check_table(table, values.shape[-1], values.device)
     _check_rows(rows, values)
-    _run(table.values).sketch_insert(table, rows, values)
+    if values.numel() > 0:
+        _run(table.values).sketch_insert(table, rows, values)
 
 
 def sketch_query(table: Table, rows: Tensor) -> Tensor:
@@ -159,7 +160,8 @@ def sketch_update(
     """
     _check_table(table, values.shape[-1], values.device)
     _check_rows(rows, values)
-    _run(table.values).sketch_update(table, rows, values, gain, decay)
+    if values.numel() > 0:
+        _run(table.values).sketch_update(table, rows, values, gain, decay)
 
 
 def step(

@@ -93,6 +93,11 @@ def test_nothing_is_a_step_of_nothing(name, size):
     with ops.use(name):
         step(param=torch.zeros(size), grad=torch.zeros(size), second=Full(torch.zeros(size)))
         step(grad=torch.zeros(0, M), rows=torch.zeros(0, dtype=torch.int64), second=table())
+        for dim, count in ((0, 3), (M, 0)):
+            rows = torch.arange(count)
+            ops.sketch_insert(table(dim=dim), rows, torch.zeros(count, dim))
+            ops.sketch_update(table(dim=dim), rows, torch.zeros(count, dim), decay=0.1)
+            assert ops.sketch_query(table(dim=dim), rows).shape == (count, dim)
 
 
 def test_the_choice_of_implementation_is_visible_and_checked():
