@@ -71,7 +71,7 @@ class _Cells:
         self.cells, signs = hash_rows(table, rows)
         dim = table.values.shape[2]
         if columns is None:
-            self.flat = table.values.view(-1, dim)
+            self.flat = table.values.flatten(0, 1)
             self.signs = signs[:, :, None] if table.signed else torch.ones_like(signs[:, :, None])
         else:
             self.cells = self.cells * dim + columns
