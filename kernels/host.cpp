@@ -388,6 +388,12 @@ struct Estimates {  // of the sketches' block at hand; null where there is none
     const Block *first, *second;
 };
 
+// Ask for a stretch that will be written soon.
+template <class T> void fetch(const T *x, i64 length) {
+    for (const char *byte = (const char *)x, *end = (const char *)(x + length); byte < end; byte += 64)
+        __builtin_prefetch(byte, 1);
+}
+
 // Walk items i0..i1 in columns begin..begin+length. col_max collects a cover's new columns, row_max (one
 // for an item) its new rows. 16-bit parameters are widened a stretch at a time.
 template <class T, First F, int S>
@@ -398,6 +404,12 @@ void walk_rows(const StepArgs &a, i64 i0, i64 i1, i64 begin, i64 length, const f
     Aligned m(e.first ? length : 0), wide(is_wide ? 0 : 2 * length);
     for (i64 i = i0; i < i1; i++) {
         const i64 row = rows.row(i), offset = row * a.m + begin;
+        if (a.at && i + 2 < i1) {  // rows that do not follow each other in memory
+            const i64 next = a.at[i + 2] * a.m + begin;
+            fetch((const T *)a.param + next, length);
+            if (F == FIRST_BEFORE || F == FIRST_AFTER) fetch(a.first_values + next, length);
+            if (S == FULL) fetch(a.second_values + next, length);
+        }
         T *p = rows.param(i) + begin;
         const T *g = rows.grad(i) + begin;
         float *wide_p = is_wide ? (float *)p : wide;
