@@ -29,13 +29,14 @@ METHODS = {
     "CS-V": Method(ADAM_RATES, words_only=True),
     "CMS, beta1 = 0": Method(ADAM_RATES, words_only=True),
     "FactoredAdam": Method(ADAM_RATES),
+    "FactoredAdam, beta1 = 0": Method(ADAM_RATES),
     "SM3Adam": Method((1e-2, 3e-2, 1e-1)),
     "SM3, momentum 0.9": Method((0.03, 0.1, 0.3)),
     "torch Adafactor": Method((0.03, 0.1, 0.3)),
     "CAME": Method((3e-4, 1e-3, 3e-3)),
     "8-bit Adam": Method(ADAM_RATES),
     "momentum": Method((2.5, 5.0, 10.0), clip=0.25),
-    "CS-momentum": Method((2.5, 5.0, 10.0), clip=0.25, words_only=True),
+    "CS-momentum": Method((2.5, 5.0, 10.0, 20.0), clip=0.25, words_only=True),
 }
 
 
