@@ -85,7 +85,12 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return a line for each setting that would change a run's numbers if it went on with it."""
 
     def matters(flat: Mapping[str, Any]) -> dict[str, Any]:
-        return {path: value for path, value in flat.items() if not path.startswith(_HARMLESS)}
+        # None is also what a setting was before there was such a setting.
+        return {
+            path: value
+            for path, value in flat.items()
+            if value is not None and not path.startswith(_HARMLESS)
+        }
 
     return differences(matters(then), matters(now))
 

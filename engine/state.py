@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from engine import report
+from engine.checkpoint import CheckpointError
 from engine.interfaces import ExchangingOptimizer
 from engine.meters import AccuracyMeter
 from engine.sampling import random_states, set_random_states
@@ -142,6 +143,12 @@ class RunState:
 
     def restore_model(self, shared: dict[str, Any]) -> None:
         """Take over what is evaluated, and no more."""
+        if ("averaged" in shared) != (self.averaged is not None):
+            has = "has an" if "averaged" in shared else "has no"
+            raise CheckpointError(
+                f"the checkpoint {has} average of the parameters; give configs.train.polyak_decay "
+                "as it was when the run was started"
+            )
         self.model.load_state_dict(shared["model"])
         if self.averaged is not None:
             self.averaged.load_state_dict(shared["averaged"])

@@ -41,16 +41,24 @@ def host_library() -> ctypes.CDLL:
     path = _cache() / f"host-{_key()}.so"
     if not path.exists():
         _compile(path)
-    return ctypes.CDLL(str(path))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot load the compiled kernels: {error}. Set XDG_CACHE_HOME to a folder from which "
+            "programs may run, or remove the file"
+        ) from error
 
 
 def compiler() -> str:
     """Return the C++ compiler that would be used. Raises: RuntimeError if there is none."""
-    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
-        found = name and shutil.which(name)
+    chosen = os.environ.get("CXX")
+    for name in [chosen] if chosen else ["g++", "c++", "clang++"]:
+        found = shutil.which(name)
         if found:
             return found
-    raise RuntimeError(f"no C++ compiler found for the native kernels. {REMEDY}")
+    missing = f"CXX is {chosen!r}, which is no command" if chosen else "no C++ compiler found"
+    raise RuntimeError(f"{missing}: the native kernels need one. {REMEDY}")
 
 
 def _cache() -> Path:
@@ -60,7 +68,7 @@ def _cache() -> Path:
 
 def _key() -> str:
     sources = b"".join((HERE / name).read_bytes() for name in ("common.h", "host.cpp"))
-    version = subprocess.run([compiler(), "--version"], capture_output=True, check=True).stdout
+    version = subprocess.run([compiler(), "--version"], capture_output=True).stdout
     parts = (sources, version, " ".join(OPTIONS).encode(), _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 

@@ -4,7 +4,10 @@
 // Memory is read and written once where the structure allows it (none, full, SM3-II). Where the estimate
 // needs this step's gradients first (SM3-I, factored, sketches) the gradient is read twice; a sketch is
 // walked in blocks of columns, small enough that the block's part of the table stays in the cache.
-// No result depends on the number of threads.
+// No result depends on the number of threads. What threads need of memory is taken before they start: an
+// exception must not leave them, and becomes a MemoryError in Python.
+#include <omp.h>
+
 #include <cmath>
 #include <cstring>
 #include <new>
@@ -146,7 +149,7 @@ void feed(const float *const *cells, float *const *sums, const float *sign, cons
         for (int j = 0; j < DEPTH; j++) y[j] = SIGNED ? a[j][c] * s[j] : a[j][c];
         float q = SIGNED ? median_of<DEPTH>(y) : minimum_of<DEPTH>(y), gx = gain * x[c];
         for (int j = 0; j < DEPTH; j++) {
-            float change = gx - r[j] * q;
+            float change = r[j] != 0.0f ? gx - r[j] * q : gx;  // q may be infinite
             b[j][c] += SIGNED ? change * s[j] : change;
         }
     }
@@ -353,12 +356,13 @@ template <class T> void feed_factored(const StepArgs &a) {
     const std::vector<float> prior = is_dense ? std::vector<float>() : relative(a.col, a.m);
     std::vector<double> total(a.m, 0.0);
     const int threads = a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
+    std::vector<std::vector<float>> squares(threads, std::vector<float>(a.m));
     for (i64 first = 0; first < groups; first += SPAN) {  // so many partial sums are held at once
         const i64 last = first + SPAN < groups ? first + SPAN : groups;
         std::vector<double> partial((last - first) * a.m, 0.0);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
         for (i64 group = first; group < last; group++) {
-            std::vector<float> x(a.m);
+            std::vector<float> &x = squares[omp_get_thread_num()];
             double *__restrict sums = &partial[(group - first) * a.m];
             for (i64 i = group * GROUP; i < a.k && i < (group + 1) * GROUP; i++) {
                 rows.read_squares(i, x.data());
@@ -395,13 +399,13 @@ template <class T> void fetch(const T *x, i64 length) {
 }
 
 // Walk items i0..i1 in columns begin..begin+length. col_max collects a cover's new columns, row_max (one
-// for an item) its new rows. 16-bit parameters are widened a stretch at a time.
+// for an item) its new rows. 16-bit parameters are widened a stretch at a time. `scratch`: 3 x length.
 template <class T, First F, int S>
 void walk_rows(const StepArgs &a, i64 i0, i64 i1, i64 begin, i64 length, const float *col,
-               const Estimates &e, int *col_max, int *row_max) {
+               const Estimates &e, float *scratch, int *col_max, int *row_max) {
     Rows<T> rows{a};
     const bool is_wide = sizeof(T) == 4;
-    Aligned m(e.first ? length : 0), wide(is_wide ? 0 : 2 * length);
+    float *m = scratch, *wide = scratch + length;
     for (i64 i = i0; i < i1; i++) {
         const i64 row = rows.row(i), offset = row * a.m + begin;
         if (a.at && i + 2 < i1) {  // rows that do not follow each other in memory
@@ -431,7 +435,8 @@ void walk_rows(const StepArgs &a, i64 i0, i64 i1, i64 begin, i64 length, const f
     }
 }
 
-typedef void (*WalkRows)(const StepArgs &, i64, i64, i64, i64, const float *, const Estimates &, int *, int *);
+typedef void (*WalkRows)(const StepArgs &, i64, i64, i64, i64, const float *, const Estimates &, float *,
+                         int *, int *);
 
 template <class T, First F> WalkRows choose_source(int s) {
     switch (s) {
@@ -476,17 +481,18 @@ template <class T> void step_by_rows(const StepArgs &a, const float *col, int *c
     const WalkRows walk_all = choose_walk<T>(a.first, source_of(a));
     const int threads = a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
     const i64 CHUNK = 32, chunks = (a.k + CHUNK - 1) / CHUNK;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        std::vector<int> own(col_max ? a.m : 0, 0);
-#pragma omp for schedule(static)
-        for (i64 c = 0; c < chunks; c++) {
-            const i64 end = (c + 1) * CHUNK < a.k ? (c + 1) * CHUNK : a.k;
-            walk_all(a, c * CHUNK, end, 0, a.m, col, Estimates{}, own.data(), row_max);
-        }
-#pragma omp critical
-        for (size_t j = 0; j < own.size(); j++) col_max[j] = max_of(col_max[j], own[j]);
+    std::vector<std::vector<int>> own(threads, std::vector<int>(col_max ? a.m : 0, 0));
+    const i64 each = sizeof(T) == 4 ? 0 : 3 * a.m;
+    Aligned scratch(threads * each);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (i64 c = 0; c < chunks; c++) {
+        const i64 end = (c + 1) * CHUNK < a.k ? (c + 1) * CHUNK : a.k;
+        const int thread = omp_get_thread_num();
+        walk_all(a, c * CHUNK, end, 0, a.m, col, Estimates{}, scratch + thread * each, own[thread].data(),
+                 row_max);
     }
+    for (const std::vector<int> &maxima : own)
+        for (size_t j = 0; j < maxima.size(); j++) col_max[j] = max_of(col_max[j], maxima[j]);
 }
 
 // With a sketch: threads share the blocks of columns, and each feeds and walks all items of its block. A
@@ -500,12 +506,15 @@ template <class T> void step_by_columns(const StepArgs &a, const Buckets *first,
     if (first) size = first->block(size, threads);
     if (second) size = second->block(size, threads);
     const i64 blocks = (a.m + size - 1) / size;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        Aligned x(size);
-        std::vector<Block> fed;
+    std::vector<std::vector<Block>> all(threads);
+    for (std::vector<Block> &fed : all)
         for (const Buckets *b : {first, second})
             if (b) fed.emplace_back(*b, size);
+    Aligned scratch(threads * 3 * size);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float *x = scratch + omp_get_thread_num() * 3 * size;
+        std::vector<Block> &fed = all[omp_get_thread_num()];
         const Estimates e{first ? &fed.front() : nullptr, second ? &fed.back() : nullptr};
 #pragma omp for schedule(static)
         for (i64 block = 0; block < blocks; block++) {
@@ -519,7 +528,7 @@ template <class T> void step_by_columns(const StepArgs &a, const Buckets *first,
                 fed.back().feed_item(i, x, a.rule.second_gain);
             }
             for (Block &f : fed) f.fold();
-            walk_all(a, 0, a.k, begin, length, col, e, col_max, row_max);
+            walk_all(a, 0, a.k, begin, length, col, e, x, col_max, row_max);
         }
     }
 }
@@ -658,35 +667,44 @@ extern "C" {
 // Tells whether host.py's idea of the structures is this one's.
 i64 parsimony_sizes(int which) { return which ? sizeof(SketchArgs) : sizeof(StepArgs); }
 
-void parsimony_step(const StepArgs *a) {
+// These return 0, or 1 if there was not enough memory.
+int parsimony_step(const StepArgs *a) try {
     if (a->dtype == 0) step_rows<float>(*a);
     if (a->dtype == 1) step_rows<bf16>(*a);
     if (a->dtype == 2) step_rows<f16>(*a);
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
 }
 
-void parsimony_step_elements(const StepArgs *a) {
+int parsimony_step_elements(const StepArgs *a) try {
     if (a->dtype == 0) step_some<float>(*a);
     if (a->dtype == 1) step_some<bf16>(*a);
     if (a->dtype == 2) step_some<f16>(*a);
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
 }
 
 // Insert gain x - decay query.
-void parsimony_sketch_update(const SketchArgs *table, int is_signed, i64 dim, const i64 *rows,
-                             const float *x, i64 k, float gain, float decay, int threads) {
+int parsimony_sketch_update(const SketchArgs *table, int is_signed, i64 dim, const i64 *rows, const float *x,
+                            i64 k, float gain, float decay, int threads) try {
     const Buckets buckets(*table, is_signed != 0, dim, rows, k, 0, decay);
     if (k * dim < PARALLEL_FROM) threads = 1;
     const i64 size = buckets.block(dim, threads), blocks = (dim + size - 1) / size;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        Block block(buckets, size);
-#pragma omp for schedule(static)
-        for (i64 b = 0; b < blocks; b++) {
-            const i64 begin = b * size;
-            block.load(begin, begin + size < dim ? size : dim - begin);
-            for (i64 i = 0; i < k; i++) block.feed_item(i, x + i * dim + begin, gain);
-            block.fold();
-        }
+    std::vector<Block> scratch;
+    for (int thread = 0; thread < threads; thread++) scratch.emplace_back(buckets, size);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (i64 b = 0; b < blocks; b++) {
+        Block &block = scratch[omp_get_thread_num()];
+        const i64 begin = b * size;
+        block.load(begin, begin + size < dim ? size : dim - begin);
+        for (i64 i = 0; i < k; i++) block.feed_item(i, x + i * dim + begin, gain);
+        block.fold();
     }
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
 }
 
 void parsimony_sketch_query(const SketchArgs *table, int is_signed, i64 dim, const i64 *rows, float *out,

@@ -49,11 +49,12 @@ def sketch_insert(table: Table, rows: Tensor, values: Tensor) -> None:
 
 
 def sketch_update(table: Table, rows: Tensor, values: Tensor, gain: float, decay: float) -> None:
-    _library().parsimony_sketch_update(
+    status = _library().parsimony_sketch_update(
         ctypes.byref(_sketch_args(table)), _int(table.signed), _i64(values.shape[1]),
         _at(rows), _at(values), _i64(len(rows)),
         ctypes.c_float(gain), ctypes.c_float(decay), _int(torch.get_num_threads()),
     )  # fmt: skip
+    _check(status)
 
 
 def sketch_query(table: Table, rows: Tensor) -> Tensor:
@@ -69,14 +70,14 @@ def step(
     param: Tensor, grad: Tensor, rule: Rule, first: First, second: Second, rows: Tensor | None
 ) -> None:
     args = _step_args(param, grad, rows, rule, first, second)
-    _library().parsimony_step(ctypes.byref(args))
+    _check(_library().parsimony_step(ctypes.byref(args)))
 
 
 def step_elements(
     param: Tensor, values: Tensor, indices: Tensor, rule: Rule, first: First, second: Second
 ) -> None:
     args = _step_args(param, values, indices, rule, first, second)
-    _library().parsimony_step_elements(ctypes.byref(args))
+    _check(_library().parsimony_step_elements(ctypes.byref(args)))
 
 
 @functools.cache
@@ -86,6 +87,11 @@ def _library() -> ctypes.CDLL:
     for which, ours in enumerate((_StepArgs, _SketchArgs)):
         assert library.parsimony_sizes(which) == ctypes.sizeof(ours)
     return library
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("not enough memory for a step; parameter and state may be half updated")
 
 
 def _at(tensor: Tensor) -> ctypes.c_void_p:

@@ -208,8 +208,8 @@ def step_elements(
     elements change; a sketch is queried and fed in the columns that arrived.
     """
     _check_tensor("param", param, param.device, PARAMETER_DTYPES, 2)
-    _check_tensor("values", values, param.device, (torch.float32,), 1)
-    _check_positions("indices", indices, values.shape[0], param.numel(), param.device)
+    _check_num_rows(param)
+    check_elements(values, indices, param)
     _check_first(first, param)
     _check_second(second, param)
     if values.numel() > 0:
@@ -256,6 +256,9 @@ def _check_tensor(
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {dim} dimensions")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}; allowed: {device}, as the other tensors")
+    if tensor.numel() and tensor.device.type in ("cpu", "cuda") and tensor.data_ptr() == 0:
+        raise ValueError(f"{name} is a {type(tensor).__name__} without memory of its own; allowed: "
+                         "plain tensors (of a DTensor, its local part)")  # fmt: skip
     if not tensor.is_contiguous():
         raise ValueError(
             f"{name} has strides {tensor.stride()}; allowed: contiguous (.contiguous())"
@@ -272,14 +275,24 @@ def _check_parameter(param: Tensor, grad: Tensor, rows: Tensor | None) -> None:
     _check_tensor("param", param, param.device, PARAMETER_DTYPES, 2)
     _check_tensor("grad", grad, param.device, PARAMETER_DTYPES, 2)
     num_rows = param.shape[0]
-    if num_rows > MAX_ROWS:
-        raise ValueError(f"param has {num_rows} rows; allowed: up to {MAX_ROWS}")
+    _check_num_rows(param)
     if rows is not None:
         num_rows = rows.shape[0]
         _check_positions("rows", rows, num_rows, param.shape[0], param.device)
     if tuple(grad.shape) != (num_rows, param.shape[1]):
         allowed = (num_rows, param.shape[1])
         raise ValueError(f"grad has shape {tuple(grad.shape)}; allowed: {allowed}")
+
+
+def _check_num_rows(param: Tensor) -> None:
+    if param.shape[0] > MAX_ROWS:
+        raise ValueError(f"param has {param.shape[0]} rows; allowed: up to {MAX_ROWS}")
+
+
+def check_elements(values: Tensor, indices: Tensor, param: Tensor) -> None:
+    """Raise ValueError unless these are elements of a parameter of any shape: see step_elements."""
+    _check_tensor("values", values, param.device, (torch.float32,), 1)
+    _check_positions("indices", indices, values.shape[0], param.numel(), param.device)
 
 
 def _check_positions(

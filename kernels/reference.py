@@ -2,7 +2,8 @@
 
 Every product, sum, root and quotient is float32 and rounded by itself, sums over rows that share a
 bucket are taken in the order of the rows, and the means of Factored in float64; so the native
-implementations equal this one to the bit, except Factored, which they equal to rounding.
+implementations equal this one to the bit where all is finite, except Factored, which they equal to
+rounding. (A NaN spreads through shared state a little further here than there.)
 Tensors as large as the gradient come and go here; see kernels.ops for what each operation means.
 """
 

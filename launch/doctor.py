@@ -108,7 +108,11 @@ print(json.dumps({"version": mpi4py.__version__, "libmpi": loaded_mpi()}))
 _ASK_KERNELS = f"""
 import sys; sys.path.insert(0, {str(REPO)!r})
 from kernels import build
-import json; print(json.dumps({{"library": build.host_library()._name}}))
+import json
+try:
+    print(json.dumps({{"library": build.host_library()._name}}))
+except RuntimeError as error:
+    print(json.dumps({{"error": " ".join(str(error).split())[:160]}}))
 """
 
 _ASK_CUPY = """
@@ -216,6 +220,8 @@ def check_same_mpi(name: str, facts: dict, mpirun: str) -> Check:
 
 
 def check_kernels(facts: dict) -> Check:
+    if os.environ.get("PARSIMONY_KERNELS") == "reference":
+        return Check("CPU kernels", "plain torch (PARSIMONY_KERNELS=reference)")
     if "error" in facts:
         remedy = "see compiler; or export PARSIMONY_KERNELS=reference, which is slow"
         return Check("CPU kernels", facts["error"], remedy)

@@ -226,12 +226,14 @@ class MomentOptimizer(Optimizer):
         fitted: dict[Tensor, dict[str, Tensor]] = {}
 
         def take(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            fitted.update(self._fit(loaded))
             groups = [
                 {**{k: v for k, v in mine.items() if k != "params"}, **theirs}
                 for mine, theirs in zip(self.param_groups, loaded["param_groups"], strict=False)
             ]
             groups += loaded["param_groups"][len(groups) :]  # which torch will refuse
+            for group in groups:
+                options.check(group)
+            fitted.update(self._fit(loaded))
             return {**loaded, "state": {}, "param_groups": groups}
 
         def put(_: Optimizer) -> None:

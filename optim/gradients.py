@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.ops import PARAMETER_DTYPES
+from kernels.ops import PARAMETER_DTYPES, check_elements
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def read_gradient(p: Tensor, elements: tuple[Tensor, Tensor] | None) -> Gradient
             raise ValueError(f"a parameter of shape {tuple(p.shape)} has elements and a .grad; "
                              "allowed: one of them")  # fmt: skip
         indices, values = elements
+        check_elements(values, indices, p)
         return Gradient(values, indices=indices)
     if p.grad is None:
         return None

@@ -31,10 +31,39 @@ def a_step():
 def test_no_compiler_is_an_error_with_the_remedy_not_a_fallback(fresh, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler .*CXX.*PARSIMONY_KERNELS=reference"):
+    with pytest.raises(RuntimeError, match=r"no C\+\+ compiler.*CXX.*PARSIMONY_KERNELS=reference"):
         a_step()
     with ops.use("reference"):
         a_step()
+
+
+def test_a_compiler_that_is_named_and_missing_is_not_replaced(fresh, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match="CXX is 'no-such-compiler', which is no command"):
+        a_step()
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(RuntimeError, match="PARSIMONY_KERNELS=reference"):
+        a_step()
+
+
+def test_too_little_memory_is_an_error_that_python_sees():
+    code = (
+        "import resource, torch\n"
+        "from kernels import ops\n"
+        "p, g = torch.zeros(64, 400_000), torch.zeros(64, 400_000)\n"
+        "second = ops.Factored(torch.zeros(64), torch.zeros(400_000))\n"
+        "ops.step(p[:1, :9].contiguous(), g[:1, :9].contiguous(), ops.Rule(lr=0.1))\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "limit = pages * resource.getpagesize() + 2**20\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "try:\n"
+        "    ops.step(p, g, ops.Rule(lr=0.1), second=second)\n"
+        "except MemoryError as error:\n"
+        "    print(error)\n"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert "not enough memory for a step" in result.stdout, result.stderr
 
 
 def test_what_the_compiler_says_is_passed_on(fresh, monkeypatch):

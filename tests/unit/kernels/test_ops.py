@@ -115,3 +115,28 @@ def test_a_rule_refuses_names_that_it_does_not_have():
     with pytest.raises(TypeError, match="Rule has no momentum"):
         Rule(0.1, momentum=0.9)
     assert Rule(0.1).decay == 1.0
+
+
+def test_tensors_without_memory_of_their_own_are_refused():
+    """A DTensor looks like a plain tensor until its memory is asked for, which is at 0."""
+
+    class Wrapper(torch.Tensor):
+        @staticmethod
+        def __new__(cls):
+            return torch.Tensor._make_wrapper_subclass(cls, (N, M))
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match="Wrapper without memory of its own"):
+        step(param=Wrapper())
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_a_bucket_that_overflowed_stays_infinite_and_is_not_nan(name):
+    sketch = table()
+    with ops.use(name):
+        ops.sketch_insert(sketch, torch.tensor([0]), torch.full((1, M), float("inf")))
+        ops.sketch_insert(sketch, torch.tensor([0]), torch.ones(1, M))
+        assert bool((ops.sketch_query(sketch, torch.tensor([0])) == float("inf")).all())

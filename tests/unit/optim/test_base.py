@@ -387,3 +387,14 @@ def test_implementations_agree(name, kind):
     native = run()
     with ops.use("reference"):
         assert_close(native, run())
+
+
+def test_bad_elements_are_found_before_anything_moves():
+    p, q = parameter(3, 2), parameter(3, 2)
+    optimizer = SM3([p, q])
+    before = p.detach().clone()
+    good = (torch.tensor([0, 1]), torch.ones(2))
+    for bad in ((torch.tensor([1, 0]), torch.ones(2)), (torch.tensor([0]), torch.ones(1).half())):
+        with pytest.raises(ValueError, match="allowed|ascending"):
+            optimizer.step(elements={p: good, q: bad})
+        assert torch.equal(p, before)

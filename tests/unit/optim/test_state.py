@@ -185,3 +185,13 @@ def test_hooks_of_the_user_are_called_as_by_torch():
     optimizer.register_load_state_dict_post_hook(lambda o: calls.append(copy_of_state(o)))
     optimizer.load_state_dict(saved)
     assert calls[0][0]["exp_avg_sq_row"].tolist() == [2, 2, 2]
+
+
+def test_a_checkpoint_with_impossible_options_changes_nothing():
+    optimizer = SM3([parameter(3, 2)], lr=0.5)
+    saved = optimizer.state_dict()
+    saved["param_groups"] = [{**saved["param_groups"][0], "lr": -3.0}]
+    with pytest.raises(ValueError, match="lr is -3.0; allowed"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert len(optimizer.state) == 1
