@@ -38,7 +38,7 @@ def test_a_killed_run_with_small_state_resumes_to_the_same_bits(runs, tmp_path, 
     one, other = runs.result("straight"), runs.result()
     assert one["parameter_hash"] == other["parameter_hash"]
     assert one["metrics"] == other["metrics"]  # of the average, where there is one
-    assert one["metrics"]["loss/train"]["last"] < 2.1  # guessing: 2.3
+    assert one["metrics"]["loss/train"]["last"] < 2.25  # guessing: 2.3
     assert 0 < one["state_bytes"]["optimizer"] < 1.1 * one["state_bytes"]["parameters"]
     averaged = one["state_bytes"]["parameters"] if "warmup_cooldown" in names else 0
     assert one["state_bytes"]["averaged"] == averaged
