@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from dgc.checks import at_least_one, check_same_everywhere, match_parameters
 from dgc.comm import Comm
 from dgc.compensate import Compensation
 from dgc.compression import Compression
@@ -62,15 +63,15 @@ class DistributedOptimizer(Optimizer):
         # Optimizer.__init__ would build groups of its own; ours are the inner optimizer's.
         self.inner, self.comm = optimizer, comm
         self.compression = compression or DENSE
-        self.micro_batches_per_step = _at_least_one(micro_batches_per_step)
+        self.micro_batches_per_step = at_least_one(micro_batches_per_step)
         self._bucket_bytes = bucket_bytes
-        self._named = _match_parameters(optimizer, named_parameters)
+        self._named = match_parameters(optimizer, named_parameters)
         self._exchanged = {id(parameter) for parameter in self._named.values()}
         if isinstance(optimizer, torch.optim.LBFGS):
             raise ValueError("LBFGS evaluates the loss within a step, where gradients are this "
                              "rank's own; use an optimizer of one gradient a step")  # fmt: skip
         settings = (self.compression, micro_batches_per_step, bucket_bytes)
-        _check_same_everywhere(comm, self._named, settings)
+        check_same_everywhere(comm, self._named, settings)
         for name, parameter in self._named.items():
             comm.broadcast(parameter.detach(), f"initial.{name}")
         self._num_backward = dict.fromkeys(self._named, 0)
@@ -253,55 +254,6 @@ class DistributedOptimizer(Optimizer):
             num_parts *= len(self._named)
         threshold = self.compression.clip_norm / math.sqrt(num_parts)
         return (threshold / norm.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
-
-
-def _at_least_one(micro_batches_per_step: int) -> int:
-    if micro_batches_per_step < 1:
-        raise ValueError(f"micro_batches_per_step is {micro_batches_per_step}; allowed: 1 or more")
-    return micro_batches_per_step
-
-
-def _match_parameters(
-    optimizer: Optimizer, named_parameters: Iterable[tuple[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Return name -> parameter for all that the optimizer steps, in the order of the names."""
-    mine = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    named: dict[str, Tensor] = {}
-    for name, parameter in named_parameters:
-        if name in named:
-            raise ValueError(f"two parameters are named {name}; names must be unique")
-        if id(parameter) in mine and parameter.requires_grad and parameter.numel():
-            named[name] = parameter
-            del mine[id(parameter)]
-    unnamed = [tuple(p.shape) for p in mine.values() if p.requires_grad and p.numel()]
-    if unnamed:
-        raise ValueError(
-            f"the optimizer has parameters of shapes {unnamed} that named_parameters lacks; "
-            f"give it all of the model's named_parameters()"
-        )
-    if not named:
-        raise ValueError("the optimizer has no parameter that requires a gradient")
-    return named
-
-
-def _check_same_everywhere(comm: Comm, named: dict[str, Tensor], settings: tuple) -> None:
-    """Refuse ranks that would wait for each other's tensors for ever."""
-    mine = [(name, tuple(p.shape)) for name, p in named.items()]
-    everyone = comm.all_gather_object((mine, settings))
-    lists = [shapes for shapes, _ in everyone]
-    for rank, (theirs, their_settings) in enumerate(everyone):
-        if their_settings != everyone[0][1]:
-            raise ValueError(
-                f"rank 0 was given {everyone[0][1]} and rank {rank} {their_settings} "
-                f"(compression, micro_batches_per_step, bucket_bytes); give all ranks the same"
-            )
-        for here, there in zip(lists[0], theirs, strict=False):
-            if here != there:
-                raise ValueError(f"rank 0 has parameter {here} where rank {rank} has {there}")
-        if len(theirs) != len(lists[0]):
-            raise ValueError(
-                f"rank 0 has {len(lists[0])} parameters and rank {rank} has {len(theirs)}"
-            )
 
 
 def _take_over_momentum(optimizer: Optimizer, compression: Compression) -> Compensation:

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from kernels.launch_cupy import COLUMNS, THREADS, CuPyLauncher, Launcher
-from kernels.ops import (
+from kernels.operands import (
     MAX_DEPTH,
     Cover,
     Factored,
     First,
+    FirstKind,
     Full,
     Rule,
     Second,
+    SecondKind,
     Table,
     Velocity,
 )
@@ -38,8 +40,6 @@ MAX_BLOCKS = 2**20  # kernels stride over what is more
 _TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _NO_RULE = Rule(lr=0.0)
 (_SOURCE_VALUES, _SOURCE_GRADIENT, _SOURCE_SQUARE) = range(3)
-(_FIRST_NONE, _FIRST_BEFORE, _FIRST_AFTER, _FIRST_SKETCH) = range(4)
-(_NONE, _FULL, _COVER, _COVER_I, _FACTORED, _SKETCH) = range(6)
 
 launcher: Launcher = CuPyLauncher()  # tests put an emulator here
 
@@ -214,7 +214,7 @@ def step(
     stepping.tiling = _Tiling(*grad.shape)
     dtype, device = _TYPES[param.dtype], param.device
     _feed_moments(stepping, first, second, param)
-    is_one_pass = stepping.second == _COVER
+    is_one_pass = stepping.second == SecondKind.COVER
     if isinstance(second, Cover):
         _make_maxima(stepping, param)
         if not is_one_pass:
@@ -240,35 +240,30 @@ def step_elements(
     _feed_moments(stepping, first, second, param)
     if isinstance(second, Cover):
         stepping.point(averages=values.new_empty(2, num_items))
-    if stepping.second == _COVER_I:
+    if stepping.second == SecondKind.COVER_I:
         _launch(f"cover_averages_{dtype}", stepping, device, flat=num_items)
         _launch("cover_raise", stepping, device, flat=num_items)
     elif isinstance(second, Factored):
         _factor_elements(stepping, second, indices, dtype)
     _launch(f"step_elements_{dtype}", stepping, device, flat=num_items)
-    if stepping.second == _COVER:
+    if stepping.second == SecondKind.COVER:
         _launch("cover_raise", stepping, device, flat=num_items)
 
 
 def _stepping(param: Tensor, rule: Rule, first: First, second: Second) -> Stepping:
-    stepping = Stepping(rule=rule)
+    stepping = Stepping(rule=rule, first=FirstKind.of(first), second=SecondKind.of(second))
     match first:
         case Full() | Velocity():
-            stepping.first = _FIRST_BEFORE if isinstance(first, Full) else _FIRST_AFTER
             stepping.point(first_values=first.values)
         case Table():
-            stepping.first, stepping.first_sketch = _FIRST_SKETCH, _Sketch(first)
+            stepping.first_sketch = _Sketch(first)
     match second:
         case Full():
-            stepping.second = _FULL
             stepping.point(second_values=second.values)
         case Cover() | Factored():
-            is_cover = isinstance(second, Cover)
-            cover = _COVER_I if is_cover and second.variant == "I" else _COVER
-            stepping.second = cover if is_cover else _FACTORED
             stepping.point(row=second.row, col=second.col)
         case Table():
-            stepping.second, stepping.second_sketch = _SKETCH, _Sketch(second)
+            stepping.second_sketch = _Sketch(second)
     return stepping
 
 

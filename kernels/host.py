@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from kernels.build import host_library
-from kernels.ops import (
+from kernels.operands import (
     PARAMETER_DTYPES,
     Cover,
     Factored,
     First,
+    FirstKind,
     Full,
     Rule,
     Second,
+    SecondKind,
     Table,
     Velocity,
 )
@@ -37,11 +39,6 @@ class _StepArgs(ctypes.Structure):
         *((name, _SketchArgs) for name in ("first_table", "second_table")),
         ("rule", Rule),
     ]
-
-
-# common.h's enumerations
-_FIRST = {type(None): 0, Full: 1, Velocity: 2, Table: 3}
-_SECOND = {type(None): 0, Full: 1, Cover: 2, Factored: 4, Table: 5}
 
 
 def sketch_insert(table: Table, rows: Tensor, values: Tensor) -> None:
@@ -109,8 +106,8 @@ def _step_args(
     args = _StepArgs(
         param=param.data_ptr(), grad=grad.data_ptr(), at=None if at is None else at.data_ptr(),
         n=param.shape[0], m=param.shape[1], k=grad.shape[0],
-        dtype=PARAMETER_DTYPES.index(param.dtype), first=_FIRST[type(first)],
-        second=_SECOND[type(second)], threads=torch.get_num_threads(), rule=rule,
+        dtype=PARAMETER_DTYPES.index(param.dtype), first=FirstKind.of(first),
+        second=SecondKind.of(second), threads=torch.get_num_threads(), rule=rule,
     )  # fmt: skip
     match first:
         case Full() | Velocity():
@@ -122,7 +119,6 @@ def _step_args(
             args.second_values = second.values.data_ptr()
         case Cover() | Factored():
             args.row, args.col = second.row.data_ptr(), second.col.data_ptr()
-            args.second += isinstance(second, Cover) and second.variant == "I"
         case Table():
             args.second_table = _sketch_args(second)
     return args

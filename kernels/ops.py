@@ -11,102 +11,31 @@ Shapes: n rows of m columns make the parameter's 2-D view; k of its rows, or ele
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import importlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-MAX_DEPTH = 5
-MAX_ROWS = 2**31
-PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from kernels.operands import (
+    MAX_DEPTH,
+    MAX_ROWS,
+    PARAMETER_DTYPES,
+    Cover,
+    Factored,
+    First,
+    Full,
+    Rule,
+    Second,
+    Table,
+    Velocity,
+)
+
 IMPLEMENTATIONS = ("native", "reference")
 
-
-class Rule(ctypes.Structure):
-    """The scalars of one update, held as float32; common.h has the same fields in the same order.
-
-    With g = sign * gradient + weight_decay * p (coupled decay; `sign` -1 maximizes):
-        first moment   m  <- first_beta m + first_gain g          (of the update, for a Velocity)
-        second moment  nu <- second_beta nu + second_gain g^2
-        p <- decay p - lr (first_scale m) / (sqrt(second_scale nu + eps_inside) + eps_outside)
-    where 0 / 0 is 0. A sketch inserts gain x - (its decay) query instead: for an average that
-    forgets beta is 1 - decay, for a sum decay is 0. The defaults make plain gradient descent.
-    """
-
-    _fields_ = [
-        (name, ctypes.c_float)
-        for name in (
-            *("lr", "decay", "weight_decay", "sign"),
-            *("first_beta", "first_gain", "first_decay", "first_scale"),
-            *("second_beta", "second_gain", "second_decay", "second_scale"),
-            *("eps_inside", "eps_outside"),
-        )
-    ]
-
-    def __init__(self, lr: float, **scalars: float) -> None:
-        super().__init__(lr=lr, **(_ONES | scalars))
-        unknown = scalars.keys() - _RULE_NAMES
-        if unknown:
-            raise TypeError(f"Rule has no {', '.join(sorted(unknown))}")
-
-
-_RULE_NAMES = {name for name, _ in Rule._fields_}
-_ONES = dict.fromkeys(
-    ("decay", "sign", "first_beta", "first_gain", "first_scale", "second_beta", "second_gain",
-     "second_scale"), 1.0)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Full:
-    """One float32 for each element: values (n, m)."""
-
-    values: Tensor
-
-
-@dataclass(frozen=True)
-class Velocity:
-    """A first moment of the preconditioned updates instead of the gradients: values (n, m)."""
-
-    values: Tensor
-
-
-@dataclass(frozen=True)
-class Cover:
-    """SM3's accumulators: row (n,), col (m,); variant "II" or "I" of the paper."""
-
-    row: Tensor
-    col: Tensor
-    variant: str = "II"
-
-
-@dataclass(frozen=True)
-class Factored:
-    """Row means (n,) and column means (m,) of the squared gradients."""
-
-    row: Tensor
-    col: Tensor
-
-
-@dataclass(frozen=True)
-class Table:
-    """A sketch over rows: values (depth, width, m) float32, seeds (depth,) int64 on the CPU.
-
-    Signed: a count-sketch, whose estimate is the median; otherwise a count-min sketch.
-    """
-
-    values: Tensor
-    seeds: Tensor
-    signed: bool
-
-
-First = Full | Velocity | Table | None
-Second = Full | Cover | Factored | Table | None
 
 _chosen = os.environ.get("PARSIMONY_KERNELS", "native")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.ops import Cover, Factored, First, Full, Rule, Second, Table, Velocity
+from kernels.operands import Cover, Factored, First, Full, Rule, Second, Table, Velocity
 
 # ---- sketches ------------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.ops import PARAMETER_DTYPES, check_elements
+from kernels.operands import PARAMETER_DTYPES
+from kernels.ops import check_elements
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kernels.ops import MAX_DEPTH, MAX_ROWS
+from kernels.operands import MAX_DEPTH, MAX_ROWS
 
 STRUCTURE_NAMES = ("full", "cover", "factored", "sketch")
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.ops import Cover, Factored, First, Full, Rule, Second, Table, Velocity
+from kernels.operands import Cover, Factored, First, Full, Rule, Second, Table, Velocity
 
 CPU = torch.device("cpu")
 PADDING = 33
