@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <optional>
 #include <vector>
 
 #include "common.h"
@@ -103,7 +104,7 @@ void walk(float *__restrict p, const float *__restrict g, i64 length, Stretch &s
                     row_max = max_of(row_max, bits);
                     col_max[j] = max_of(col_max[j], bits);
                 }
-                if (S >= SKETCH) {
+                if (S >= SKETCH) {  // minimum_of, written out: through an array g++ makes it half as fast
                     nu = c0[j];
                     if (DEPTH > 1) nu = smaller(c1[j], nu);
                     if (DEPTH > 2) nu = smaller(c2[j], nu);
@@ -543,19 +544,13 @@ template <class T> void step_rows(const StepArgs &a) {
     std::vector<int> col_max(covers ? a.m : 0, 0), row_max(covers ? a.k : 0, 0);
     int *cm = covers ? col_max.data() : nullptr, *rm = row_max.data();
     const Rule &r = a.rule;
-    if (a.first == FIRST_SKETCH && a.second == SECOND_SKETCH) {
-        const Buckets first(a.first_table, true, a.m, a.at, a.k, 0, r.first_decay);
-        const Buckets second(a.second_table, false, a.m, a.at, a.k, 0, r.second_decay);
-        step_by_columns<T>(a, &first, &second, col, cm, rm);
-    } else if (a.first == FIRST_SKETCH) {
-        const Buckets first(a.first_table, true, a.m, a.at, a.k, 0, r.first_decay);
-        step_by_columns<T>(a, &first, nullptr, col, cm, rm);
-    } else if (a.second == SECOND_SKETCH) {
-        const Buckets second(a.second_table, false, a.m, a.at, a.k, 0, r.second_decay);
-        step_by_columns<T>(a, nullptr, &second, col, cm, rm);
-    } else {
+    std::optional<Buckets> first, second;
+    if (a.first == FIRST_SKETCH) first.emplace(a.first_table, true, a.m, a.at, a.k, 0, r.first_decay);
+    if (a.second == SECOND_SKETCH) second.emplace(a.second_table, false, a.m, a.at, a.k, 0, r.second_decay);
+    if (first || second)
+        step_by_columns<T>(a, first ? &*first : nullptr, second ? &*second : nullptr, col, cm, rm);
+    else
         step_by_rows<T>(a, col, cm, rm);
-    }
     if (!covers) return;
     for (i64 i = 0; i < a.k; i++) a.row[a.at ? a.at[i] : i] = as_float(row_max[i]);
     for (i64 j = 0; j < a.m; j++)
