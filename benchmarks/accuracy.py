@@ -128,7 +128,7 @@ def draw(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     figure, axes = tables.new_picture()
     for color, row in enumerate(rows):
         for number, folder in enumerate(row["folders"]):
-            points = sorted(read_scalars(ROOT / options.runs / folder, METRIC).items())
+            points = sorted(dict(tables.read_scalars(ROOT / options.runs / folder)[METRIC]).items())
             label = "dense" if row["density"] == 1 else f"density {row['density']:g}"
             axes.plot(*zip(*points, strict=True), color=f"C{color}",
                       label=None if number else label)  # fmt: skip
@@ -136,23 +136,6 @@ def draw(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     tables.save_picture(figure, options.picture)
-
-
-def read_scalars(folder: Path, tag: str) -> dict[int, float]:
-    """Return x -> value of one tag in a run's TensorBoard events."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    values = {}
-    for path in sorted(folder.glob("events.*")):
-        data, place = path.read_bytes(), 0
-        while place < len(data):  # length (8 bytes), checksum (4), event, checksum (4)
-            size = int.from_bytes(data[place : place + 8], "little")
-            event = Event.FromString(data[place + 12 : place + 12 + size])
-            for value in event.summary.value:
-                if value.tag == tag:
-                    values[event.step] = value.simple_value
-            place += size + 16
-    return values
 
 
 if __name__ == "__main__":

@@ -46,6 +46,22 @@ def read_result(path: Path, settings: Row) -> Row | None:
     return result
 
 
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read a run's TensorBoard events: tag -> [(x, value)]."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    for path in sorted(folder.glob("events.*")):
+        data, place = path.read_bytes(), 0
+        while place < len(data):  # length (8 bytes), checksum (4), event, checksum (4)
+            size = int.from_bytes(data[place : place + 8], "little")
+            event = Event.FromString(data[place + 12 : place + 12 + size])
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+            place += size + 16
+    return found
+
+
 def new_picture(columns: int = 1) -> tuple[Any, Any]:
     """Return a figure, and its axes."""
     import matplotlib

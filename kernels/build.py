@@ -38,7 +38,7 @@ def host_library() -> ctypes.CDLL:
     Raises: RuntimeError with the compiler's words and the remedy.
     """
     _share_openmp()
-    path = _cache() / f"host-{_key()}.so"
+    path = cache_folder() / f"host-{_key()}.so"
     if not path.exists():
         _compile(path)
     try:
@@ -61,7 +61,8 @@ def compiler() -> str:
     raise RuntimeError(f"{missing}: the native kernels need one. {REMEDY}")
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Return where compiled kernels are kept; it need not be there."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "parsimony" / "kernels"
 

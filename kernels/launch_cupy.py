@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from kernels.build import cache_folder
+
 if TYPE_CHECKING:
     import cupy
 
@@ -90,8 +92,7 @@ def _compiled(capability: str) -> Path:
     cuda = _cupy().cuda
     parts = (source(), OPTIONS, cuda.nvrtc.getVersion(), capability)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(home) / "parsimony" / "kernels" / f"device-{key}.cubin"
+    path = cache_folder() / f"device-{key}.cubin"
     if path.exists():
         return path
     try:

@@ -5,25 +5,11 @@ import re
 
 import pytest
 import torch
-from tensorboardX.proto import event_pb2
 
+from benchmarks.tables import read_scalars
 from tests.integration.conftest import DIGITS, SPARSE
 
 pytestmark = pytest.mark.integration
-
-
-def scalars(folder):
-    """Read a run's TensorBoard events: tag -> [(x, value)]."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for path in sorted(folder.glob("events.*")):
-        data, place = path.read_bytes(), 0
-        while place < len(data):  # length (8 bytes), checksum (4), event, checksum (4)
-            size = int.from_bytes(data[place : place + 8], "little")
-            event = event_pb2.Event.FromString(data[place + 12 : place + 12 + size])
-            for value in event.summary.value:
-                found.setdefault(value.tag, []).append((event.step, value.simple_value))
-            place += size + 16
-    return found
 
 
 def test_a_run_leaves_its_figures_and_can_be_scored(runs):
@@ -48,7 +34,7 @@ def test_a_run_leaves_its_figures_and_can_be_scored(runs):
     assert json.loads((folder / "config.json").read_text()) == result["config"]
     assert result["config"]["configs.dgc.value_dtype"] == "float16"
 
-    events = scalars(folder)
+    events = read_scalars(folder)
     assert [x for x, _ in events["acc/test_top1"]] == [512, 1024, 1536]  # x axis: examples
     assert len(events["loss/train"]) == 24
     for tag in ("lr", "comm/density_asked", "comm/density_got", "comm/payload_bytes",
@@ -98,7 +84,7 @@ def test_accumulation_loaders_and_per_step_schedules_work_together(runs):
     )
     assert outcome.status == 0, outcome.output[-5000:]
     assert runs.result()["steps"] == 16
-    last_lr = scalars(runs.folder())["lr"][-1][1]
+    last_lr = read_scalars(runs.folder())["lr"][-1][1]
     assert 0 < last_lr < 0.05 * 4  # 4 micro-batches make the global batch; the cosine has begun
 
 
