@@ -128,3 +128,41 @@ class SecondKind(IntEnum):
             return cls.COVER_I if second.variant == "I" else cls.COVER
         kinds = {Full: cls.FULL, Factored: cls.FACTORED, Table: cls.SKETCH}
         return kinds.get(type(second), cls.NONE)
+
+
+# ---- what a worker keeps of a flattened tensor: residual and velocity ----------------------------
+
+BLOCK = 256  # elements that share a scale
+MIN_SCALE = 1e-30  # of a block, so that one of zeros, or of denormal numbers, is divided safely
+STORED_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """8 bits an element: codes (N,) int8, scales (ceil(N / 256),) float32; value = code * scale."""
+
+    codes: Tensor
+    scales: Tensor
+
+
+Buffer = Tensor | Blocks
+"""A flattened tensor as it is stored: float32, bfloat16, or 8-bit blocks."""
+
+
+class Correction(ctypes.Structure):
+    """Four float32 coefficients by which a gradient x joins velocity u and residual v:
+
+    u <- u_decay u + u_gain x;  v <- v + (v_from_u u + v_gain x), with the new u.
+    The defaults are those without velocity: v <- v + x.
+    """
+
+    _fields_ = [(name, ctypes.c_float) for name in ("u_decay", "u_gain", "v_from_u", "v_gain")]
+
+    def __init__(
+        self,
+        u_decay: float = 0.0,
+        u_gain: float = 0.0,
+        v_from_u: float = 0.0,
+        v_gain: float = 1.0,
+    ) -> None:
+        super().__init__(u_decay, u_gain, v_from_u, v_gain)

@@ -136,13 +136,30 @@ def step_elements(
     A Cover's accumulators can only rise; Factored rows and columns change by what the arriving
     elements change; a sketch is queried and fed in the columns that arrived.
     """
-    _check_tensor("param", param, param.device, PARAMETER_DTYPES, 2)
+    check_tensor("param", param, param.device, PARAMETER_DTYPES, 2)
     _check_num_rows(param)
     check_elements(values, indices, param)
     _check_first(first, param)
     _check_second(second, param)
     if values.numel() > 0:
         _run(param).step_elements(param, values, indices, rule, first, second)
+
+
+def observe(grad: Tensor, rule: Rule, second: Second, *, scale: Tensor | None = None) -> None:
+    """Feed a second moment from a dense gradient (n, m), as a dense `step` would, and no more.
+
+    The rule's second_beta, second_gain and second_decay count, the rest does not. `scale` (1,)
+    float32 multiplies the gradient; the product, rounded to float32, is what is fed.
+    """
+    check_tensor("grad", grad, grad.device, PARAMETER_DTYPES, 2)
+    _check_num_rows(grad)
+    if second is None:
+        raise ValueError("second is None; allowed: a second moment to feed")
+    _check_second(second, grad)
+    if scale is not None:
+        check_shape("scale", scale, (1,), grad.device)
+    if grad.numel() > 0:
+        _run(grad).observe(grad, rule, second, scale)
 
 
 # ---- choice of implementation --------------------------------------------------------------------
@@ -156,15 +173,20 @@ def _check_implementation(name: str) -> None:
 
 def _run(tensor: Tensor) -> ModuleType:
     """Return the module that implements the operations on this tensor's device."""
-    return _module(_chosen, tensor.device.type)
+    return implementing_module("", tensor.device.type)
+
+
+def implementing_module(suffix: str, device_type: str) -> ModuleType:
+    """Return the chosen implementation of the operations here, or ("_buffers") of buffers.py."""
+    return _module(_chosen, suffix, device_type)
 
 
 @functools.cache
-def _module(chosen: str, device_type: str) -> ModuleType:
+def _module(chosen: str, suffix: str, device_type: str) -> ModuleType:
     _check_implementation(chosen)
     if chosen == "reference":
-        return importlib.import_module("kernels.reference")
-    modules = {"cpu": "kernels.host", "cuda": "kernels.device"}
+        return importlib.import_module(f"kernels.reference{suffix}")
+    modules = {"cpu": f"kernels.host{suffix}", "cuda": f"kernels.device{suffix}"}
     if device_type not in modules:
         raise ValueError(
             f"no native kernels for device {device_type}; allowed: cpu, cuda. "
@@ -176,7 +198,7 @@ def _module(chosen: str, device_type: str) -> ModuleType:
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _check_tensor(
+def check_tensor(
     name: str, tensor: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], dim: int
 ) -> None:
     if tensor.dtype not in dtypes:
@@ -194,15 +216,15 @@ def _check_tensor(
         )
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    _check_tensor(name, tensor, device, (torch.float32,), len(shape))
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    check_tensor(name, tensor, device, (torch.float32,), len(shape))
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {shape}")
 
 
 def _check_parameter(param: Tensor, grad: Tensor, rows: Tensor | None) -> None:
-    _check_tensor("param", param, param.device, PARAMETER_DTYPES, 2)
-    _check_tensor("grad", grad, param.device, PARAMETER_DTYPES, 2)
+    check_tensor("param", param, param.device, PARAMETER_DTYPES, 2)
+    check_tensor("grad", grad, param.device, PARAMETER_DTYPES, 2)
     num_rows = param.shape[0]
     _check_num_rows(param)
     if rows is not None:
@@ -220,7 +242,7 @@ def _check_num_rows(param: Tensor) -> None:
 
 def check_elements(values: Tensor, indices: Tensor, param: Tensor) -> None:
     """Raise ValueError unless these are elements of a parameter of any shape: see step_elements."""
-    _check_tensor("values", values, param.device, (torch.float32,), 1)
+    check_tensor("values", values, param.device, (torch.float32,), 1)
     _check_positions("indices", indices, values.shape[0], param.numel(), param.device)
 
 
@@ -228,7 +250,7 @@ def _check_positions(
     name: str, positions: Tensor, length: int, bound: int, device: torch.device
 ) -> None:
     """Ascending, unique and in range; on a GPU this waits for the device."""
-    _check_tensor(name, positions, device, (torch.int64,), 1)
+    check_tensor(name, positions, device, (torch.int64,), 1)
     if positions.shape[0] != length:
         raise ValueError(f"{name} has {positions.shape[0]} entries for {length} values")
     if length == 0:
@@ -242,18 +264,18 @@ def _check_positions(
 
 def _check_rows(rows: Tensor, values: Tensor | None) -> None:
     """Rows of a sketch: any order, repeats allowed."""
-    _check_tensor("rows", rows, rows.device, (torch.int64,), 1)
+    check_tensor("rows", rows, rows.device, (torch.int64,), 1)
     if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= MAX_ROWS):
         raise ValueError(f"rows lie in {int(rows.min())}..{int(rows.max())}; allowed: "
                          f"0..{MAX_ROWS - 1}")  # fmt: skip
     if values is not None:
-        _check_tensor("values", values, rows.device, (torch.float32,), 2)
+        check_tensor("values", values, rows.device, (torch.float32,), 2)
         if values.shape[0] != rows.shape[0]:
             raise ValueError(f"{rows.shape[0]} rows for {values.shape[0]} rows of values")
 
 
 def _check_table(table: Table, num_columns: int, device: torch.device) -> None:
-    _check_tensor("table", table.values, device, (torch.float32,), 3)
+    check_tensor("table", table.values, device, (torch.float32,), 3)
     depth, width, dim = table.values.shape
     if not 1 <= depth <= MAX_DEPTH:
         raise ValueError(f"the sketch has depth {depth}; allowed: 1 to {MAX_DEPTH}")
@@ -261,7 +283,7 @@ def _check_table(table: Table, num_columns: int, device: torch.device) -> None:
         raise ValueError(f"the sketch has width {width}; allowed: 1 to {MAX_ROWS - 1}")
     if dim != num_columns:
         raise ValueError(f"the sketch has dim {dim}; allowed: {num_columns}, as the rows")
-    _check_tensor("seeds", table.seeds, torch.device("cpu"), (torch.int64,), 1)
+    check_tensor("seeds", table.seeds, torch.device("cpu"), (torch.int64,), 1)
     if table.seeds.shape[0] != depth:
         raise ValueError(
             f"the sketch has {table.seeds.shape[0]} seeds; allowed: its depth, {depth}"
@@ -271,7 +293,7 @@ def _check_table(table: Table, num_columns: int, device: torch.device) -> None:
 def _check_first(first: First, param: Tensor) -> None:
     match first:
         case Full() | Velocity():
-            _check_shape("first moment", first.values, tuple(param.shape), param.device)
+            check_shape("first moment", first.values, tuple(param.shape), param.device)
         case Table():
             _check_table(first, param.shape[1], param.device)
             if not first.signed:
@@ -281,10 +303,10 @@ def _check_first(first: First, param: Tensor) -> None:
 def _check_second(second: Second, param: Tensor) -> None:
     match second:
         case Full():
-            _check_shape("second moment", second.values, tuple(param.shape), param.device)
+            check_shape("second moment", second.values, tuple(param.shape), param.device)
         case Cover() | Factored():
-            _check_shape("row", second.row, (param.shape[0],), param.device)
-            _check_shape("col", second.col, (param.shape[1],), param.device)
+            check_shape("row", second.row, (param.shape[0],), param.device)
+            check_shape("col", second.col, (param.shape[1],), param.device)
             if isinstance(second, Cover) and second.variant not in ("I", "II"):
                 raise ValueError(f"SM3 variant {second.variant!r}; allowed: I, II")
         case Table():

@@ -17,7 +17,7 @@ from kernels.operands import Cover, Factored, First, Full, Rule, Second, Table, 
 # ---- sketches ------------------------------------------------------------------------------------
 
 
-def _mix(x: Tensor) -> Tensor:
+def mix(x: Tensor) -> Tensor:
     """common.h's `mix`, on 32-bit numbers held as int64."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & 0xFFFFFFFF
@@ -32,7 +32,7 @@ def hash_rows(table: Table, rows: Tensor) -> tuple[Tensor, Tensor]:
     buckets, signs = [], []
     for j, seed in enumerate(table.seeds.tolist()):
         low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-        hashed = _mix(_mix((rows & 0xFFFFFFFF) ^ low) ^ high)
+        hashed = mix(mix((rows & 0xFFFFFFFF) ^ low) ^ high)
         buckets.append(j * width + ((hashed * width) >> 32))
         signs.append(1.0 - 2.0 * (hashed & 1).float())
     return torch.stack(buckets), torch.stack(signs)
@@ -134,6 +134,20 @@ def step(
             nu = None
     update = _velocity(first, _preconditioned(numerator, nu, rule), rows, rule)
     param[rows] = (p * rule.decay - update * rule.lr).to(param.dtype)
+
+
+def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> None:
+    g = grad.float() if scale is None else grad.float() * scale
+    rows = torch.arange(len(g), device=g.device)
+    match second:
+        case Full():
+            second.values.copy_(_average(second.values, g, rule))
+        case Cover():
+            _cover_rows(second, g, rows, True, rule)
+        case Factored():
+            _factored_rows(second, g, rows, True, rule)
+        case Table():
+            _Cells(second, rows).update(g * g, rule.second_gain, rule.second_decay)
 
 
 def step_elements(

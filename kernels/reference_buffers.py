@@ -1,0 +1,95 @@
+"""The passes of buffers.py in plain torch: the specification, and the version for any device.
+
+Tensors as large as the gradient come and go here. Arguments were checked by kernels.buffers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.operands import BLOCK, MIN_SCALE, Blocks, Buffer, Correction
+from kernels.reference import mix
+
+_LEVELS = 127
+_VELOCITY_KEY = 1 << 40
+
+
+def random_bits(indices: Tensor, key: int) -> Tensor:
+    """Return 32 random bits for each element, as int64: common.h's `hash_row`."""
+    low, high = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
+    return mix(mix((indices & 0xFFFFFFFF) ^ low) ^ high)
+
+
+def round_bfloat16(values: Tensor, indices: Tensor, key: int) -> Tensor:
+    """Round float32 to one of the two bfloat16 neighbours, towards 0 where the other is infinite.
+
+    The lower 16 bits, as a fraction of the step, are the odds of the one away from 0.
+    """
+    bits = values.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    away = (bits + (random_bits(indices, key) & 0xFFFF)) >> 16
+    down = bits >> 16
+    chosen = torch.where((away & 0x7F80) == 0x7F80, down, away)
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    chosen = torch.where(nan, down | 0x40, chosen)
+    return chosen.to(torch.uint16).view(torch.bfloat16)
+
+
+def round_codes(values: Tensor, scales: Tensor, indices: Tensor, key: int) -> Tensor:
+    """Round values / scales to one of the two neighbouring integers, within -127..127."""
+    random = (random_bits(indices, key) >> 8).float() * 2.0**-24
+    return (values / scales + random).floor().clamp(-_LEVELS, _LEVELS).to(torch.int8)
+
+
+def _decode(buffer: Buffer | None, like: Tensor) -> Tensor:
+    if buffer is None:
+        return torch.zeros_like(like)
+    if not isinstance(buffer, Blocks):
+        return buffer.float()
+    return buffer.codes.float() * _spread(buffer.scales, buffer.codes.numel())
+
+
+def _spread(scales: Tensor, n: int) -> Tensor:
+    return scales.repeat_interleave(BLOCK)[:n]
+
+
+def _store(values: Tensor, buffer: Buffer, key: int) -> None:
+    n = values.numel()
+    indices = torch.arange(n, device=values.device)
+    if isinstance(buffer, Blocks):
+        padded = values.new_zeros(buffer.scales.numel() * BLOCK)
+        padded[:n] = values.abs()
+        largest = padded.view(-1, BLOCK).amax(1)
+        buffer.scales.copy_((largest / _LEVELS).clamp_min(MIN_SCALE))
+        buffer.codes.copy_(round_codes(values, _spread(buffer.scales, n), indices, key))
+    elif buffer.dtype == torch.bfloat16:
+        buffer.copy_(round_bfloat16(values, indices, key))
+    else:
+        buffer.copy_(values)
+
+
+def accumulate(
+    grad_N: Tensor,
+    correction: Correction,
+    residual: Buffer,
+    old_residual: Buffer | None,
+    velocity: Buffer | None,
+    old_velocity: Buffer | None,
+    scale: Tensor | None,
+    key: int,
+) -> Tensor:
+    x = grad_N.float()
+    if scale is not None:
+        x = x * scale
+    change = x * correction.v_gain
+    if velocity is not None:
+        u = _decode(old_velocity, x) * correction.u_decay + x * correction.u_gain
+        change = u * correction.v_from_u + change
+        _store(u, velocity, key ^ _VELOCITY_KEY)
+    _store(_decode(old_residual, x) + change, residual, key)
+    return x.abs().amax().view(1)
+
+
+def select_above(buffer: Buffer, threshold: float) -> Tensor:
+    magnitude = _decode(buffer, torch.empty(0)).abs()
+    return ((magnitude >= threshold) & (magnitude > 0)).nonzero().view(-1)
