@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from dgc.comm import Comm
 
@@ -14,6 +14,12 @@ def at_least_one(micro_batches_per_step: int) -> int:
     if micro_batches_per_step < 1:
         raise ValueError(f"micro_batches_per_step is {micro_batches_per_step}; allowed: 1 or more")
     return micro_batches_per_step
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, LBFGS):
+        raise ValueError("LBFGS evaluates the loss within a step, where gradients are this rank's "
+                         "own; use an optimizer of one gradient a step")  # fmt: skip
 
 
 def match_parameters(

@@ -1,10 +1,12 @@
 """Entries to bytes and back: one message holds the chosen entries of a bucket's tensors.
 
-Message, version 1, native byte order, every part starting at a multiple of 8 bytes:
+Message, version 2, native byte order, every part starting at a multiple of 8 bytes:
     header     4 x int32: magic + version, total bytes, layout, number of entries K
-    counts     T x int32: entries of each tensor, in the bucket's order
+    counts     T x int32: entries of each tensor, in the bucket's order; -1: its gradient is not
+               finite, and it has no entries
     indices    K x int32 or int64: positions in each flattened tensor, ascending
     values     K x float16 or float32
+    extra      E x float32: statistics of the tensors, where workers share them
 `layout` is a checksum of the bucket's tensors and the two types, so that a message of another
 bucket or another configuration is refused. A gather joins the messages of all ranks end to end.
 Refuses: a message that is not whole, not ours, or that points outside its tensors.
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from dgc.sparsify import SparseGrad
 
-_MAGIC = 0x50_44_47_01  # "PDG", version 1
+_MAGIC = 0x50_44_47_02  # "PDG", version 2
 _HEADER_BYTES = 16
 
 VALUE_DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -33,13 +35,22 @@ class MessageError(ValueError):
 
 
 @dataclass(frozen=True)
+class Message:
+    """What one rank sent. grads: of each tensor, None if its gradient is not finite."""
+
+    grads: list[SparseGrad | None]
+    extra: Tensor
+
+
+@dataclass(frozen=True)
 class Codec:
-    """The coding of one bucket. names and numels: its tensors, in order."""
+    """The coding of one bucket. names and numels: its tensors, in order; num_extra: E."""
 
     names: tuple[str, ...]
     numels: tuple[int, ...]
     value_dtype: str = "float32"
     index_dtype: str = "int32"
+    num_extra: int = 0
 
     def __post_init__(self) -> None:
         largest = max(self.numels)
@@ -51,7 +62,7 @@ class Codec:
 
     @property
     def _layout(self) -> int:
-        text = repr((self.names, self.numels, self.value_dtype, self.index_dtype))
+        text = repr((self.names, self.numels, self.value_dtype, self.index_dtype, self.num_extra))
         return zlib.crc32(text.encode()) & 0x7FFFFFFF
 
     def round_values(self, values: Tensor) -> Tensor:
@@ -65,29 +76,38 @@ class Codec:
         limit = torch.finfo(dtype).max
         return values.clamp(-limit, limit).to(dtype).float()
 
-    def encode(self, grads: Sequence[SparseGrad]) -> Tensor:
-        """Write one message, uint8, a multiple of 8 bytes."""
-        indices = torch.cat([grad.indices for grad in grads]).to(INDEX_DTYPES[self.index_dtype])
-        values = torch.cat([grad.values for grad in grads]).to(VALUE_DTYPES[self.value_dtype])
-        counts = [grad.indices.numel() for grad in grads]
-        total = self._message_bytes(sum(counts))
+    def encode(self, grads: Sequence[SparseGrad | None], extra: Tensor | None = None) -> Tensor:
+        """Write one message, uint8, a multiple of 8 bytes.
+
+        Args: grads: of each tensor; None if its gradient is not finite. extra: (E,) float32.
+        """
+        sent = [grad for grad in grads if grad is not None]
+        device = sent[0].values.device if sent else torch.device("cpu")
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        indices = torch.cat([none, *(g.indices for g in sent)]).to(INDEX_DTYPES[self.index_dtype])
+        values = torch.cat([none.float(), *(g.values for g in sent)])
+        values = values.to(VALUE_DTYPES[self.value_dtype])
+        counts = [-1 if grad is None else grad.indices.numel() for grad in grads]
+        total = self._message_bytes(indices.numel())
         header = torch.tensor(
-            [_MAGIC, total, self._layout, sum(counts), *counts], dtype=torch.int32
+            [_MAGIC, total, self._layout, indices.numel(), *counts], dtype=torch.int32
         )
-        message = torch.zeros(total, dtype=torch.uint8, device=values.device)
+        message = torch.zeros(total, dtype=torch.uint8, device=device)
         offset = 0
-        for part in (header.to(values.device), indices, values):
+        extra = none.float() if extra is None else extra.to(device)
+        for part in (header.to(device), indices, values, extra):
             part_bytes = part.view(torch.uint8)
             message[offset : offset + part_bytes.numel()] = part_bytes
             offset += _padded(part_bytes.numel())
         return message
 
-    def decode(self, gathered: Tensor, world_size: int) -> list[list[SparseGrad]]:
+    def decode(self, gathered: Tensor, world_size: int) -> list[Message]:
         """Split joined messages into each rank's entries, values as float32.
 
         Raises: MessageError, saying what is wrong and where.
         """
-        ranks, offset = [], 0
+        ranks: list[Message] = []
+        offset = 0
         for rank in range(world_size):
             message = gathered[offset:]
             total, counts = self._read_header(message, f"message of rank {rank}")
@@ -102,6 +122,7 @@ class Codec:
             _padded(_HEADER_BYTES + 4 * len(self.names))
             + _padded(num_entries * INDEX_DTYPES[self.index_dtype].itemsize)
             + _padded(num_entries * VALUE_DTYPES[self.value_dtype].itemsize)
+            + _padded(4 * self.num_extra)
         )
 
     def _read_header(self, message: Tensor, where: str) -> tuple[int, list[int]]:
@@ -110,33 +131,39 @@ class Codec:
             raise MessageError(f"{where}: {message.numel()} bytes, its header needs {num_bytes}")
         magic, total, layout, num_entries, *counts = message[:num_bytes].view(torch.int32).tolist()
         if magic != _MAGIC:
-            raise MessageError(f"{where}: starts with {magic:#x}, not {_MAGIC:#x} (version 1)")
+            raise MessageError(f"{where}: starts with {magic:#x}, not {_MAGIC:#x} (version 2)")
         if layout != self._layout:
             raise MessageError(
                 f"{where}: written for other tensors or types than {self.names[0]}... "
                 f"({self.value_dtype}, {self.index_dtype}); the ranks' settings differ"
             )
         for count, numel in zip(counts, self.numels, strict=True):
-            if not 0 <= count <= numel:
+            if not -1 <= count <= numel:
                 raise MessageError(f"{where}: {count} entries for a tensor of {numel} elements")
-        if sum(counts) != num_entries or total != self._message_bytes(num_entries):
+        if sum(max(0, count) for count in counts) != num_entries or total != self._message_bytes(
+            num_entries
+        ):
             raise MessageError(f"{where}: its counts and its length of {total} bytes disagree")
         if message.numel() < total:
             raise MessageError(f"{where}: {message.numel()} bytes of {total}")
         return total, counts
 
-    def _read_entries(self, message: Tensor, counts: list[int], where: str) -> list[SparseGrad]:
-        num_entries = sum(counts)
+    def _read_entries(self, message: Tensor, counts: list[int], where: str) -> Message:
+        sizes = [max(0, count) for count in counts]
+        num_entries = sum(sizes)
         index_dtype, value_dtype = INDEX_DTYPES[self.index_dtype], VALUE_DTYPES[self.value_dtype]
         start = _padded(_HEADER_BYTES + 4 * len(self.names))
         indices = _read(message, start, num_entries, index_dtype).long()
         start += _padded(num_entries * index_dtype.itemsize)
         values = _read(message, start, num_entries, value_dtype).float()
-        parts = zip(values.split(counts), indices.split(counts), self.numels, strict=True)
+        parts = zip(values.split(sizes), indices.split(sizes), self.numels, strict=True)
         grads = [SparseGrad(*part) for part in parts]
         if not all(_is_valid(grad) for grad in grads):
             raise MessageError(f"{where}: indices outside their tensor or not ascending")
-        return grads
+        start += _padded(num_entries * value_dtype.itemsize)
+        extra = _read(message, start, self.num_extra, torch.float32)
+        grads = [g if count >= 0 else None for g, count in zip(grads, counts, strict=True)]
+        return Message(grads, extra)
 
 
 def _is_valid(grad: SparseGrad) -> bool:

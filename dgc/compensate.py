@@ -1,79 +1,192 @@
 """What a worker has not sent yet: velocity and residual, one pair a tensor, never shared.
 
-Owns: momentum correction, momentum factor masking, the bookkeeping of what was sent. The state is
-per rank and stays out of `optimizer.state`, which Horovod would overwrite with rank 0's.
+Owns: momentum correction, momentum factor masking, the bookkeeping of what was sent, and a step's
+way back: until `commit`, what was there before the step is kept beside what it made, so that
+`roll_back` leaves no trace of it. The state is per rank and stays out of `optimizer.state`, which
+Horovod would overwrite with rank 0's.
 Source: Lin et al. 2018 (arXiv:1712.01887), momentum correction and momentum factor masking.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels import buffers
+from kernels.buffers import tensors
+from kernels.operands import Blocks, Buffer, Correction
 
-@dataclass
+_KINDS = ("velocity", "residual")
+
+
 class Compensation:
-    """The worker's velocities and residuals, flat float32, by tensor name.
+    """The worker's velocities and residuals, flat, by tensor name, in 4, 2 or 1 bytes an element.
 
     With momentum m:  u <- m u + g,  v <- v + u;  Nesterov:  u <- m (u + g),  v <- v + u + g.
     Without (m = 0) there is no velocity:  v <- v + g.
-    A tensor that is always sent whole needs no residual, and has none.
+    Where a step has several gradients, g is their sum; u decays once.
+    A tensor that is always sent whole keeps no residual between steps.
+
+    Args: residual_dtype, velocity_dtype: float32, bfloat16, or int8 for 8-bit blocks (see
+            kernels.buffers); rounding is stochastic, so what it loses is 0 in the mean.
+        seed: of the rounding; other ranks should have other seeds.
     """
 
-    momentum: float = 0.0
-    nesterov: bool = False
-    mask_velocity: bool = True
-    velocity: dict[str, Tensor] = field(default_factory=dict)
-    residual: dict[str, Tensor] = field(default_factory=dict)
-
-    def accumulate(self, name: str, grad_N: Tensor) -> Tensor:
-        """Add a step's gradient and return the residual (N,), from which entries are chosen."""
-        delta_N = self._correct(name, grad_N)
-        residual_N = self.residual.get(name)
-        if residual_N is None:
-            residual_N = self.residual[name] = torch.zeros_like(grad_N, dtype=torch.float32)
-        return residual_N.add_(delta_N)
-
-    def drain(self, name: str, grad_N: Tensor) -> Tensor:
-        """Add a step's gradient and return all there is to send, leaving no residual.
-
-        The velocity goes on unmasked: averaged over ranks, this is momentum SGD to the letter.
-        The result may be the velocity itself: read it, do not write it.
-        """
-        delta_N = self._correct(name, grad_N)
-        residual_N = self.residual.pop(name, None)
-        return delta_N if residual_N is None else residual_N.add_(delta_N)
-
-    def remove_sent(self, name: str, indices_K: Tensor, sent_K: Tensor) -> None:
-        """Take what the receivers will decode out of the residual; what coding lost stays in."""
-        self.residual[name][indices_K] -= sent_K
-        if self.mask_velocity and name in self.velocity:
-            self.velocity[name][indices_K] = 0
-
-    def _correct(self, name: str, grad_N: Tensor) -> Tensor:
-        """Return what this step adds to the residual: u, u + g (Nesterov), or g."""
-        if self.momentum == 0:
-            return grad_N
-        velocity_N = self.velocity.get(name)
-        if velocity_N is None:
-            velocity_N = self.velocity[name] = torch.zeros_like(grad_N, dtype=torch.float32)
-        if self.nesterov:
-            velocity_N.add_(grad_N).mul_(self.momentum)
-            return velocity_N + grad_N
-        return velocity_N.mul_(self.momentum).add_(grad_N)
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors only; this rank's, not the replica's."""
-        return {"velocity": dict(self.velocity), "residual": dict(self.residual)}
-
-    def load_state_dict(
-        self, state: dict[str, dict[str, Tensor]], devices: Mapping[str, torch.device]
+    def __init__(
+        self,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        mask_velocity: bool = True,
+        residual_dtype: str = "float32",
+        velocity_dtype: str = "float32",
+        seed: int = 0,
     ) -> None:
-        """Take copies of what was saved, each on the device of its tensor."""
-        for kind, mine in (("velocity", self.velocity), ("residual", self.residual)):
-            mine.clear()
-            for name, tensor in state[kind].items():
-                mine[name] = tensor.to(devices[name], copy=True)
+        self.momentum, self.nesterov, self.mask_velocity = momentum, nesterov, mask_velocity
+        self.dtypes = {"residual": residual_dtype, "velocity": velocity_dtype}
+        self.velocity: dict[str, Buffer] = {}
+        self.residual: dict[str, Buffer] = {}
+        self.num_steps = 0
+        self._seed, self._num_writes = seed, 0
+        self._before: dict[tuple[str, str], Buffer | None] = {}
+
+    def accumulate(
+        self, name: str, grad_N: Tensor, *, scale: Tensor | None = None, is_sent_whole: bool = False
+    ) -> Tensor:
+        """Add a gradient, times scale (1,), to velocity and residual; return the largest |scale g|.
+
+        Returns: (1,) float32; infinite or NaN if an entry is.
+        """
+        is_first = ("residual", name) not in self._before
+        old_residual, residual = self._renew("residual", name, grad_N, is_sent_whole)
+        old_velocity, velocity = None, None
+        if self.momentum:
+            old_velocity, velocity = self._renew("velocity", name, grad_N)
+        return buffers.accumulate(
+            grad_N, self._correction(is_first),
+            residual=residual, old_residual=old_residual,
+            velocity=velocity, old_velocity=old_velocity,
+            scale=scale, key=self._key(name),
+        )  # fmt: skip
+
+    def drain(self, name: str) -> Tensor:
+        """Return all there is to send, (N,) float32, leaving no residual. The velocity stays.
+
+        Averaged over ranks, this is momentum SGD to the letter, with or without masking.
+        """
+        return buffers.decode(self.residual.pop(name))
+
+    def remove_sent(self, name: str, indices_K: Tensor, lost_K: Tensor | None) -> None:
+        """Take what was sent out of the residual; what coding lost, if anything, stays in."""
+        lost = 0.0 if lost_K is None else lost_K
+        buffers.put(self.residual[name], indices_K, lost, self._key(name))
+        if self.mask_velocity and name in self.velocity:
+            buffers.put(self.velocity[name], indices_K, 0.0, self._key(name))
+
+    def commit(self) -> None:
+        """Make the step's changes final."""
+        self._before.clear()
+        self.num_steps += 1
+        self._num_writes = 0
+
+    def roll_back(self) -> None:
+        """Undo the step, to the bit."""
+        for (kind, name), buffer in self._before.items():
+            kept = getattr(self, kind)
+            kept.pop(name, None)
+            if buffer is not None:
+                kept[name] = buffer
+        self._before.clear()
+        self._num_writes = 0
+
+    def _renew(
+        self, kind: str, name: str, grad_N: Tensor, is_sent_whole: bool = False
+    ) -> tuple[Buffer | None, Buffer]:
+        """Return a tensor's buffer to read, and the one to write: at first another."""
+        kept = getattr(self, kind)
+        old = kept.get(name)
+        if (kind, name) in self._before:
+            return old, old
+        self._before[kind, name] = old
+        dtype = "float32" if is_sent_whole else self.dtypes[kind]
+        kept[name] = buffers.empty(grad_N.numel(), dtype, grad_N.device)
+        return old, kept[name]
+
+    def _correction(self, is_first: bool) -> Correction:
+        m = self.momentum
+        if m == 0:
+            return Correction()
+        if is_first:
+            return Correction(m, m, 1, 1) if self.nesterov else Correction(m, 1, 1, 0)
+        return Correction(1, m, 0, 1 + m) if self.nesterov else Correction(1, 1, 0, 1)
+
+    def _key(self, name: str) -> int:
+        """Return 64 bits that differ in every write of a step, every step and every rank."""
+        self._num_writes += 1
+        key = self._seed
+        for part in (self.num_steps, self._num_writes, zlib.crc32(name.encode())):
+            key = _mix((key ^ part) & _64_BITS)
+        return key
+
+    def num_bytes(self) -> dict[str, int]:
+        """Return the bytes kept, by kind: velocity, residual."""
+        return {
+            kind: sum(t.nbytes for buffer in getattr(self, kind).values() for t in tensors(buffer))
+            for kind in _KINDS
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors only; this rank's, not the replica's."""
+        kinds = {
+            kind: {name: _to_state(buffer) for name, buffer in getattr(self, kind).items()}
+            for kind in _KINDS
+        }
+        return {**kinds, "num_steps": torch.tensor(self.num_steps)}
+
+    def load_state_dict(self, state: dict[str, Any], devices: Mapping[str, torch.device]) -> None:
+        """Take copies of what was saved, each on the device of its tensor.
+
+        Raises: ValueError, before anything changes, for a tensor that is not here, or is stored
+            otherwise here.
+        """
+        loaded: dict[str, dict[str, Buffer]] = {kind: {} for kind in _KINDS}
+        for kind in _KINDS:
+            for name, saved in state[kind].items():
+                if name not in devices:
+                    raise ValueError(f"the saved {kind} is of {name}, which is no parameter here")
+                buffer = _from_state(saved, devices[name])
+                if buffers.dtype_of(buffer) != self.dtypes[kind]:
+                    raise ValueError(
+                        f"the {kind} of {name} was saved as {buffers.dtype_of(buffer)}; allowed: "
+                        f"{self.dtypes[kind]}, as {kind}_dtype is here"
+                    )
+                loaded[kind][name] = buffer
+        self.velocity, self.residual = loaded["velocity"], loaded["residual"]
+        self.num_steps = int(state.get("num_steps", 0))
+        self._before.clear()
+
+
+_64_BITS = 2**64 - 1
+
+
+def _mix(x: int) -> int:
+    """Splitmix64's step: a change of one bit changes half of the others."""
+    x = (x + 0x9E3779B97F4A7C15) & _64_BITS
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _64_BITS
+    return x ^ (x >> 31)
+
+
+def _to_state(buffer: Buffer) -> Tensor | dict[str, Tensor]:
+    if isinstance(buffer, Blocks):
+        return {"codes": buffer.codes, "scales": buffer.scales}
+    return buffer
+
+
+def _from_state(saved: Tensor | dict[str, Tensor], device: torch.device) -> Buffer:
+    if isinstance(saved, dict):
+        return Blocks(*(saved[part].to(device, copy=True) for part in ("codes", "scales")))
+    return saved.to(device, copy=True)

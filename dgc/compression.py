@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dgc.codec import INDEX_DTYPES, VALUE_DTYPES
+from kernels import buffers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +30,33 @@ class Compression:
     momentum_correction: bool = True
     """Let SGD's momentum act before selection, in a velocity of this worker. An optimizer other
     than torch.optim.SGD keeps whatever momentum it has, after the exchange."""
+    momentum: float | None = None
+    """Momentum of the correction with another optimizer than SGD, which must have none then. None:
+    no velocity, the best with an adaptive statistic."""
     mask_velocity: bool = True
     """Momentum factor masking: forget the velocity of an entry when it is sent."""
+    residual_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How the residual is stored between steps: 4, 2 or 1 bytes an element (int8: in blocks of 256
+    with a scale), rounded stochastically, so that what rounding loses is 0 in the mean."""
+    velocity_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How the velocity is stored, if there is one."""
+    preconditioning: Literal["late", "early", "after"] | None = None
+    """Where a compressible tensor's gradient meets the optimizer's second moment. late: fed by this
+    worker's dense gradients, it divides what leaves. early: likewise, it divides each gradient
+    before it is accumulated. after: the optimizer itself, from what arrived. None: late with an
+    optimizer that hands its second moment over (those of `optim`), after with others."""
+    select_by: Literal["raw", "preconditioned"] = "raw"
+    """Rank entries by the residual, or by the residual divided by the root of the second moment."""
+    share_statistics: float = 0.0
+    """Average a tensor's second moment over workers where its bytes are at most this many times
+    those of the tensor's entries; it travels with them. 0: never; inf: always."""
     clip_norm: float | None = None
     """Bound of the gradient's 2-norm for the joined batch. Each of N workers clips its own at
     clip_norm / sqrt(N), before accumulation. None: no clipping."""
     clip_scope: Literal["global", "tensor"] = "global"
-    """global: one norm over all T tensors; the exchange then waits for the end of backward.
-    tensor: each tensor by itself at clip_norm / sqrt(N T), so that the exchange need not wait."""
+    """global: one norm over all T tensors and the sum of micro-batches; the exchange then waits for
+    the end of backward. tensor: each tensor and each of A micro-batches by itself, its own
+    gradient at clip_norm / sqrt(N T A), so that nothing waits and no gradient is kept."""
     min_numel: int = 1024
     """Smaller tensors, and all with fewer than two axes, are sent densely."""
     sample_ratio: float = 0.01
@@ -66,6 +86,22 @@ class Compression:
                     and all(0 < density <= 1 for density in warmup)
                 ),
             ),
+            (
+                "momentum",
+                "None, or from 0 to below 1",
+                self.momentum is None or 0 <= self.momentum < 1,
+            ),
+            *(
+                (name, ", ".join(buffers.DTYPES), getattr(self, name) in buffers.DTYPES)
+                for name in ("residual_dtype", "velocity_dtype")
+            ),
+            (
+                "preconditioning",
+                "late, early, after, None",
+                self.preconditioning in ("late", "early", "after", None),
+            ),
+            ("select_by", "raw, preconditioned", self.select_by in ("raw", "preconditioned")),
+            ("share_statistics", "0 or more", self.share_statistics >= 0),
             ("clip_norm", "None or above 0", self.clip_norm is None or self.clip_norm > 0),
             ("clip_scope", "global, tensor", self.clip_scope in ("global", "tensor")),
             ("min_numel", "1 or more", self.min_numel >= 1),

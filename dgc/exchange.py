@@ -1,8 +1,8 @@
-"""Buckets: what leaves together, in which order, sparse or dense; and what comes back.
+"""The exchange: gradients in as they come, what the ranks agreed on out, or nothing of a bad step.
 
-Owns: the choice between a sparse gather and a dense all-reduce, one collective a bucket, the fixed
-order of buckets, the merge in rank order. Refuses gradients that are not finite.
-Shapes: N elements of one flattened tensor.
+Owns: one collective a bucket, the fixed order of buckets, the merge in rank order, and the verdict:
+a step in which any rank's gradient was infinite or NaN is undone on all, to the bit.
+Shapes: N elements of one flattened tensor, K selected of them.
 """
 
 from __future__ import annotations
@@ -11,41 +11,22 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from dgc.codec import Codec
+from dgc.buckets import DENSE_BYTES, Bucket, TensorSpec, plan_buckets
+from dgc.codec import Message
 from dgc.comm import Comm, Handle
 from dgc.compensate import Compensation
 from dgc.compression import Compression
-from dgc.sparsify import SparseGrad, SparsityPlan, plan_sparsity, select_largest
+from dgc.precondition import Statistics, divide
+from dgc.sparsify import SparseGrad, SparsityPlan, select_largest
+from kernels import buffers
 
-_DENSE_BYTES = 4  # an all-reduce is float32, whatever the parameters are
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One tensor to exchange. `compressible`: it may be sent sparsely."""
-
-    name: str
-    numel: int
-    device: torch.device
-    compressible: bool
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Tensors that leave in one collective. A sparse bucket has a codec and a plan a tensor."""
-
-    name: str
-    specs: tuple[TensorSpec, ...]
-    codec: Codec | None = None
-    plans: tuple[SparsityPlan, ...] = ()
-
-    @property
-    def is_sparse(self) -> bool:
-        return self.codec is not None
+# Beyond, a square is infinite in float32, and with it the statistic that would divide the entry.
+_LARGEST_SQUARABLE = 2.0**63
 
 
 @dataclass
@@ -56,6 +37,8 @@ class StepStats:
     dense_bytes: int = 0
     num_selected: int = 0
     num_selectable: int = 0
+    skipped: str | None = None
+    """Why the step was undone on all ranks; None: it was not."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -71,95 +54,38 @@ class StepStats:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def dense_is_cheaper(numel: int, k: int, entry_bytes: int, world_size: int) -> bool:
-    """Tell whether an all-reduce of float32 moves no more bytes than a gather of k entries.
+@dataclass
+class Update:
+    """What the ranks agreed on, by tensor: means (N,), or some entries of them."""
 
-    On a ring of P ranks, each sends 2 (P - 1) / P * 4 numel bytes in the one and
-    (P - 1) k entry_bytes in the other. (PEERS.md, finding 2.)
-    Example: numel=1000, entries of 8 bytes -> 4 ranks: dense from k=250; 2 ranks: from k=500.
-    """
-    return 2 * _DENSE_BYTES * numel <= world_size * k * entry_bytes
-
-
-def plan_buckets(
-    specs: Sequence[TensorSpec],
-    compression: Compression,
-    density: float,
-    world_size: int,
-    bucket_bytes: int,
-) -> list[Bucket]:
-    """Group tensors into buckets of at least `bucket_bytes` of gradient, but for the last ones.
-
-    Sparse and dense tensors fill buckets of their own. Buckets are ordered by their last tensor,
-    so that given tensors in the order in which backward finishes them, none waits for a later one.
-    Depends on nothing but its arguments: all ranks plan the same.
-    """
-    plans = {spec.name: _plan_tensor(spec, compression, density, world_size) for spec in specs}
-    groups: list[list[TensorSpec]] = []
-    filling: dict[tuple[bool, torch.device], list[TensorSpec]] = {}
-    for spec in specs:
-        key = (plans[spec.name] is not None, spec.device)
-        group = filling.setdefault(key, [])
-        group.append(spec)
-        if sum(member.numel for member in group) * _DENSE_BYTES >= bucket_bytes:
-            groups.append(filling.pop(key))
-    position = {spec.name: place for place, spec in enumerate(specs)}
-    groups += sorted(filling.values(), key=lambda group: position[group[-1].name])
-    return [
-        _make_bucket(f"bucket{index}", group, plans, compression)
-        for index, group in enumerate(groups)
-    ]
-
-
-def _plan_tensor(
-    spec: TensorSpec, compression: Compression, density: float, world_size: int
-) -> SparsityPlan | None:
-    """Return how to select from a tensor, or None if it is to be sent densely."""
-    if not spec.compressible or density >= 1:
-        return None
-    plan = plan_sparsity(
-        spec.numel,
-        density,
-        sample_ratio=compression.sample_ratio,
-        k_tolerance=compression.k_tolerance,
-        max_adaptations=compression.max_adaptations,
-    )
-    if dense_is_cheaper(spec.numel, plan.k, compression.entry_bytes, world_size):
-        return None
-    return plan
-
-
-def _make_bucket(
-    name: str,
-    specs: list[TensorSpec],
-    plans: dict[str, SparsityPlan | None],
-    compression: Compression,
-) -> Bucket:
-    chosen = tuple(plan for spec in specs if (plan := plans[spec.name]) is not None)
-    if not chosen:
-        return Bucket(f"{name}.dense", tuple(specs))
-    names, numels = tuple(spec.name for spec in specs), tuple(spec.numel for spec in specs)
-    codec = Codec(names, numels, compression.value_dtype, compression.index_dtype)
-    return Bucket(f"{name}.sparse", tuple(specs), codec, chosen)
+    dense: dict[str, Tensor] = field(default_factory=dict)
+    sparse: dict[str, SparseGrad] = field(default_factory=dict)
 
 
 class Exchange:
-    """One worker's side of the exchange: gradients in as they come, agreed means out.
+    """One worker's side of the exchange.
 
-    A step is: `add` for every tensor, in any order, then `finish`. A bucket leaves when its last
-    tensor has come and all buckets before it have left, so every rank starts them in one order.
+    A step is: `add` for every gradient of every tensor, `close` for every tensor, in any order,
+    then `finish`. A bucket leaves when its last tensor is closed and all buckets before it have
+    left, so every rank starts them in one order.
     """
 
     def __init__(
-        self, comm: Comm, compression: Compression, compensation: Compensation, seed: int
+        self,
+        comm: Comm,
+        compression: Compression,
+        compensation: Compensation,
+        statistics: Statistics,
+        seed: int,
     ) -> None:
-        self.comm, self.compression, self.compensation = comm, compression, compensation
+        self.comm, self.compression = comm, compression
+        self.compensation, self.statistics = compensation, statistics
         self.buckets: list[Bucket] = []
         self.stats = StepStats()
         self._seed = seed
         self._scope = comm.unique_name("exchange")  # two optimizers' buckets must not be confused
-        self._generators: dict[torch.device, Generator] = {}
         self._bucket_of: dict[str, Bucket] = {}
+        self._specs: dict[str, TensorSpec] = {}
         self._reset()
 
     def plan(self, specs: Sequence[TensorSpec], density: float, bucket_bytes: int) -> None:
@@ -170,114 +96,228 @@ class Exchange:
             specs, self.compression, density, self.comm.world_size, bucket_bytes
         )
         self._bucket_of = {spec.name: bucket for bucket in self.buckets for spec in bucket.specs}
-        for device in {spec.device for spec in specs} - self._generators.keys():
-            self._generators[device] = Generator(device).manual_seed(self._seed + self.comm.rank)
+        self._specs = {spec.name: spec for spec in specs}
 
     @property
     def is_under_way(self) -> bool:
-        return bool(self._ready)
+        return bool(self._largest)
 
-    def add(self, name: str, grad_N: Tensor) -> None:
-        """Take a tensor's gradient of this step; start what can now be sent."""
-        if name in self._ready:
-            raise RuntimeError(f"{name} has already given its gradient in this step")
-        if not self._ready:
-            self.stats = StepStats()
+    # ---- out -------------------------------------------------------------------------------------
+
+    def add(
+        self, name: str, grad_N: Tensor, scale: Tensor | None = None, num_parts: int = 1
+    ) -> None:
+        """Take one of the `num_parts` gradients of a tensor in this step, times scale (1,)."""
+        if not self.is_under_way:
+            self._begin()
         with self.stats.timed("compensate"):
-            grad_N = grad_N.float()
-            self._largest[name] = torch.linalg.vector_norm(grad_N, float("inf"))
-            compensate = self.compensation
-            if self._bucket_of[name].is_sparse:
-                self._ready[name] = compensate.accumulate(name, grad_N)
-            else:
-                self._ready[name] = compensate.drain(name, grad_N)
+            self.statistics.observe(name, grad_N, scale, num_parts)
+            if self.compression.preconditioning == "early":
+                root_N = self.statistics.root(name)
+                if root_N is not None:
+                    grad_N = grad_N.float() if scale is None else grad_N * scale
+                    grad_N, scale = divide(grad_N, root_N), None
+            is_whole = not self._bucket_of[name].is_sparse
+            largest = self.compensation.accumulate(
+                name, grad_N, scale=scale, is_sent_whole=is_whole
+            )
+            before = self._largest.get(name)
+            self._largest[name] = largest if before is None else torch.maximum(before, largest)
+
+    def close(self, name: str) -> None:
+        """Take no more gradients of a tensor in this step; start what can now be sent."""
+        if name in self._closed:
+            raise RuntimeError(f"{name} has already given its gradient in this step")
+        if name not in self._largest:
+            spec = self._specs[name]
+            self.add(name, torch.zeros(spec.numel, device=spec.device))
+        self._closed.add(name)
         self._start_ready_buckets()
 
-    def finish(self) -> Iterator[tuple[str, Tensor]]:
-        """Wait for the buckets in order; yield each tensor's mean over ranks, (N,) float32."""
-        for bucket, handle in self._started:
-            with self.stats.timed("wait"):
-                arrived = handle.wait()
-            with self.stats.timed("merge"):
-                means = list(self._merge(bucket, arrived))
-            yield from means
-        self._reset()
+    def open_names(self) -> list[str]:
+        """Names of the tensors that are not closed in this step."""
+        return [name for name in self._bucket_of if name not in self._closed]
 
-    def missing(self) -> list[str]:
-        """Names of the tensors that have not come in this step."""
-        return [name for name in self._bucket_of if name not in self._ready]
+    def _begin(self) -> None:
+        self.stats = StepStats()
+        step = self.compensation.num_steps
+        for device in {spec.device for spec in self._specs.values()}:
+            seed = (self._seed + self.comm.rank) * 1_000_003 + step
+            self._generators[device] = Generator(device).manual_seed(seed)
 
     def _reset(self) -> None:
-        self._ready: dict[str, Tensor] = {}
         self._largest: dict[str, Tensor] = {}
+        self._closed: set[str] = set()
         self._started: list[tuple[Bucket, Handle]] = []
+        self._generators: dict[torch.device, Generator] = {}
 
     def _start_ready_buckets(self) -> None:
         for bucket in self.buckets[len(self._started) :]:
-            if not all(spec.name in self._ready for spec in bucket.specs):
+            if not all(spec.name in self._closed for spec in bucket.specs):
                 return
-            self._check_finite(bucket)
             start = self._start_sparse if bucket.is_sparse else self._start_dense
-            self._started.append((bucket, start(bucket)))
+            self._started.append((bucket, start(bucket, self._overflown(bucket))))
 
-    def _check_finite(self, bucket: Bucket) -> None:
-        largest = torch.stack([self._largest[spec.name] for spec in bucket.specs])
-        if not torch.isfinite(largest).all():
-            finite = torch.isfinite(largest).tolist()
-            bad = [spec.name for spec, ok in zip(bucket.specs, finite, strict=True) if not ok]
-            raise FloatingPointError(
-                f"rank {self.comm.rank}: the gradient of {', '.join(bad)} has infinite or NaN "
-                f"entries; lower the learning rate, lengthen its warm-up or clip (dgc.clip_norm)"
-            )
+    def _overflown(self, bucket: Bucket) -> set[str]:
+        """Return the tensors whose gradient cannot be used. On a GPU this waits for them."""
+        largest = torch.cat([self._largest[spec.name] for spec in bucket.specs]).tolist()
+        limit = _LARGEST_SQUARABLE if self.statistics.preconditioners else float("inf")
+        pairs = zip(bucket.specs, largest, strict=True)
+        return {spec.name for spec, value in pairs if not value < limit}
 
-    def _start_dense(self, bucket: Bucket) -> Handle:
+    def _is_divided_here(self, name: str) -> bool:
+        is_late = self.compression.preconditioning == "late"
+        return is_late and name not in self.statistics.shared
+
+    def _start_dense(self, bucket: Bucket, overflown: set[str]) -> Handle:
         with self.stats.timed("pack"):
-            flat = torch.cat([self._ready[spec.name] for spec in bucket.specs])
-            self.stats.dense_bytes += flat.numel() * _DENSE_BYTES
+            parts = []
+            for spec in bucket.specs:
+                values_N = self.compensation.drain(spec.name)
+                root_N = self._root_here(spec.name)
+                if spec.name in overflown:
+                    values_N = torch.full_like(values_N, float("nan"))
+                parts.append(values_N if root_N is None else divide(values_N, root_N))
+            parts += [part for s in bucket.specs for part in self.statistics.pack_shared(s.name)]
+            flat = torch.cat(parts)
+            self.stats.dense_bytes += flat.numel() * DENSE_BYTES
         return self.comm.all_reduce_async(flat, f"{self._scope}.{bucket.name}")
 
-    def _start_sparse(self, bucket: Bucket) -> Handle:
+    def _root_here(self, name: str, indices_K: Tensor | None = None) -> Tensor | None:
+        """Return what this rank divides by before it sends; None if it does not."""
+        return self.statistics.root(name, indices_K) if self._is_divided_here(name) else None
+
+    def _start_sparse(self, bucket: Bucket, overflown: set[str]) -> Handle:
         with self.stats.timed("select"):
-            pairs = zip(bucket.specs, bucket.plans, strict=True)
-            grads = [self._take_largest(spec, plan, bucket.codec) for spec, plan in pairs]
+            grads = [
+                None if spec.name in overflown else self._take_largest(spec, plan, bucket)
+                for spec, plan in zip(bucket.specs, bucket.plans, strict=True)
+            ]
         with self.stats.timed("pack"):
-            message = bucket.codec.encode(grads)
+            shared = [part for s in bucket.specs for part in self.statistics.pack_shared(s.name)]
+            message = bucket.codec.encode(grads, torch.cat(shared) if shared else None)
             self.stats.sparse_bytes += message.numel()
+        message = message.to(bucket.specs[0].device)
         return self.comm.all_gather_async(message, f"{self._scope}.{bucket.name}")
 
-    def _take_largest(self, spec: TensorSpec, plan: SparsityPlan, codec: Codec) -> SparseGrad:
+    def _take_largest(self, spec: TensorSpec, plan: SparsityPlan, bucket: Bucket) -> SparseGrad:
         """Move the largest entries out of the residual, as the receivers will decode them."""
-        residual_N = self._ready[spec.name]
-        generator = self._generators[spec.device]
-        indices_K = select_largest(residual_N, plan, generator=generator)
-        sent_K = codec.round_values(residual_N[indices_K])
-        self.compensation.remove_sent(spec.name, indices_K, sent_K)
+        residual = self.compensation.residual[spec.name]
+        ranked = residual
+        if self.compression.select_by == "preconditioned":
+            root_N = self.statistics.root(spec.name)
+            ranked = residual if root_N is None else divide(buffers.decode(residual), root_N)
+        indices_K = select_largest(ranked, plan, generator=self._generators[spec.device])
+        values_K = buffers.take(residual, indices_K)
+        root_K = self._root_here(spec.name, indices_K)
+        divided_K = values_K if root_K is None else divide(values_K, root_K)
+        sent_K = bucket.codec.round_values(divided_K)
+        lost_K = None
+        if sent_K is not divided_K:  # what rounding takes off, in the residual's own units
+            back_K = sent_K if root_K is None else sent_K * root_K
+            lost_K = torch.where(sent_K == divided_K, torch.zeros_like(back_K), values_K - back_K)
+        self.compensation.remove_sent(spec.name, indices_K, lost_K)
         self.stats.num_selected += indices_K.numel()
         self.stats.num_selectable += spec.numel
         return SparseGrad(sent_K, indices_K, spec.numel)
 
-    def _merge(self, bucket: Bucket, arrived: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Turn what arrived into means, summing in rank order: the same bits on every rank."""
-        names, numels = [s.name for s in bucket.specs], [s.numel for s in bucket.specs]
-        world_size = self.comm.world_size
-        if not bucket.is_sparse:
-            yield from zip(names, arrived.div_(world_size).split(numels), strict=True)
-            return
-        ranks = bucket.codec.decode(arrived, world_size)
-        for name, grads in zip(names, zip(*ranks, strict=True), strict=True):
-            mean_N = arrived.new_zeros(grads[0].numel, dtype=torch.float32)
-            for grad in grads:
-                mean_N[grad.indices] += grad.values  # a rank's indices are unique
-            yield name, mean_N.div_(world_size)
+    # ---- in --------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict:
-        """This rank's residuals, velocities and random states; not the replica's."""
-        generators = {d.type: generator.get_state() for d, generator in self._generators.items()}
-        return {"compensation": self.compensation.state_dict(), "generators": generators}
+    def finish(self) -> Update | None:
+        """Wait for the buckets in order and return what to apply; None if the step was undone."""
+        update, bad = Update(), []
+        for bucket, handle in self._started:
+            with self.stats.timed("wait"):
+                arrived = handle.wait()
+            with self.stats.timed("merge"):
+                merge = self._merge_sparse if bucket.is_sparse else self._merge_dense
+                bad += merge(bucket, arrived, update)
+        if bad:
+            self.stats.skipped = ", ".join(bad)
+        for part in (self.compensation, self.statistics):
+            part.roll_back() if bad else part.commit()
+        self._reset()
+        return None if bad else update
 
-    def load_state_dict(self, state: dict) -> None:
-        devices = {s.name: s.device for bucket in self.buckets for s in bucket.specs}
+    def _merge_dense(self, bucket: Bucket, arrived: Tensor, update: Update) -> list[str]:
+        mean = arrived.div_(self.comm.world_size)
+        sizes = [spec.numel for spec in bucket.specs]
+        *means, shared = mean.split([*sizes, bucket.num_shared])
+        if not torch.isfinite(mean).all():
+            names = [spec.name for spec in bucket.specs]
+            pairs = zip(names, means, strict=True)
+            return [n for n, part in pairs if not torch.isfinite(part).all()] or names
+        self._unpack_shared(bucket, shared)
+        for spec, mean_N in zip(bucket.specs, means, strict=True):
+            root_N = self._root_of_arrived(spec.name)
+            update.dense[spec.name] = mean_N if root_N is None else divide(mean_N, root_N)
+        return []
+
+    def _merge_sparse(self, bucket: Bucket, arrived: Tensor, update: Update) -> list[str]:
+        ranks = bucket.codec.decode(arrived, self.comm.world_size)
+        bad = [
+            f"{spec.name} (rank {rank})"
+            for rank, message in enumerate(ranks)
+            for spec, grad in zip(bucket.specs, message.grads, strict=True)
+            if grad is None
+        ]
+        if bad:
+            return bad
+        self._unpack_shared(bucket, self._mean_of_extra(ranks))
+        for place, spec in enumerate(bucket.specs):
+            merged = merge_in_rank_order([message.grads[place] for message in ranks])
+            root_K = self._root_of_arrived(spec.name, merged.indices)
+            if root_K is not None:
+                merged = SparseGrad(divide(merged.values, root_K), merged.indices, merged.numel)
+            update.sparse[spec.name] = merged
+        return []
+
+    def _mean_of_extra(self, ranks: list[Message]) -> Tensor:
+        total = ranks[0].extra.clone()
+        for message in ranks[1:]:
+            total += message.extra
+        return total.div_(self.comm.world_size)
+
+    def _unpack_shared(self, bucket: Bucket, mean: Tensor) -> None:
+        parts = mean.split([spec.num_shared for spec in bucket.specs])
+        for spec, part in zip(bucket.specs, parts, strict=True):
+            if spec.num_shared:
+                self.statistics.unpack_shared(spec.name, part)
+
+    def _root_of_arrived(self, name: str, indices_K: Tensor | None = None) -> Tensor | None:
+        """Return what arrived entries must be divided by: of a statistic that all ranks share."""
+        is_late = self.compression.preconditioning == "late"
+        if is_late and name in self.statistics.shared:
+            return self.statistics.root(name, indices_K)
+        return None
+
+    # ---- state -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's residuals, velocities and statistics; not the replica's."""
+        return {
+            "compensation": self.compensation.state_dict(),
+            "statistics": self.statistics.state_dict(),
+        }
+
+    def state_bytes(self) -> dict[str, int]:
+        """Return the bytes of `state_dict` by kind: residual, velocity, statistics."""
+        return {**self.compensation.num_bytes(), "statistics": self.statistics.num_bytes()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        devices = {name: spec.device for name, spec in self._specs.items()}
+        self.statistics.load_state_dict(state.get("statistics", {}))
         self.compensation.load_state_dict(state["compensation"], devices)
-        for device, generator in self._generators.items():
-            if device.type in state["generators"]:  # else it was saved on another kind of device
-                generator.set_state(state["generators"][device.type])
+
+
+def merge_in_rank_order(grads: Sequence[SparseGrad]) -> SparseGrad:
+    """Return the mean of tensors that are 0 but for some entries: the same bits on every rank.
+
+    Entries of one index are summed in rank order. Never as large as the tensor.
+    Example: {2: 1.0, 5: 3.0} and {5: 1.0} -> {2: 0.5, 5: 2.0}.
+    """
+    indices_K = torch.cat([grad.indices for grad in grads]).unique()
+    sums_K = torch.zeros(indices_K.numel(), device=indices_K.device)
+    for grad in grads:  # a rank's indices are unique
+        sums_K[torch.searchsorted(indices_K, grad.indices)] += grad.values
+    return SparseGrad(sums_K.div_(len(grads)), indices_K, grads[0].numel)

@@ -1,53 +1,74 @@
 """DistributedOptimizer: a torch optimizer whose gradients are compressed, exchanged and averaged.
 
-Owns: the hooks on the parameters, gradient accumulation, local clipping, and the handing over of
-SGD's momentum to the correction. Holds the inner optimizer; makes no class of its own for it.
+Owns: the hooks on the parameters, micro-batches, local clipping, loss scales, and what a step does
+when some gradient is infinite or NaN. Holds the inner optimizer; makes no class of its own for it.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.amp import GradScaler
+from torch.optim import Optimizer
 
-from dgc.checks import at_least_one, check_same_everywhere, match_parameters
+from dgc import apply
+from dgc.buckets import Bucket
+from dgc.checks import at_least_one, check_optimizer, check_same_everywhere, match_parameters
 from dgc.comm import Comm
 from dgc.compensate import Compensation
 from dgc.compression import Compression
-from dgc.exchange import Bucket, Exchange, StepStats, TensorSpec
+from dgc.exchange import Exchange, StepStats
+from dgc.roles import delegate_statistics, make_specs, resolve, take_over_momentum
 
-DENSE = Compression(density=1.0, momentum_correction=False)
+DENSE = Compression(density=1.0, momentum_correction=False, preconditioning="after")
+MAX_SKIPPED_IN_A_ROW = 100
+
+_log = logging.getLogger(__name__)
 
 
 class DistributedOptimizer(Optimizer):
     """Average gradients over ranks during backward, then step the optimizer it holds.
 
     Args:
-        optimizer: any torch optimizer. It sees each parameter's averaged gradient in `p.grad`.
+        optimizer: any torch optimizer. One of `optim` hands the second moments of compressible
+            tensors over to the workers (Compression.preconditioning), and takes the few entries
+            that arrive; so does torch.optim.SGD. Others see the averaged gradient in `p.grad`.
         named_parameters: as `model.named_parameters()`; every parameter of `optimizer` once.
         comm: this rank's collectives.
         compression: Deep Gradient Compression, or None for a dense all-reduce.
         micro_batches_per_step: backward passes that make one step; their gradients are summed, so
             divide each loss by it.
         bucket_bytes: float32 bytes of gradient that leave together, at least.
-        seed: of the samples from which thresholds are taken; each rank adds its own number.
+        seed: of the samples from which thresholds are taken, and of stochastic rounding; each rank
+            adds its own number.
+        grad_scaler: the one that scales the losses, if one does. Call its `step` and `update` as
+            usual; gradients are divided by its scale before anything else, also before clipping.
 
     With momentum correction, plain or Nesterov, torch.optim.SGD's momentum moves into the
     correction and is 0 in SGD itself. Its weight decay, which would have gone through the momentum,
     is then applied to the parameters as weight_decay / (1 - momentum): the same pull in the long
-    run, and no third buffer (the predecessors keep one).
+    run, and no third buffer (the predecessors keep one). Decoupled weight decay of the optimizers
+    of `optim` reaches all of a tensor in every step, however few entries arrive.
+
+    A step in which a gradient of any rank is infinite or NaN is undone on all ranks, to the bit:
+    nothing moves, `stats.skipped` says why, and rank 0 logs it. After 100 such steps in a row:
+    FloatingPointError.
 
     Rank 0's parameters are given to all when this is made; buffers, such as batch-norm statistics,
     are the caller's. A parameter without a gradient in a step counts as zero on this rank. `step`,
     `synchronize` and `set_density` are collective: all ranks must call them alike. Learning-rate
     schedulers may be given this optimizer or the inner one; they share `param_groups`.
     Raises: ValueError for parameters that are missing, double, or of other shapes on other ranks,
-        and for optimizers that evaluate the loss again within a step (LBFGS).
+        for optimizers that evaluate the loss again within a step (LBFGS), and for settings that do
+        not go together, with the reason.
     """
+
+    _step_supports_amp_scaling = True  # GradScaler.step then leaves infinities to us
 
     def __init__(
         self,
@@ -59,26 +80,33 @@ class DistributedOptimizer(Optimizer):
         micro_batches_per_step: int = 1,
         bucket_bytes: int = 4 * 2**20,
         seed: int = 0,
+        grad_scaler: GradScaler | None = None,
     ) -> None:
         # Optimizer.__init__ would build groups of its own; ours are the inner optimizer's.
         self.inner, self.comm = optimizer, comm
-        self.compression = compression or DENSE
         self.micro_batches_per_step = at_least_one(micro_batches_per_step)
         self._bucket_bytes = bucket_bytes
         self._named = match_parameters(optimizer, named_parameters)
         self._exchanged = {id(parameter) for parameter in self._named.values()}
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError("LBFGS evaluates the loss within a step, where gradients are this "
-                             "rank's own; use an optimizer of one gradient a step")  # fmt: skip
+        check_optimizer(optimizer)
+        self.compression = resolve(compression or DENSE, optimizer)
         settings = (self.compression, micro_batches_per_step, bucket_bytes)
         check_same_everywhere(comm, self._named, settings)
         for name, parameter in self._named.items():
             comm.broadcast(parameter.detach(), f"initial.{name}")
         self._num_backward = dict.fromkeys(self._named, 0)
+        self._num_skipped_in_a_row = 0
         self._is_synchronized = False
-        self._exchange = Exchange(
-            comm, self.compression, _take_over_momentum(optimizer, self.compression), seed
-        )
+        self._elements: apply.Elements = {}
+        self._scaler = grad_scaler if grad_scaler and grad_scaler.is_enabled() else None
+        self._unscale: float | None = None
+        momentum, nesterov = take_over_momentum(optimizer, self.compression)
+        compensation = Compensation(
+            momentum, nesterov, self.compression.mask_velocity,
+            self.compression.residual_dtype, self.compression.velocity_dtype, seed + comm.rank,
+        )  # fmt: skip
+        statistics = delegate_statistics(optimizer, self._named, self.compression)
+        self._exchange = Exchange(comm, self.compression, compensation, statistics, seed)
         self.set_density(self.compression.density_at(0))
         for name, parameter in self._named.items():
             parameter.register_post_accumulate_grad_hook(self._make_hook(name))
@@ -110,16 +138,15 @@ class DistributedOptimizer(Optimizer):
         self.inner.load_state_dict(state)
 
     def worker_state_dict(self) -> dict[str, Any]:
-        """What only this rank has: residuals, velocities, random states. Tensors only."""
+        """What only this rank has: residuals, velocities, statistics. Tensors only."""
         return self._exchange.state_dict()
 
     def load_worker_state_dict(self, state: dict[str, Any]) -> None:
         self._exchange.load_state_dict(state)
 
     def worker_state_bytes(self) -> dict[str, int]:
-        """Bytes that this rank keeps between steps, by kind: `residual`, `velocity`."""
-        kinds = self.compensation.state_dict()
-        return {kind: sum(t.nbytes for t in tensors.values()) for kind, tensors in kinds.items()}
+        """Bytes that this rank keeps between steps: `residual`, `velocity`, `statistics`."""
+        return self._exchange.state_bytes()
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -146,11 +173,7 @@ class DistributedOptimizer(Optimizer):
         """Send this fraction of each tensor from the next step on. Between steps only."""
         if not 0 < density <= 1:
             raise ValueError(f"density is {density}; allowed: above 0 and at most 1")
-        min_numel = self.compression.min_numel
-        specs = [
-            TensorSpec(name, p.numel(), p.device, p.dim() > 1 and p.numel() >= min_numel)
-            for name, p in reversed(self._named.items())  # the order in which backward goes
-        ]
+        specs = make_specs(self._named, self.compression, self._exchange.statistics)
         self._exchange.plan(specs, density, self._bucket_bytes)
         self.density = density
 
@@ -164,16 +187,23 @@ class DistributedOptimizer(Optimizer):
         self.inner.zero_grad(set_to_none)
 
     def synchronize(self) -> None:
-        """Finish the exchange: afterwards `p.grad` is the mean over ranks. `step` calls it."""
+        """Finish the exchange; `step` calls it.
+
+        Afterwards `p.grad` is the mean over ranks where that arrived densely, or where the
+        optimizer takes no entries. Where the step was undone it is None.
+        """
         if self._is_synchronized:
             return
-        scale = self._global_clip_scale()
-        for name in self._exchange.missing():
-            self._send(name, scale)
-        for name, mean_N in self._exchange.finish():
-            parameter = self._named[name]
-            parameter.grad = mean_N.view_as(parameter).to(parameter.dtype)
+        if self._clips_globally:
+            self._take_all()
+        for name in self._exchange.open_names():
+            self._exchange.close(name)
+        update = self._exchange.finish()
+        self._elements = {}
+        if update is not None:
+            self._elements = apply.hand_over(self.inner, self._named, update)
         self._num_backward = dict.fromkeys(self._named, 0)
+        self._unscale = None
         self._is_synchronized = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -184,15 +214,43 @@ class DistributedOptimizer(Optimizer):
                 loss = closure()
         self.synchronize()
         self._is_synchronized = False
-        if self._exchange.compensation.momentum and any(g["momentum"] for g in self.param_groups):
+        if self._exchange.compensation.momentum and any(
+            group.get("momentum") for group in self.param_groups
+        ):
             raise RuntimeError(
                 "SGD's momentum was changed from 0 while the momentum correction has it, so it "
                 "would act twice; set momentum_correction=False, or leave the momentum alone"
             )
         self._check_all_exchanged()
+        self._tell_scaler()
+        if self.stats.skipped:
+            self._note_skipped()
+            return loss
+        self._num_skipped_in_a_row = 0
         with self.stats.timed("optimizer"):
-            self.inner.step()
+            apply.step(self.inner, self._elements)
+        self._elements = {}
         return loss
+
+    def _note_skipped(self) -> None:
+        self._num_skipped_in_a_row += 1
+        reason = f"the gradient of {self.stats.skipped} has infinite or NaN entries"
+        if self._num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"{reason}, the {MAX_SKIPPED_IN_A_ROW}th step in a row that had to be undone; "
+                f"lower the learning rate, lengthen its warm-up or clip (dgc.clip_norm)"
+            )
+        if self.comm.rank == 0:
+            _log.warning("step undone on all ranks: %s", reason)
+
+    def _tell_scaler(self) -> None:
+        """Let GradScaler.update know whether any rank had an infinity, so that all scale alike."""
+        if self._scaler is None:
+            return
+        device = next(iter(self._named.values())).device
+        found = self._scaler._found_inf_per_device(self)
+        found.clear()
+        found[device] = torch.full((), float(self.stats.skipped is not None), device=device)
 
     def _check_all_exchanged(self) -> None:
         """Refuse gradients that this rank would apply alone."""
@@ -213,62 +271,61 @@ class DistributedOptimizer(Optimizer):
                     f"build its layer with sparse=False"
                 )
             self._num_backward[name] += 1
-            if self._num_backward[name] > self.micro_batches_per_step or self._is_synchronized:
+            count, parts = self._num_backward[name], self.micro_batches_per_step
+            if count > parts or self._is_synchronized:
                 raise RuntimeError(
-                    f"{name} got a gradient {self._num_backward[name]} times without a step(); "
-                    f"micro_batches_per_step is {self.micro_batches_per_step}"
+                    f"{name} got a gradient {count} times without a step(); "
+                    f"micro_batches_per_step is {parts}"
                 )
-            if self._num_backward[name] == self.micro_batches_per_step and not self._clips_globally:
-                self._send(name, None)
+            if not self._clips_globally:
+                self._take(name, self._scale_of(parameter.grad), parts)
+                if count == parts:
+                    self._exchange.close(name)
 
         return on_gradient
 
-    def _send(self, name: str, scale: Tensor | None) -> None:
-        """Clip this rank's gradient, hand it to the exchange and give its memory up."""
+    def _take(self, name: str, scale: Tensor | None, num_parts: int) -> None:
+        """Hand this rank's gradient to the exchange and give its memory up."""
         parameter = self._named[name]
-        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        if self.compression.clip_norm is not None and scale is None:
-            scale = self._clip_scale(torch.linalg.vector_norm(grad.float()))
-        grad_N = grad.detach().reshape(-1)
-        self._exchange.add(name, grad_N if scale is None else grad_N * scale)
+        self._exchange.add(name, parameter.grad.detach().reshape(-1), scale, num_parts)
         parameter.grad = None
+
+    def _take_all(self) -> None:
+        """Hand over all gradients, clipped by their joint norm."""
+        with_grad = {name: p.grad for name, p in self._named.items() if p.grad is not None}
+        if not with_grad:
+            return
+        device = next(iter(self._named.values())).device
+        norms = [torch.linalg.vector_norm(grad.float()).to(device) for grad in with_grad.values()]
+        scale = self._clip_scale(torch.linalg.vector_norm(torch.stack(norms)), 1)
+        for name, grad in with_grad.items():
+            self._take(name, scale.to(grad.device), 1)
+
+    def _scale_of(self, grad: Tensor) -> Tensor | None:
+        """Return (1,) what to multiply one tensor's gradient with, or None for 1."""
+        if self.compression.clip_norm is not None:
+            num_parts = len(self._named) * self.micro_batches_per_step
+            norm = torch.linalg.vector_norm(grad.float()) * self.micro_batches_per_step
+            return self._clip_scale(norm, num_parts)
+        unscale = self._unscale_factor()
+        return None if unscale == 1 else torch.full((1,), unscale, device=grad.device)
+
+    def _unscale_factor(self) -> float:
+        """Return 1 / the loss scale, read once a step."""
+        if self._scaler is None:
+            return 1.0
+        if self._unscale is None:
+            self._unscale = 1.0 / self._scaler.get_scale()
+        return self._unscale
 
     @property
     def _clips_globally(self) -> bool:
         return self.compression.clip_norm is not None and self.compression.clip_scope == "global"
 
-    def _global_clip_scale(self) -> Tensor | None:
-        """Return what to multiply all gradients with; None where each is clipped by itself."""
-        if not self._clips_globally:
-            return None
-        grads = [p.grad for p in self._named.values() if p.grad is not None]
-        norms = [torch.linalg.vector_norm(grad.float()) for grad in grads]
-        device = next(iter(self._named.values())).device
-        total = torch.stack([n.to(device) for n in norms] or [torch.zeros((), device=device)])
-        return self._clip_scale(torch.linalg.vector_norm(total))
-
-    def _clip_scale(self, norm: Tensor) -> Tensor:
-        """Return min(1, threshold / norm), with the threshold of one worker (see Compression)."""
-        num_parts = self.comm.world_size
-        if self.compression.clip_scope == "tensor":
-            num_parts *= len(self._named)
-        threshold = self.compression.clip_norm / math.sqrt(num_parts)
-        return (threshold / norm.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
-
-
-def _take_over_momentum(optimizer: Optimizer, compression: Compression) -> Compensation:
-    """Move SGD's momentum, if it has one, from the optimizer into the correction."""
-    if not compression.momentum_correction or not isinstance(optimizer, SGD):
-        return Compensation()
-    groups = optimizer.param_groups
-    settings = {(group["momentum"], group["nesterov"]) for group in groups}
-    if len(settings) > 1 or any(group["dampening"] for group in groups):
-        raise ValueError(
-            f"momentum correction needs one momentum for all parameters and no dampening; "
-            f"(momentum, nesterov) here: {sorted(settings)}"
-        )
-    momentum, nesterov = settings.pop()
-    for group in groups:
-        group["momentum"], group["nesterov"] = 0.0, False
-        group["weight_decay"] /= 1 - momentum
-    return Compensation(momentum, nesterov, compression.mask_velocity)
+    def _clip_scale(self, norm: Tensor, num_parts: int) -> Tensor:
+        """Return (1,): 1 / loss scale, and so much less that a gradient of this norm, which is one
+        of world_size * num_parts, is within its share of the bound (see Compression)."""
+        unscale = self._unscale_factor()
+        threshold = self.compression.clip_norm / math.sqrt(self.comm.world_size * num_parts)
+        tiny = torch.finfo(torch.float32).tiny
+        return ((threshold / (norm * unscale).clamp(min=tiny)).clamp(max=1) * unscale).view(1)

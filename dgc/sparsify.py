@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from kernels import buffers
+from kernels.operands import Buffer
+
 _LOWERING = 0.8  # factor of a threshold that too few entries reach
 
 
@@ -64,43 +67,42 @@ def plan_sparsity(
     return SparsityPlan(numel, k, bounds, min(num_samples, numel), max_adaptations)
 
 
-def select_largest(residual_N: Tensor, plan: SparsityPlan, *, generator: Generator) -> Tensor:
+def select_largest(residual: Buffer, plan: SparsityPlan, *, generator: Generator) -> Tensor:
     """Return the indices of about `plan.k` entries of largest magnitude.
 
     Differs from the predecessors' code, which cut an overshoot by position: a count within
     `plan.k_bounds` is sent whole, a larger one is reduced to its k largest, and a count still
     too small after `plan.max_adaptations` gives way to the exact selection. Zeros are never sent.
-    Args:    residual_N: (N,) floating point, finite, read only.
-             generator: chooses the sample; on residual_N's device.
+    Args:    residual: N values, finite, however they are stored; read only.
+             generator: chooses the sample; on the residual's device.
     Returns: (K,) int64 ascending. Ties go to the lower index when the selection is exact.
-    Cost:    two passes over N and one for each adaptation; each ends in a host sync.
+    Cost:    one or two passes over N for each threshold; each ends in a host sync.
     Example: [0.1, -3, 2, 0] with k=2 -> [1, 2].
     """
-    if residual_N.numel() != plan.numel:
-        raise ValueError(f"residual has {residual_N.numel()} elements, its plan {plan.numel}")
-    magnitude_N = residual_N.abs()
+    if buffers.numel(residual) != plan.numel:
+        raise ValueError(f"residual has {buffers.numel(residual)} elements, its plan {plan.numel}")
     if plan.num_samples == plan.numel:
-        return largest_indices(magnitude_N, plan.k)
-    threshold = _sampled_threshold(magnitude_N, plan, generator)
+        return largest_indices(buffers.decode(residual).abs(), plan.k)
+    threshold = _sampled_threshold(residual, plan, generator)
     fewest, most = plan.k_bounds
     for _ in range(plan.max_adaptations):
-        above = magnitude_N >= threshold if threshold > 0 else magnitude_N > 0
-        indices_K = above.nonzero().view(-1)
+        indices_K = buffers.select_above(residual, threshold)
         if indices_K.numel() > most:
-            return indices_K[largest_indices(magnitude_N[indices_K], plan.k)]
+            return indices_K[largest_indices(buffers.take(residual, indices_K).abs(), plan.k)]
         if indices_K.numel() >= fewest or threshold == 0:
             return indices_K
         threshold *= _LOWERING
-    return largest_indices(magnitude_N, plan.k)
+    return largest_indices(buffers.decode(residual).abs(), plan.k)
 
 
-def _sampled_threshold(magnitude_N: Tensor, plan: SparsityPlan, generator: Generator) -> float:
+def _sampled_threshold(residual: Buffer, plan: SparsityPlan, generator: Generator) -> float:
     """Estimate the magnitude that `plan.k` elements reach, from elements drawn with replacement."""
     positions = torch.randint(
-        plan.numel, (plan.num_samples,), generator=generator, device=magnitude_N.device
+        plan.numel, (plan.num_samples,), generator=generator, device=generator.device
     )
     rank = max(1, round(plan.num_samples * plan.k / plan.numel))
-    return magnitude_N[positions].topk(rank, sorted=False).values.min().item()
+    sample = buffers.take(residual, positions).abs()
+    return sample.topk(rank, sorted=False).values.min().item()
 
 
 def largest_indices(magnitude_N: Tensor, k: int) -> Tensor:

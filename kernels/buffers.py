@@ -31,18 +31,12 @@ from kernels.reference_buffers import round_bfloat16, round_codes
 DTYPES = ("float32", "bfloat16", "int8")
 
 
-def zeros(numel: int, dtype: str, device: torch.device) -> Buffer:
-    """Return a buffer of zeros. dtype: float32, bfloat16, or int8 for 8-bit blocks."""
+def empty(numel: int, dtype: str, device: torch.device) -> Buffer:
+    """Return a buffer to write to. dtype: float32, bfloat16, or int8 for 8-bit blocks."""
     if dtype == "int8":
-        scales = torch.zeros(-(-numel // BLOCK), device=device)
-        return Blocks(torch.zeros(numel, dtype=torch.int8, device=device), scales)
-    return torch.zeros(numel, dtype=getattr(torch, dtype), device=device)
-
-
-def empty_like(buffer: Buffer) -> Buffer:
-    if isinstance(buffer, Blocks):
-        return Blocks(torch.empty_like(buffer.codes), torch.empty_like(buffer.scales))
-    return torch.empty_like(buffer)
+        scales = torch.empty(-(-numel // BLOCK), device=device)
+        return Blocks(torch.empty(numel, dtype=torch.int8, device=device), scales)
+    return torch.empty(numel, dtype=getattr(torch, dtype), device=device)
 
 
 def tensors(buffer: Buffer) -> tuple[Tensor, ...]:
@@ -52,6 +46,11 @@ def tensors(buffer: Buffer) -> tuple[Tensor, ...]:
 
 def from_tensors(parts: tuple[Tensor, ...]) -> Buffer:
     return Blocks(*parts) if len(parts) == 2 else parts[0]
+
+
+def dtype_of(buffer: Buffer) -> str:
+    """Return which of DTYPES a buffer is."""
+    return "int8" if isinstance(buffer, Blocks) else str(buffer.dtype).removeprefix("torch.")
 
 
 def numel(buffer: Buffer) -> int:

@@ -1,7 +1,7 @@
-"""Compile host.cpp once for this machine and load it, with torch's own OpenMP threads.
+"""Compile the C++ once for this machine and load it, with torch's own OpenMP threads.
 
 The library is kept in ~/.cache/parsimony/kernels (XDG_CACHE_HOME moves it), under a name made of
-the source, the compiler, its options and the processor: a change in any makes a new one.
+the sources, the compiler, its options and the processor: a change in any makes a new one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+SOURCES = ("host.cpp", "host_buffers.cpp")
+HEADERS = ("common.h",)
 # No contraction: a product and a sum stay two roundings, as in the specification. What is allowed
 # (no errno, no traps) changes no result, and lets roots and quotients be vectorised.
 ARITHMETIC = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
@@ -33,7 +35,7 @@ REMEDY = (
 
 @functools.cache
 def host_library() -> ctypes.CDLL:
-    """Return the compiled host.cpp, compiling it if this machine has not yet.
+    """Return the compiled SOURCES, compiling them if this machine has not yet.
 
     Raises: RuntimeError with the compiler's words and the remedy.
     """
@@ -68,7 +70,7 @@ def cache_folder() -> Path:
 
 
 def _key() -> str:
-    sources = b"".join((HERE / name).read_bytes() for name in ("common.h", "host.cpp"))
+    sources = b"".join((HERE / name).read_bytes() for name in (*HEADERS, *SOURCES))
     version = subprocess.run([compiler(), "--version"], capture_output=True).stdout
     parts = (sources, version, " ".join(OPTIONS).encode(), _processor().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
@@ -99,7 +101,8 @@ def _compile(path: Path) -> None:
         if path.exists():
             return
         new = path.with_suffix(f".new.{os.getpid()}")
-        command = [compiler(), *OPTIONS, "-o", str(new), str(HERE / "host.cpp")]
+        sources = [str(HERE / name) for name in SOURCES]
+        command = [compiler(), *OPTIONS, "-o", str(new), *sources]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"{' '.join(command)}\n{result.stderr[-2000:]}\n{REMEDY}")

@@ -175,3 +175,20 @@ FN float bounded_decay(float decay, i64 count, int is_signed) {
     float most = is_signed ? 2.0f : 1.0f;
     return decay * (float)count <= most ? decay : most / (float)count;
 }
+
+// ---- stochastic rounding of stored buffers -----------------------------------------------------------
+
+// To one of the two neighbours, towards 0 where the other is infinite: the lower 16 bits are the odds.
+FN bf16 stochastic_bf16(float x, u32 random) {
+    u32 bits = as_bits(x), down = bits >> 16, away = (bits + (random & 0xffffu)) >> 16;
+    u32 chosen = (away & 0x7f80u) == 0x7f80u ? down : away;
+    bf16 result = {(u16)((bits & 0x7fffffffu) > 0x7f800000u ? down | 0x40u : chosen)};
+    return result;
+}
+
+// x / scale to one of the two neighbouring integers. NaN becomes -127: its conversion is not defined.
+FN signed char stochastic_code(float x, float scale, u32 random) {
+    float drawn = (float)(int)(random >> 8) * 5.9604644775390625e-8f;  // 24 bits: [0, 1)
+    float code = floorf(x / scale + drawn);
+    return (signed char)(int)smaller(larger(code, -127.0f), 127.0f);
+}

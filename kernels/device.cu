@@ -1,4 +1,5 @@
-// The operations of kernels/ops.py on a GPU; kernels/device.py launches these kernels.
+// The operations of kernels/ops.py on a GPU; kernels/device.py launches these kernels. They are
+// compiled together with device_buffers.cu, which includes this file.
 //
 // To the bit what kernels/reference.py says, on every run and every GPU (Factored: close to
 // rounding). Hence: compile with -fmad=false and IEEE division and roots (the defaults); no atomic
@@ -40,8 +41,9 @@ struct Tiling {
 struct Items {
     i64 num_items, num_rows, dim;
     const i64 *positions;  // of rows, or of elements in the flattened parameter; null: all rows
-    void *param;           // in its own type
+    void *param;           // in its own type; null where a gradient is only observed
     const void *grad;      // rows in the parameter's type; float for elements and for sketch_update
+    const float *scale;    // one number, multiplies an observed gradient; null: 1
     int is_elements, is_dense;
 };
 
@@ -125,10 +127,12 @@ template <class T> FN float param_at(const Items &x, i64 at) {
 }
 
 template <class T> FN float grad_at(const Items &x, i64 at) {
-    return x.is_elements ? ((const float *)x.grad)[at] : widen(((const T *)x.grad)[at]);
+    float g = x.is_elements ? ((const float *)x.grad)[at] : widen(((const T *)x.grad)[at]);
+    return x.scale ? g * *x.scale : g;
 }
 
-// The gradient as statistics see it. `source` is a place in grad, `at` one in param.
+// The gradient as statistics see it. `source` is a place in grad, `at` one in param, which is read
+// for weight decay alone: an observed gradient has none.
 template <class T> FN float gradient(const Items &x, const Rule &r, i64 source, i64 at) {
     float p = r.weight_decay != 0.0f ? param_at<T>(x, at) : 0.0f;
     return oriented(grad_at<T>(x, source), p, r);
@@ -444,9 +448,31 @@ template <class T, bool IS_COVER, bool IS_SKETCHED> FN void step_tiles(const Ste
 FOR_EACH_TYPE(DEFINE)
 #undef DEFINE
 
+// ---- gradients that are only observed -----------------------------------------------------------
+
+// Flat over all elements: Full's average; the other kinds are fed as a step feeds them. No atomics.
+template <class T> FN void observe_full(const Stepping &s) {
+    for (i64 i = flat_start(); i < s.items.num_items * s.items.dim; i += flat_stride()) {
+        float g = gradient<T>(s.items, s.rule, i, i);
+        s.second_values[i] = average_second(s.second_values[i], g, s.rule);
+    }
+}
+
+#define DEFINE(NAME, T) \
+    KERNEL(observe_full_##NAME, Stepping) { observe_full<T>(s); }
+FOR_EACH_TYPE(DEFINE)
+#undef DEFINE
+
 // ---- covers -------------------------------------------------------------------------------------
 
-// Tiles of (num_items, dim): the maxima of g^2, for variant I. Atomics as in step_tiles.
+// What an entry's row and column take their maxima of. A step does variant II in its own pass; here
+// it comes only from dense gradients that are observed.
+FN float covered_square(const Stepping &s, i64 row, i64 column, float g) {
+    if (s.second == SECOND_COVER_I) return g * g;
+    return average_second(smaller(s.row[row], s.col[column]), g, s.rule);
+}
+
+// Tiles of (num_items, dim): the maxima of covered_square. Atomics as in step_tiles.
 template <class T> FN void cover_maxima(const Stepping &s) {
     u32 *block_max = shared_maxima();
     for (int i = threadIdx.x; i < 32 * COLUMNS; i += THREADS) block_max[i] = 0;
@@ -462,8 +488,9 @@ template <class T> FN void cover_maxima(const Stepping &s) {
                 i64 column = tile.column + v * s.tiling.lanes, dim = s.items.dim;
                 if (column >= dim) break;
                 float g = gradient<T>(s.items, s.rule, tile.row * dim + column, row * dim + column);
-                column_max[v] = larger_bits(column_max[v], as_bits(g * g));
-                row_max = larger_bits(row_max, as_bits(g * g));
+                u32 bits = as_bits(covered_square(s, row, column, g));
+                column_max[v] = larger_bits(column_max[v], bits);
+                row_max = larger_bits(row_max, bits);
             }
             row_max = max_over_lanes(row_max, s.tiling.lanes);
             if (is_inside && threadIdx.x % s.tiling.lanes == 0)

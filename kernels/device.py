@@ -1,6 +1,6 @@
 """The operations in CUDA: what device.cu needs, laid out, and the launches in their order.
 
-Arguments were checked by kernels.ops. Work goes to torch's current stream of the parameter's
+Arguments were checked by kernels.ops. Work goes to torch's current stream of the tensors'
 device, and nothing here waits for it. Temporaries: for rows, n + m numbers (Cover) or a 32nd of the
 parameter (Factored; more where it is small); for a sketch, a few numbers for each arriving row and,
 where it decays, new values of the buckets that change; for elements, a few numbers each.
@@ -71,7 +71,7 @@ class _Tiling(ctypes.Structure):
 class _Items(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("num_items", "num_rows", "dim")),
-        *((name, c_void_p) for name in ("positions", "param", "grad")),
+        *((name, c_void_p) for name in ("positions", "param", "grad", "scale")),
         *((name, c_int) for name in ("is_elements", "is_dense")),
     )
 
@@ -92,7 +92,7 @@ class _Sketch(ctypes.Structure):
         super().__init__(table.values.data_ptr(), width, dim, seeds, depth, table.signed)
 
 
-class _Argument(ctypes.Structure):
+class Argument(ctypes.Structure):
     """A kernel's one argument; keeps the tensors that it points to."""
 
     def point(self, **tensors: Tensor) -> None:
@@ -101,7 +101,7 @@ class _Argument(ctypes.Structure):
         self.kept = {**getattr(self, "kept", {}), **tensors}
 
 
-class Feeding(_Argument):
+class Feeding(Argument):
     _fields_ = (
         ("rule", Rule),
         ("items", _Items),
@@ -114,7 +114,7 @@ class Feeding(_Argument):
     )
 
 
-class Stepping(_Argument):
+class Stepping(Argument):
     _fields_ = (
         ("rule", Rule),
         ("items", _Items),
@@ -132,7 +132,7 @@ class Stepping(_Argument):
     )
 
 
-def _launch(name: str, argument: _Argument, device: torch.device, flat: int | None = None) -> None:
+def _launch(name: str, argument: Argument, device: torch.device, flat: int | None = None) -> None:
     """Launch over `flat` items, or over the tiles."""
     blocks = argument.tiling.num_tiles if flat is None else -(-flat // THREADS)
     launcher.launch(name, max(1, min(blocks, MAX_BLOCKS)), argument, device)
@@ -187,9 +187,9 @@ def _feed(table: Table, feeding: Feeding, kernel: str) -> None:
     _launch("sketch_store", feeding, device)
 
 
-def _feed_moments(stepping: Stepping, first: First, second: Second, param: Tensor) -> None:
+def _feed_moments(stepping: Stepping, first: First, second: Second, dtype: str) -> None:
     """Feed the gradient to the moments that are sketches, both before the parameter moves."""
-    rule, kernel = stepping.rule, f"sketch_update_{_TYPES[param.dtype]}"
+    rule, kernel = stepping.rule, f"sketch_update_{dtype}"
     if isinstance(first, Table):
         scalars = {"gain": rule.first_gain, "decay": rule.first_decay}
         feeding = Feeding(rule, stepping.items, source=_SOURCE_GRADIENT, **scalars)
@@ -206,22 +206,22 @@ def _feed_moments(stepping: Stepping, first: First, second: Second, param: Tenso
 def step(
     param: Tensor, grad: Tensor, rule: Rule, first: First, second: Second, rows: Tensor | None
 ) -> None:
-    stepping = _stepping(param, rule, first, second)
+    stepping = _stepping(rule, first, second)
     stepping.items = _Items(len(grad), *param.shape, is_dense=rows is None)
     stepping.items.param, stepping.items.grad = param.data_ptr(), grad.data_ptr()
     if rows is not None:
         stepping.items.positions = rows.data_ptr()
     stepping.tiling = _Tiling(*grad.shape)
     dtype, device = _TYPES[param.dtype], param.device
-    _feed_moments(stepping, first, second, param)
+    _feed_moments(stepping, first, second, dtype)
     is_one_pass = stepping.second == SecondKind.COVER
-    if isinstance(second, Cover):
-        _make_maxima(stepping, param)
-        if not is_one_pass:
-            _launch(f"cover_maxima_{dtype}", stepping, device)
-            _launch("cover_store", stepping, device, flat=sum(grad.shape))
+    if is_one_pass:
+        _make_maxima(stepping, device)
+    elif isinstance(second, Cover):
+        _cover_rows(stepping, grad)
     elif isinstance(second, Factored):
         _factor_rows(stepping, second, grad)
+        stepping.point(mean=_mean(second.col))
     is_sketched = isinstance(first, Table) or isinstance(second, Table)
     kind = "sketch_" if is_sketched else "cover_" if is_one_pass else ""
     _launch(f"step_{kind}{dtype}", stepping, device)
@@ -229,15 +229,35 @@ def step(
         _launch("cover_store", stepping, device, flat=sum(grad.shape))
 
 
+def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> None:
+    scalars = ("second_beta", "second_gain", "second_decay")
+    rule = Rule(lr=0.0, **{name: getattr(rule, name) for name in scalars})
+    stepping = _stepping(rule, None, second)
+    stepping.items = _Items(len(grad), *grad.shape, grad=grad.data_ptr(), is_dense=True)
+    if scale is not None:
+        stepping.items.scale = scale.data_ptr()
+    stepping.tiling = _Tiling(*grad.shape)
+    dtype = _TYPES[grad.dtype]
+    match second:
+        case Full():
+            _launch(f"observe_full_{dtype}", stepping, grad.device, flat=grad.numel())
+        case Cover():
+            _cover_rows(stepping, grad)
+        case Factored():
+            _factor_rows(stepping, second, grad)
+        case Table():
+            _feed_moments(stepping, None, second, dtype)
+
+
 def step_elements(
     param: Tensor, values: Tensor, indices: Tensor, rule: Rule, first: First, second: Second
 ) -> None:
-    stepping = _stepping(param, rule, first, second)
+    stepping = _stepping(rule, first, second)
     stepping.items = _Items(len(values), *param.shape, is_elements=True)
     stepping.items.param, stepping.items.grad = param.data_ptr(), values.data_ptr()
     stepping.items.positions = indices.data_ptr()
     dtype, device, num_items = _TYPES[param.dtype], param.device, len(values)
-    _feed_moments(stepping, first, second, param)
+    _feed_moments(stepping, first, second, dtype)
     if isinstance(second, Cover):
         stepping.point(averages=values.new_empty(2, num_items))
     if stepping.second == SecondKind.COVER_I:
@@ -250,7 +270,7 @@ def step_elements(
         _launch("cover_raise", stepping, device, flat=num_items)
 
 
-def _stepping(param: Tensor, rule: Rule, first: First, second: Second) -> Stepping:
+def _stepping(rule: Rule, first: First, second: Second) -> Stepping:
     stepping = Stepping(rule=rule, first=FirstKind.of(first), second=SecondKind.of(second))
     match first:
         case Full() | Velocity():
@@ -267,10 +287,17 @@ def _stepping(param: Tensor, rule: Rule, first: First, second: Second) -> Steppi
     return stepping
 
 
-def _make_maxima(stepping: Stepping, param: Tensor) -> None:
+def _make_maxima(stepping: Stepping, device: torch.device) -> None:
     num_items, dim = stepping.items.num_items, stepping.items.dim
-    maxima = torch.zeros(num_items + dim, dtype=torch.int32, device=param.device)
+    maxima = torch.zeros(num_items + dim, dtype=torch.int32, device=device)
     stepping.point(row_max=maxima[:num_items], col_max=maxima[num_items:])
+
+
+def _cover_rows(stepping: Stepping, grad: Tensor) -> None:
+    """Bring the accumulators up to this step's, in a pass over the gradient alone."""
+    _make_maxima(stepping, grad.device)
+    _launch(f"cover_maxima_{_TYPES[grad.dtype]}", stepping, grad.device)
+    _launch("cover_store", stepping, grad.device, flat=sum(grad.shape))
 
 
 def _mean(col: Tensor) -> Tensor:
@@ -286,7 +313,6 @@ def _factor_rows(stepping: Stepping, second: Factored, grad: Tensor) -> None:
     stepping.point(row_sums=row_sums, col_sums=col_sums, mean=_mean(second.col))
     _launch(f"factored_sums_{_TYPES[grad.dtype]}", stepping, grad.device)
     _launch("factored_store", stepping, grad.device, flat=sum(grad.shape))
-    stepping.point(mean=_mean(second.col))
 
 
 def _factor_elements(stepping: Stepping, second: Factored, indices: Tensor, dtype: str) -> None:

@@ -296,27 +296,37 @@ template <class T> struct Rows {
     }
 };
 
-// SM3-I: each accumulator is raised by the largest square of its slice.
-template <class T> void feed_cover_i(const StepArgs &a) {
-    Rows<T> rows{a};
-    const Rule &r = a.rule;
-    std::vector<float> x(a.m);
-    std::vector<int> col_max(a.m, 0);
+// A cover's accumulators, from the largest squares of their slices (SM3-I) or the largest estimates
+// (SM3-II, of all rows). A maximum of the threads' maxima does not depend on which thread found which.
+template <class T, bool FIRST_VARIANT> void feed_cover(const StepArgs &a) {
+    const Rows<T> rows{a};
+    const Rule r = a.rule;
+    const int threads = a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
+    std::vector<std::vector<float>> squares(threads, std::vector<float>(a.m));
+    std::vector<std::vector<int>> own(threads, std::vector<int>(a.m, 0));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (i64 i = 0; i < a.k; i++) {
-        rows.read_squares(i, x.data());
+        float *__restrict x = squares[omp_get_thread_num()].data();
+        int *__restrict col_max = own[omp_get_thread_num()].data();
+        rows.read_squares(i, x);
+        float &row = a.row[rows.row(i)];
+        const float old = row, *__restrict col = a.col;
         int row_max = 0;
 #pragma omp simd reduction(max : row_max)
         for (i64 j = 0; j < a.m; j++) {
-            int bits = ordered_bits(x[j]);
+            float prior = r.second_beta * smaller(old, col[j]);
+            int bits = ordered_bits(FIRST_VARIANT ? x[j] : prior + r.second_gain * x[j]);
             row_max = max_of(row_max, bits);
             col_max[j] = max_of(col_max[j], bits);
         }
-        float &row = a.row[rows.row(i)];
-        row = row * r.second_beta + as_float(row_max) * r.second_gain;
+        row = FIRST_VARIANT ? old * r.second_beta + as_float(row_max) * r.second_gain : as_float(row_max);
     }
     for (i64 j = 0; j < a.m; j++) {
-        float raised = a.col[j] * r.second_beta + as_float(col_max[j]) * r.second_gain;
-        a.col[j] = a.at ? larger(a.col[j], raised) : raised;
+        int largest = 0;
+        for (const std::vector<int> &maxima : own) largest = max_of(largest, maxima[j]);
+        float raised = a.col[j] * r.second_beta + as_float(largest) * r.second_gain;
+        if (!FIRST_VARIANT) a.col[j] = as_float(largest);
+        else a.col[j] = a.at ? larger(a.col[j], raised) : raised;
     }
 }
 
@@ -496,11 +506,11 @@ template <class T> void step_by_rows(const StepArgs &a, const float *col, int *c
         for (size_t j = 0; j < maxima.size(); j++) col_max[j] = max_of(col_max[j], maxima[j]);
 }
 
-// With a sketch: threads share the blocks of columns, and each feeds and walks all items of its block. A
-// cover beside a sketched first moment has maxima of rows that blocks would share: one thread then.
+// With a sketch: threads share the blocks of columns, and each feeds and walks all items of its block; to
+// feed them and no more, `walk_all` is null. A cover beside a sketched first moment has maxima of rows that
+// blocks would share: one thread then.
 template <class T> void step_by_columns(const StepArgs &a, const Buckets *first, const Buckets *second,
-                                        const float *col, int *col_max, int *row_max) {
-    const WalkRows walk_all = choose_walk<T>(a.first, source_of(a));
+                                        WalkRows walk_all, const float *col, int *col_max, int *row_max) {
     const Rows<T> rows{a};
     const int threads = col_max || a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
     i64 size = a.m;
@@ -529,13 +539,13 @@ template <class T> void step_by_columns(const StepArgs &a, const Buckets *first,
                 fed.back().feed_item(i, x, a.rule.second_gain);
             }
             for (Block &f : fed) f.fold();
-            walk_all(a, 0, a.k, begin, length, col, e, x, col_max, row_max);
+            if (walk_all) walk_all(a, 0, a.k, begin, length, col, e, x, col_max, row_max);
         }
     }
 }
 
 template <class T> void step_rows(const StepArgs &a) {
-    if (a.second == SECOND_COVER_I) feed_cover_i<T>(a);
+    if (a.second == SECOND_COVER_I) feed_cover<T, true>(a);
     if (a.second == SECOND_FACTORED) feed_factored<T>(a);
     std::vector<float> scaled;
     if (a.second == SECOND_FACTORED) scaled = relative(a.col, a.m);
@@ -548,13 +558,39 @@ template <class T> void step_rows(const StepArgs &a) {
     if (a.first == FIRST_SKETCH) first.emplace(a.first_table, true, a.m, a.at, a.k, 0, r.first_decay);
     if (a.second == SECOND_SKETCH) second.emplace(a.second_table, false, a.m, a.at, a.k, 0, r.second_decay);
     if (first || second)
-        step_by_columns<T>(a, first ? &*first : nullptr, second ? &*second : nullptr, col, cm, rm);
+        step_by_columns<T>(a, first ? &*first : nullptr, second ? &*second : nullptr,
+                           choose_walk<T>(a.first, source_of(a)), col, cm, rm);
     else
         step_by_rows<T>(a, col, cm, rm);
     if (!covers) return;
     for (i64 i = 0; i < a.k; i++) a.row[a.at ? a.at[i] : i] = as_float(row_max[i]);
     for (i64 j = 0; j < a.m; j++)
         a.col[j] = as_float(a.at ? max_of(ordered_bits(a.col[j]), col_max[j]) : col_max[j]);
+}
+
+// ---- the second moment alone ----------------------------------------------------------------------------
+
+template <class T> void feed_full(const StepArgs &a) {
+    const Rule r = a.rule;
+    const T *__restrict g = (const T *)a.grad;
+    float *__restrict v = a.second_values;
+    const i64 size = a.n * a.m, CHUNK = 1 << 12, chunks = (size + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(static) num_threads(a.threads) if (a.threads > 1 && size >= PARALLEL_FROM)
+    for (i64 c = 0; c < chunks; c++) {
+        const i64 end = (c + 1) * CHUNK < size ? (c + 1) * CHUNK : size;
+        for (i64 j = c * CHUNK; j < end; j++) v[j] = average_second(v[j], r.sign * widen(g[j]), r);
+    }
+}
+
+// Of a dense gradient, times the rule's sign; there is no weight decay, and no parameter is read.
+template <class T> void observe(const StepArgs &a) {
+    if (a.second == SECOND_FULL) feed_full<T>(a);
+    if (a.second == SECOND_COVER) feed_cover<T, false>(a);
+    if (a.second == SECOND_COVER_I) feed_cover<T, true>(a);
+    if (a.second == SECOND_FACTORED) feed_factored<T>(a);
+    if (a.second != SECOND_SKETCH) return;
+    const Buckets second(a.second_table, false, a.m, nullptr, a.k, 0, a.rule.second_decay);
+    step_by_columns<T>(a, nullptr, &second, nullptr, nullptr, nullptr, nullptr);
 }
 
 // ---- a step of single elements: few, so plain loops over arrays of k ------------------------------------
@@ -667,6 +703,15 @@ int parsimony_step(const StepArgs *a) try {
     if (a->dtype == 0) step_rows<float>(*a);
     if (a->dtype == 1) step_rows<bf16>(*a);
     if (a->dtype == 2) step_rows<f16>(*a);
+    return 0;
+} catch (const std::bad_alloc &) {
+    return 1;
+}
+
+int parsimony_observe(const StepArgs *a) try {
+    if (a->dtype == 0) observe<float>(*a);
+    if (a->dtype == 1) observe<bf16>(*a);
+    if (a->dtype == 2) observe<f16>(*a);
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;

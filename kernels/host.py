@@ -77,6 +77,15 @@ def step_elements(
     _check(_library().parsimony_step_elements(ctypes.byref(args)))
 
 
+def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> None:
+    scaled = Rule.from_buffer_copy(rule)
+    scaled.sign, scaled.weight_decay = 1.0 if scale is None else float(scale), 0.0
+    args = _step_args(
+        grad, grad, None, scaled, None, second
+    )  # without weight decay none reads param
+    _check(_library().parsimony_observe(ctypes.byref(args)))
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = host_library()

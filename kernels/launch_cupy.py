@@ -1,7 +1,7 @@
-"""How kernels of device.cu are compiled and launched: by CuPy, when the first is launched.
+"""How the CUDA kernels are compiled and launched: by CuPy, when the first is launched.
 
 Compiled code is kept in ~/.cache/parsimony/kernels (XDG_CACHE_HOME moves it), under a name made of
-the source, the options, the compiler's version and the GPU's architecture.
+the sources, the options, the compiler's version and the GPU's architecture.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ DEFINES = (f"-DTHREADS={THREADS}", f"-DCOLUMNS={COLUMNS}")
 # No product may be fused with a sum, numbers close to 0 stay, and quotients and roots are IEEE's.
 ARITHMETIC = ("--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 OPTIONS = ("--std=c++14", *DEFINES, *ARITHMETIC)
+
+SOURCES = ("device_buffers.cu", "device.cu", "common.h")  # each includes the next
 
 _FOLDER = Path(__file__).parent
 _REMEDY = (
@@ -58,9 +60,11 @@ class CuPyLauncher:
 
 
 def source() -> str:
-    """Return device.cu with common.h in it."""
-    header = (_FOLDER / "common.h").read_text().replace("#pragma once", "")
-    return (_FOLDER / "device.cu").read_text().replace('#include "common.h"', header)
+    """Return SOURCES as one text, the others in the place of their #include."""
+    text, *included = ((_FOLDER / name).read_text() for name in SOURCES)
+    for name, content in zip(SOURCES[1:], included, strict=True):
+        text = text.replace(f'#include "{name}"', content.replace("#pragma once", ""))
+    return text
 
 
 @functools.cache
@@ -99,7 +103,7 @@ def _compiled(capability: str) -> Path:
         code, _ = cuda.compiler.compile_using_nvrtc(source(), options=OPTIONS)
     except cuda.compiler.CompileException as error:
         raise RuntimeError(
-            f"device.cu does not compile for capability {capability}: {error}\n{_REMEDY}"
+            f"{SOURCES[0]} does not compile for capability {capability}: {error}\n{_REMEDY}"
         ) from error
     _keep(code, path)
     return path

@@ -76,6 +76,16 @@ def sketch_query(table: Table, rows: Tensor) -> Tensor:
     return _run(table.values).sketch_query(table, rows)
 
 
+def sketch_query_elements(table: Table, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the estimates (k,) float32 in columns (k,) int64 of rows (k,) int64.
+
+    Plain torch everywhere: for few elements.
+    """
+    _check_table(table, table.values.shape[-1], rows.device)
+    _check_rows(rows, None)
+    return importlib.import_module("kernels.reference").sketch_query_elements(table, rows, columns)
+
+
 def sketch_update(
     table: Table, rows: Tensor, values: Tensor, *, gain: float = 1.0, decay: float = 0.0
 ) -> None:

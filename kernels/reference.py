@@ -106,6 +106,10 @@ def sketch_query(table: Table, rows: Tensor) -> Tensor:
     return _Cells(table, rows).query()
 
 
+def sketch_query_elements(table: Table, rows: Tensor, columns: Tensor) -> Tensor:
+    return _Cells(table, rows, columns).query()
+
+
 def sketch_update(table: Table, rows: Tensor, values: Tensor, gain: float, decay: float) -> None:
     _Cells(table, rows).update(values, gain, decay)
 

@@ -19,8 +19,10 @@ from kernels import ops
 from optim import options
 from optim.gradients import Gradient, check_parameter, read_gradient
 from optim.moments import STRUCTURES, Moment, Sketch, Spec, balanced_split, fit_state, matrix_shape
+from optim.preconditioner import Preconditioner
 
 Group = dict[str, Any]
+_FIRST, _SECOND = 0, 1
 
 
 class MomentOptimizer(Optimizer):
@@ -54,8 +56,12 @@ class MomentOptimizer(Optimizer):
     structures: ClassVar[Mapping[str, str]] = {"first_moment": "full", "second_moment": "full"}
 
     def __init__(self, params: Any, defaults: Group) -> None:
+        self._delegated: set[Tensor] = set()
         unset = {k: v for k, v in self.structures.items() if defaults.get(k, "") is None}
         super().__init__(params, {**defaults, **unset})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_delegated": self._delegated}  # else copies lack it
 
     # ---- what a subclass says --------------------------------------------------------------------
 
@@ -82,7 +88,8 @@ class MomentOptimizer(Optimizer):
         """Update the parameters that have a gradient, and return the closure's loss.
 
         Args: elements: parameter -> (indices (k,) int64 into it flattened, ascending and unique;
-            values (k,) float32): what has arrived of its gradient, instead of its .grad.
+            values (k,) float32): what has arrived of its gradient, instead of its .grad. Decoupled
+            weight decay reaches all of the parameter.
         """
         loss = None
         if closure is not None:
@@ -103,8 +110,12 @@ class MomentOptimizer(Optimizer):
     def _step_parameter(self, position: int, group: Group, p: Tensor, gradient: Gradient) -> None:
         moments = self._moments(position, group, p)
         step = int(self.state[p]["step"]) + 1
+        rule = self._rule(group, step)
+        if gradient.indices is not None and not gradient.is_alone and rule.decay != 1:
+            p.mul_(rule.decay)  # what has not arrived decays too
+            rule.decay = 1.0
         if gradient.values.numel():
-            self._launch(p, gradient, self._rule(group, step), moments)
+            self._launch(p, gradient, rule, moments)
         self.state[p]["step"] += 1
         second, interval = moments[1], group.get("clean_interval")
         if isinstance(second, Sketch) and interval and step % interval == 0:
@@ -140,6 +151,33 @@ class MomentOptimizer(Optimizer):
         sign = -1.0 if group["maximize"] else 1.0
         return ops.Rule(lr, sign=sign, **decay, **self._scalars(group, step))
 
+    # ---- the second moment, elsewhere ------------------------------------------------------------
+
+    def delegate_second_moment(self, p: Tensor) -> Preconditioner | None:
+        """Give up p's second moment: what arrives for p from now on is already divided by its root.
+
+        Returns: the moment, from 0, to be fed wherever the dense gradients are; None if there is
+            none. It reads its options here, so changes of `param_groups` reach it.
+        Raises: ValueError, if p has been stepped, or has weight decay that is not decoupled: within
+            a gradient that waits it would be applied late, and scaled.
+        """
+        position, group = next((i, group) for i, group, q in self._places() if q is p)
+        if int(self.state[p].get("step", 0)):
+            raise ValueError("a second moment is delegated before the first step, not after it")
+        if group["weight_decay"] and not group["decoupled_weight_decay"]:
+            raise ValueError(
+                f"weight_decay is {group['weight_decay']} and acts within the gradient; with "
+                f"gradients that wait, set decoupled_weight_decay=True"
+            )
+        if self._second(group) is None:
+            return None
+        self._delegated.add(p)
+        self.state.pop(p, None)
+        self._moments(position, group, p)
+        state: dict[str, Tensor] = {}
+        moment = self._moment(position, group, p, state, _SECOND)
+        return Preconditioner(moment, lambda step: self._scalars(group, step))
+
     # ---- state -----------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: Group) -> None:
@@ -170,23 +208,35 @@ class MomentOptimizer(Optimizer):
         state = {} if as_layout else self.state[p]
         if "step" not in state:
             state["step"] = torch.zeros(())
+        device = torch.device("meta") if as_layout else p.device
+        first = self._moment(position, group, p, state, _FIRST, device)
+        if p in self._delegated:
+            return first, None
+        return first, self._moment(position, group, p, state, _SECOND, device)
+
+    def _moment(
+        self,
+        position: int,
+        group: Group,
+        p: Tensor,
+        state: dict[str, Tensor],
+        turn: int,
+        device: torch.device | None = None,
+    ) -> Moment | None:
+        chosen = (self._first, self._second)[turn](group)
+        if chosen is None:
+            return None
         is_small = p.dim() < 2 or p.numel() < group["min_compressed_numel"] or p.numel() == 0
-        found: list[Moment | None] = []
-        for turn, chosen in enumerate((self._first(group), self._second(group))):
-            if chosen is None:
-                found.append(None)
-                continue
-            spec = Spec(
-                name=chosen[0],
-                shape=tuple(p.shape),
-                device=torch.device("meta") if as_layout else p.device,
-                is_first=turn == 0,
-                follows_update=turn == 0 and self.first_follows_update,
-                seed_key=(group.get("seed", 0), position, turn),
-                options=group,
-            )
-            found.append(STRUCTURES["full" if is_small else chosen[1]](spec, state))
-        return found[0], found[1]
+        spec = Spec(
+            name=chosen[0],
+            shape=tuple(p.shape),
+            device=device or p.device,
+            is_first=turn == _FIRST,
+            follows_update=turn == _FIRST and (self.first_follows_update or p in self._delegated),
+            seed_key=(group.get("seed", 0), position, turn),
+            options=group,
+        )
+        return STRUCTURES["full" if is_small else chosen[1]](spec, state)
 
     def estimate(self, p: Tensor) -> Tensor:
         """Return the second moment of each element as it is kept: before bias correction.

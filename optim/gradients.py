@@ -13,11 +13,15 @@ from kernels.ops import check_elements
 
 @dataclass(frozen=True)
 class Gradient:
-    """Values like the parameter; or of `rows` along its first axis; or of its flat `indices`."""
+    """Values like the parameter; or of `rows` along its first axis; or of its flat `indices`.
+
+    is_alone: nothing is known of what did not arrive, so it stays; else it is 0.
+    """
 
     values: Tensor
     rows: Tensor | None = None
     indices: Tensor | None = None
+    is_alone: bool = True
 
     @property
     def is_dense(self) -> bool:
@@ -45,7 +49,7 @@ def read_gradient(p: Tensor, elements: tuple[Tensor, Tensor] | None) -> Gradient
                              "allowed: one of them")  # fmt: skip
         indices, values = elements
         check_elements(values, indices, p)
-        return Gradient(values, indices=indices)
+        return Gradient(values, indices=indices, is_alone=False)
     if p.grad is None:
         return None
     grad = p.grad.detach()

@@ -80,6 +80,10 @@ class Moment(ABC):
     def estimate(self) -> Tensor:
         """Return the moment of every element, in the parameter's shape."""
 
+    @abstractmethod
+    def at(self, indices_K: Tensor) -> Tensor:
+        """Return the moment of the elements (K,) int64 of the flattened parameter: (K,) float32."""
+
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -103,6 +107,9 @@ class Full(Moment):
 
     def estimate(self) -> Tensor:
         return self.tensors[self.spec.name].clone()
+
+    def at(self, indices_K: Tensor) -> Tensor:
+        return self.tensors[self.spec.name].view(-1)[indices_K]
 
 
 class Cover(Moment):
@@ -146,6 +153,14 @@ class Cover(Moment):
     def estimate(self) -> Tensor:
         return _merged(list(self.tensors.values())).expand(self.spec.shape).clone()
 
+    def at(self, indices_K: Tensor) -> Tensor:
+        places = torch.unravel_index(indices_K, self.spec.shape)
+        parts = [
+            t[tuple(at if n > 1 else 0 * at for at, n in zip(places, t.shape, strict=True))]
+            for t in self.tensors.values()
+        ]
+        return _merged(parts)
+
     def _sides(self, split: int) -> list[tuple[list[Tensor], tuple[int, ...]]]:
         """Return the accumulators, and the axes' sizes, of rows and of columns."""
         tensors, shape = list(self.tensors.values()), self.spec.shape
@@ -175,9 +190,16 @@ class Factored(Moment):
 
     def estimate(self) -> Tensor:
         row, col = self.tensors.values()
+        return (row[:, None] * self._relative(col)).view(self.spec.shape)
+
+    def at(self, indices_K: Tensor) -> Tensor:
+        row, col = self.tensors.values()
+        return row[indices_K // len(col)] * self._relative(col)[indices_K % len(col)]
+
+    @staticmethod
+    def _relative(col: Tensor) -> Tensor:
         mean = col.double().mean().float()
-        relative = torch.where(mean > 0, col / mean, torch.zeros_like(col))
-        return (row[:, None] * relative).view(self.spec.shape)
+        return torch.where(mean > 0, col / mean, torch.zeros_like(col))
 
 
 class Sketch(Moment):
@@ -206,6 +228,10 @@ class Sketch(Moment):
     def estimate(self) -> Tensor:
         rows = torch.arange(self.spec.shape[0], device=self.spec.device)
         return self.sketch.query(rows).view(self.spec.shape)
+
+    def at(self, indices_K: Tensor) -> Tensor:
+        dim = matrix_shape(self.spec.shape, 1)[1]
+        return ops.sketch_query_elements(self.sketch.table, indices_K // dim, indices_K % dim)
 
 
 STRUCTURES: dict[str, type[Moment]] = {

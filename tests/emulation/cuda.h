@@ -1,5 +1,5 @@
-// As much of CUDA as kernels/device.cu uses, for a CPU: emulation.cpp compiles device.cu after
-// this.
+// As much of CUDA as kernels/device.cu and device_buffers.cu use, for a CPU: emulation.cpp compiles
+// them after this.
 #pragma once
 
 #include <cmath>
@@ -38,6 +38,15 @@ template <class T> T __shfl_xor_sync(uint32_t mask, T value, int apart) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
+
+// Every lane sends its bit, and together they gather those of ever larger groups of lanes.
+inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
+    uint32_t bits = predicate ? 1u << threadIdx.x % 32 : 0u;
+    for (int apart = 1; apart < 32; apart *= 2) bits |= __shfl_xor_sync(mask, bits, apart);
+    return bits;
+}
+
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 
 inline uint32_t atomicMax(uint32_t *address, uint32_t value) {
     uint32_t old = *address;

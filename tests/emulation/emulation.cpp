@@ -1,10 +1,10 @@
-// Runs kernels of device.cu on a CPU. Every CUDA thread is a fiber that runs until it waits at a
+// Runs kernels of device.cu and device_buffers.cu on a CPU. Every CUDA thread is a fiber that runs until it waits at a
 // barrier or for its warp; blocks, a block's warps and a warp's lanes run in an order that the
 // caller chooses, so that a missing barrier or a result that depends on the order shows as a
 // difference. Threads that wait where others have left are an error, with a message.
 #include "cuda.h"
 
-#include "device.cu"
+#include "device_buffers.cu"  // and device.cu in it
 
 #include <csetjmp>
 #include <cstdlib>
@@ -194,3 +194,5 @@ extern "C" const char *emulate(Kernel run, const void *with, unsigned grid, unsi
 
 extern "C" uint64_t size_of_feeding() { return sizeof(Feeding); }
 extern "C" uint64_t size_of_stepping() { return sizeof(Stepping); }
+extern "C" uint64_t size_of_accumulation() { return sizeof(Accumulation); }
+extern "C" uint64_t size_of_selection() { return sizeof(Selection); }

@@ -1,4 +1,4 @@
-"""A launcher that runs device.cu on the CPU, in place of CuPy's; see emulation.cpp."""
+"""A launcher that runs the CUDA sources on the CPU, in place of CuPy's; see emulation.cpp."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Emulator:
         assert not error, f"{name}: {error.decode()}"
 
     def size_of(self, structure: str) -> int:
-        """Return sizeof of one of device.cu's structures."""
+        """Return sizeof of one of the CUDA sources' structures."""
         return getattr(self._library, f"size_of_{structure}")()
 
 
@@ -64,7 +64,7 @@ def build(flags: tuple[str, ...]) -> Path:
         pytest.skip("emulating CUDA needs g++")
     words = [compiler, *FLAGS, *WARNINGS, *launch_cupy.DEFINES, *flags, f"-I{KERNELS}"]
     sources = [FOLDER / "emulation.cpp", FOLDER / "cuda.h"]
-    sources += [KERNELS / "device.cu", KERNELS / "common.h"]
+    sources += [KERNELS / name for name in launch_cupy.SOURCES]
     content = repr(words).encode() + b"".join(path.read_bytes() for path in sources)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder = cache / "parsimony" / "emulation" / hashlib.sha256(content).hexdigest()[:16]

@@ -1,10 +1,14 @@
+import copy
+
 import pytest
 import torch
 
 from dgc import Compression
+from dgc.buckets import TensorSpec, dense_is_cheaper, plan_buckets
 from dgc.compensate import Compensation
-from dgc.exchange import Exchange, TensorSpec, dense_is_cheaper, plan_buckets
+from dgc.exchange import Exchange
 from dgc.local import run_local
+from dgc.precondition import Statistics
 
 CPU = torch.device("cpu")
 
@@ -20,15 +24,43 @@ def step(comm, exchange, seed=0):
     """Exchange random gradients that differ between ranks; return them and the means."""
     generator = torch.Generator().manual_seed(100 * seed + comm.rank)
     grads = {s.name: torch.randn(s.numel, generator=generator) for s in SPECS}
+    give(exchange, grads)
+    return grads, means_of(exchange.finish())
+
+
+def give(exchange, grads):
     for name, grad in grads.items():
         exchange.add(name, grad.clone())
-    return grads, dict(exchange.finish())
+        exchange.close(name)
+
+
+def means_of(update):
+    """Every tensor's mean in full."""
+    means = dict(update.dense)
+    for name, grad in update.sparse.items():
+        means[name] = torch.zeros(grad.numel).index_put((grad.indices,), grad.values)
+    return means
+
+
+def assert_equal(one, other):
+    """Compare nested dictionaries of tensors to the bit."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    else:
+        assert len(one) == len(other)
+        for mine, theirs in zip(one, other, strict=True):
+            assert_equal(mine, theirs)
 
 
 def make_exchange(comm, density=0.01, bucket_bytes=1, compensation=None, **settings):
     exchange = Exchange(
-        comm, Compression(density=density, **settings), compensation or Compensation(), seed=0
-    )
+        comm, Compression(density=density, **settings), compensation or Compensation(),
+        Statistics(), seed=0,
+    )  # fmt: skip
     exchange.plan(SPECS, density, bucket_bytes)
     return exchange
 
@@ -102,11 +134,11 @@ def test_values_beyond_float16_are_sent_in_parts_and_arrive_in_full():
         exchange = make_exchange(comm, density=0.001, value_dtype="float16", sample_ratio=1.0)
         total = torch.zeros(40_000)
         for number in range(4):
-            for s in SPECS:
-                grad = torch.zeros(s.numel)
+            grads = {s.name: torch.zeros(s.numel) for s in SPECS}
+            for grad in grads.values():
                 grad[7] = 150_000.0 if number == 0 else 0.0
-                exchange.add(s.name, grad)
-            total += dict(exchange.finish())["w2"]
+            give(exchange, grads)
+            total += means_of(exchange.finish())["w2"]
         return total
 
     (total,) = run_local(1, work)
@@ -117,9 +149,8 @@ def test_values_beyond_float16_are_sent_in_parts_and_arrive_in_full():
 def test_a_rank_with_nothing_to_send_still_takes_part():
     def work(comm):
         exchange = make_exchange(comm)
-        for s in SPECS:
-            exchange.add(s.name, torch.full((s.numel,), float(comm.rank)))
-        return dict(exchange.finish())["w2"].count_nonzero().item(), exchange.stats
+        give(exchange, {s.name: torch.full((s.numel,), float(comm.rank)) for s in SPECS})
+        return means_of(exchange.finish())["w2"].count_nonzero().item(), exchange.stats
 
     (on_zero, _), (on_one, _) = run_local(2, work)
     assert on_zero == on_one > 0
@@ -172,7 +203,7 @@ def test_buckets_leave_in_order_whatever_comes_first():
         exchange = make_exchange(recording)
         order = SPECS if comm.rank == 0 else SPECS[::-1]
         for s in order:
-            exchange.add(s.name, torch.ones(s.numel))
+            give(exchange, {s.name: torch.ones(s.numel)})
             if comm.rank == 1 and s is not order[-1]:
                 assert recording.names == []  # the first bucket is still missing
         return recording.names
@@ -183,26 +214,37 @@ def test_buckets_leave_in_order_whatever_comes_first():
     assert first == [f"exchange0.{bucket.name}" for bucket in buckets]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_ends_the_job_by_name(bad):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["bias", "w1", "w2"])
+def test_a_gradient_that_is_not_finite_undoes_the_step_on_every_rank(bad, where):
     def work(comm):
-        exchange = make_exchange(comm)
-        for s in SPECS:
-            grad = torch.ones(s.numel)
-            if comm.rank == 1 and s.name == "w2":
-                grad[5] = bad
-            exchange.add(s.name, grad)
+        exchange = make_exchange(comm, compensation=Compensation(0.9))
+        step(comm, exchange)
+        before = copy.deepcopy(exchange.state_dict())
+        grads = {s.name: torch.ones(s.numel) for s in SPECS}
+        if comm.rank == 1:
+            grads[where][5] = bad
+        give(exchange, grads)
+        assert exchange.finish() is None
+        assert where in exchange.stats.skipped
+        assert where == "bias" or exchange.stats.skipped == f"{where} (rank 1)"
+        assert_equal(exchange.state_dict(), before)
+        return step(comm, exchange, seed=1)[1]
 
-    with pytest.raises(FloatingPointError, match="rank 1: the gradient of w2 has infinite or NaN"):
-        run_local(2, lambda comm: (work(comm), comm.barrier()))
+    def undisturbed(comm):
+        exchange = make_exchange(comm, compensation=Compensation(0.9))
+        step(comm, exchange)
+        return step(comm, exchange, seed=1)[1]
+
+    assert_equal(run_local(2, work), run_local(2, undisturbed))
 
 
 def test_a_gradient_given_twice_in_a_step_is_refused():
     def work(comm):
         exchange = make_exchange(comm)
-        exchange.add("w1", torch.ones(5000))
+        give(exchange, {"w1": torch.ones(5000)})
         with pytest.raises(RuntimeError, match="w1 has already given its gradient"):
-            exchange.add("w1", torch.ones(5000))
+            exchange.close("w1")
         with pytest.raises(RuntimeError, match="only between steps"):
             exchange.plan(SPECS, 0.1, 1)
 

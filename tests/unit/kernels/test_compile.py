@@ -1,4 +1,4 @@
-"""device.cu compiles for every architecture: by nvcc, and by NVRTC as CuPy compiles it."""
+"""The CUDA sources compile for every architecture: by nvcc, and by NVRTC as CuPy compiles it."""
 
 import ctypes
 import importlib.util
@@ -31,7 +31,7 @@ def test_nvcc_compiles_for_the_architectures_that_it_knows(tmp_path, every):
     words = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in targets]
     words += [*launch_cupy.OPTIONS, *QUICKLY, "-Werror=all-warnings"]
     output = tmp_path / "device.fatbin"
-    result = nvcc("-fatbin", *words, str(KERNELS / "device.cu"), "-o", str(output))
+    result = nvcc("-fatbin", *words, str(KERNELS / launch_cupy.SOURCES[0]), "-o", str(output))
     assert result.returncode == 0, result.stderr
     assert output.stat().st_size > 0
 
@@ -59,7 +59,7 @@ class Nvrtc:
         program, size = ctypes.c_void_p(), ctypes.c_size_t()
         words = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         create = self.library.nvrtcCreateProgram
-        assert create(ctypes.byref(program), source.encode(), b"device.cu", 0, None, None) == 0
+        assert create(ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None) == 0
         status = self.library.nvrtcCompileProgram(program, len(options), words)
         self.library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)

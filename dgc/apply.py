@@ -1,0 +1,82 @@
+"""Hand what the ranks agreed on to the optimizer that is held: as entries, or as `p.grad`.
+
+An optimizer of `optim` takes entries. torch.optim.SGD without momentum needs nothing but them
+either, and they are applied for it. Any other finds their tensor, zeros included, in `p.grad`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from dgc.exchange import Update
+from dgc.sparsify import SparseGrad
+from kernels import ops
+from kernels.operands import PARAMETER_DTYPES
+
+Elements = dict[Tensor, tuple[Tensor, Tensor]]
+
+
+def hand_over(optimizer: Optimizer, named: Mapping[str, Tensor], update: Update) -> Elements:
+    """Put what must be dense into `p.grad`; return parameter -> (indices, values) of the rest."""
+    elements: Elements = {}
+    for name, mean_N in update.dense.items():
+        _put_grad(named[name], mean_N)
+    for name, mean in update.sparse.items():
+        parameter = named[name]
+        if _takes_elements(optimizer, parameter):
+            elements[parameter] = (mean.indices, mean.values)
+        else:
+            _put_grad(parameter, _densify(mean))
+    return elements
+
+
+def step(optimizer: Optimizer, elements: Elements) -> None:
+    """Step the optimizer on the `p.grad`s that are there and on the elements."""
+    if "elements" in inspect.signature(optimizer.step).parameters:
+        optimizer.step(elements=elements)
+        return
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in elements:
+                    _step_sgd(group, parameter, *elements[parameter])
+    optimizer.step()
+
+
+def _takes_elements(optimizer: Optimizer, parameter: Tensor) -> bool:
+    if "elements" in inspect.signature(optimizer.step).parameters:
+        return True
+    if type(optimizer) is not SGD or parameter.dtype not in PARAMETER_DTYPES:
+        return False
+    return not any(group["momentum"] for group in optimizer.param_groups)
+
+
+def _step_sgd(
+    group: dict[str, Any], parameter: Tensor, indices_K: Tensor, values_K: Tensor
+) -> None:
+    """Do what SGD without momentum does with a gradient that is 0 elsewhere."""
+    lr = float(group["lr"])
+    if group["weight_decay"]:
+        parameter.mul_(1 - lr * group["weight_decay"])
+    target = parameter.contiguous()
+    rule = ops.Rule(lr, sign=-1.0 if group["maximize"] else 1.0)
+    ops.step_elements(target.view(1, -1), values_K, indices_K, rule)
+    if target.data_ptr() != parameter.data_ptr():
+        parameter.copy_(target)
+    torch.autograd.graph.increment_version(parameter)  # kernels write behind autograd's back
+
+
+def _put_grad(parameter: Tensor, mean_N: Tensor) -> None:
+    parameter.grad = mean_N.view_as(parameter).to(parameter.dtype)
+
+
+def _densify(mean: SparseGrad) -> Tensor:
+    dense_N = torch.zeros(mean.numel, device=mean.values.device)
+    dense_N[mean.indices] = mean.values
+    return dense_N

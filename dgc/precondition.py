@@ -1,0 +1,124 @@
+"""Where a gradient is divided by the root of its second moment: early, late, or not here.
+
+Owns: each tensor's statistic, which this worker feeds with its own dense gradients; a step's way
+back. What a statistic is made of is the optimizer's: it hands over objects with this protocol.
+Shapes: N elements of one flattened tensor, K selected of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Preconditioner(Protocol):
+    """The second moment of one tensor. See optim.preconditioner."""
+
+    tensors: dict[str, Tensor]
+    """All its state, changed in place."""
+    shared_names: Sequence[str]
+    """Those whose mean over workers is the statistic of all."""
+
+    def observe(
+        self, grad_N: Tensor, *, scale: Tensor | None, num_parts: int, is_first: bool
+    ) -> None:
+        """Take in one of a step's `num_parts` gradients, times scale (1,)."""
+
+    def root(self, indices_K: Tensor | None = None) -> Tensor:
+        """Return what to divide by, at indices or everywhere: float32, 0 or more."""
+
+
+class Statistics:
+    """The statistics of this worker's tensors, by name; a tensor may have none.
+
+    shared: names of those that are averaged over workers in every step.
+    """
+
+    def __init__(
+        self,
+        preconditioners: Mapping[str, Preconditioner] | None = None,
+        shared: Sequence[str] = (),
+    ) -> None:
+        self.preconditioners, self.shared = dict(preconditioners or {}), frozenset(shared)
+        self._before: dict[str, dict[str, Tensor]] = {}
+
+    def observe(self, name: str, grad_N: Tensor, scale: Tensor | None, num_parts: int) -> None:
+        """Feed a gradient, times scale (1,), to the tensor's statistic, if it has one."""
+        preconditioner = self.preconditioners.get(name)
+        if preconditioner is None:
+            return
+        is_first = name not in self._before
+        if is_first:
+            self._before[name] = {k: t.clone() for k, t in preconditioner.tensors.items()}
+        preconditioner.observe(grad_N, scale=scale, num_parts=num_parts, is_first=is_first)
+
+    def root(self, name: str, indices_K: Tensor | None = None) -> Tensor | None:
+        """Return what a tensor's entries are to be divided by; None if it has no statistic."""
+        preconditioner = self.preconditioners.get(name)
+        return None if preconditioner is None else preconditioner.root(indices_K)
+
+    def num_shared(self, name: str) -> int:
+        """Return how many float32 numbers of a tensor's statistic travel."""
+        return sum(t.numel() for t in self._shared_tensors(name))
+
+    def pack_shared(self, name: str) -> list[Tensor]:
+        return [t.reshape(-1) for t in self._shared_tensors(name)]
+
+    def unpack_shared(self, name: str, mean: Tensor) -> None:
+        """Replace a tensor's shared statistic by the mean over workers, flat."""
+        tensors = self._shared_tensors(name)
+        parts = mean.split([t.numel() for t in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def _shared_tensors(self, name: str) -> list[Tensor]:
+        if name not in self.shared:
+            return []
+        preconditioner = self.preconditioners[name]
+        return [preconditioner.tensors[part] for part in preconditioner.shared_names]
+
+    def commit(self) -> None:
+        """Make the step's changes final."""
+        self._before.clear()
+
+    def roll_back(self) -> None:
+        """Undo the step, to the bit."""
+        for name, before in self._before.items():
+            for part, tensor in self.preconditioners[name].tensors.items():
+                tensor.copy_(before[part])
+        self._before.clear()
+
+    def num_bytes(self) -> int:
+        return sum(t.nbytes for p in self.preconditioners.values() for t in p.tensors.values())
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors only; this rank's, not the replica's."""
+        return {name: dict(p.tensors) for name, p in self.preconditioners.items()}
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """Take copies. Raises: ValueError, before anything changes, if they are kept otherwise."""
+        mine, theirs = _shapes(self.state_dict()), _shapes(state)
+        for name in sorted(mine.keys() | theirs.keys()):
+            if mine.get(name) != theirs.get(name):
+                raise ValueError(
+                    f"the saved statistic of {name} is {theirs.get(name)}; allowed: "
+                    f"{mine.get(name)}, as here"
+                )
+        for name, preconditioner in self.preconditioners.items():
+            for part, tensor in preconditioner.tensors.items():
+                tensor.copy_(state[name][part])
+
+
+def divide(values: Tensor, root: Tensor) -> Tensor:
+    """Return values / root; 0 where root is 0, since no gradient has been there."""
+    return torch.where(root > 0, values / root, torch.zeros_like(values))
+
+
+def _shapes(state: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, tuple[int, ...]]]:
+    return {
+        name: {part: tuple(tensor.shape) for part, tensor in parts.items()}
+        for name, parts in state.items()
+    }

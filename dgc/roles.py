@@ -1,0 +1,116 @@
+"""Who does what: which momentum and which second moments leave the optimizer for the workers.
+
+Refuses what would act twice, or not at all, with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from dgc.buckets import TensorSpec
+from dgc.compression import Compression
+from dgc.precondition import Preconditioner, Statistics
+
+
+def resolve(compression: Compression, optimizer: Optimizer) -> Compression:
+    """Return the settings with `preconditioning` decided.
+
+    Raises: ValueError for settings that this optimizer cannot follow.
+    """
+    where, name = compression.preconditioning, type(optimizer).__name__
+    can_delegate = hasattr(optimizer, "delegate_second_moment")
+    if where in ("late", "early") and not can_delegate:
+        raise ValueError(
+            f"preconditioning is {where!r}, but {name} has no second moment that it could hand "
+            f"over; use an optimizer of optim (such as FactoredAdam), or preconditioning='after'"
+        )
+    where = where or ("late" if can_delegate else "after")
+    for setting, default in (("select_by", "raw"), ("share_statistics", 0.0)):
+        value = getattr(compression, setting)
+        if value != default and where == "after":
+            raise ValueError(
+                f"{setting} is {value!r}, which needs statistics of the workers; with "
+                f"preconditioning='after', or {name}, there are none: leave it at {default!r}"
+            )
+    return dataclasses.replace(compression, preconditioning=where)
+
+
+def take_over_momentum(optimizer: Optimizer, compression: Compression) -> tuple[float, bool]:
+    """Return momentum and Nesterov of the correction; SGD's move into it.
+
+    Raises: ValueError where a momentum would act twice, or SGD's settings do not allow it.
+    """
+    groups = optimizer.param_groups
+    mine = max((g.get("momentum", 0) or g.get("betas", (0,))[0] for g in groups), default=0)
+    if compression.momentum:
+        if mine:
+            raise ValueError(
+                f"dgc.momentum is {compression.momentum} and {type(optimizer).__name__} has a "
+                f"momentum of {mine}: a gradient would be averaged twice. Set the optimizer's to 0 "
+                f"(betas=(0.0, ...), momentum=0), or leave dgc.momentum at None"
+            )
+        return compression.momentum, False
+    if not compression.momentum_correction or not isinstance(optimizer, SGD):
+        return 0.0, False
+    settings = {(group["momentum"], group["nesterov"]) for group in groups}
+    if len(settings) > 1 or any(group["dampening"] for group in groups):
+        raise ValueError(
+            f"momentum correction needs one momentum for all parameters and no dampening; "
+            f"(momentum, nesterov) here: {sorted(settings)}"
+        )
+    momentum, nesterov = settings.pop()
+    for group in groups:
+        group["momentum"], group["nesterov"] = 0.0, False
+        group["weight_decay"] /= 1 - momentum
+    return momentum, nesterov
+
+
+def is_compressible(parameter: Tensor, compression: Compression) -> bool:
+    return parameter.dim() > 1 and parameter.numel() >= compression.min_numel
+
+
+def delegate_statistics(
+    optimizer: Optimizer, named: Mapping[str, Tensor], compression: Compression
+) -> Statistics:
+    """Take the second moments of compressible tensors over from the optimizer."""
+    if compression.preconditioning == "after":
+        return Statistics()
+    found: dict[str, Preconditioner] = {}
+    for name, parameter in named.items():
+        if is_compressible(parameter, compression):
+            preconditioner = optimizer.delegate_second_moment(parameter)
+            if preconditioner is not None:
+                found[name] = preconditioner
+    shared = [
+        name
+        for name, preconditioner in found.items()
+        if _shared_bytes(preconditioner) <= _most_shared_bytes(named[name], compression)
+    ]
+    return Statistics(found, shared)
+
+
+def make_specs(
+    named: Mapping[str, Tensor], compression: Compression, statistics: Statistics
+) -> list[TensorSpec]:
+    """Describe the tensors in the order in which backward finishes them."""
+    return [
+        TensorSpec(
+            name, p.numel(), p.device, is_compressible(p, compression), statistics.num_shared(name)
+        )
+        for name, p in reversed(named.items())
+    ]
+
+
+def _shared_bytes(preconditioner: Preconditioner) -> int:
+    return sum(preconditioner.tensors[name].nbytes for name in preconditioner.shared_names)
+
+
+def _most_shared_bytes(parameter: Tensor, compression: Compression) -> float:
+    entries = math.ceil(parameter.numel() * compression.density)
+    ratio = compression.share_statistics
+    return ratio * entries * compression.entry_bytes if ratio else -1.0

@@ -1,0 +1,67 @@
+"""Preconditioner: the second moment of one parameter, fed apart from the parameter's steps.
+
+For a worker that sees every dense gradient while the optimizer sees only the few entries that the
+workers agreed on (see MomentOptimizer.delegate_second_moment).
+Shapes: N elements of the flattened parameter, K of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kernels import ops
+from optim.moments import SEEDS, Moment, balanced_split, matrix_shape
+
+Scalars = dict[str, float]
+
+
+class Preconditioner:
+    """A second moment and the number of steps that it has seen.
+
+    tensors: name -> tensor: all its state, changed in place. shared_names: of those that may be
+    averaged over workers.
+    """
+
+    def __init__(self, moment: Moment, scalars_of: Callable[[int], Scalars]) -> None:
+        self._moment, self._scalars_of = moment, scalars_of
+        self.tensors = {**moment.tensors, "step": torch.zeros(())}
+        self.shared_names = [name for name in moment.tensors if not name.endswith(SEEDS)]
+
+    def observe(
+        self, grad_N: Tensor, *, scale: Tensor | None, num_parts: int, is_first: bool
+    ) -> None:
+        """Take in one of the `num_parts` gradients that sum to a step's.
+
+        The moment is of num_parts * grad, the gradient of a part by itself, averaged over parts.
+        Args: scale: (1,) float32 that multiplies the gradient, or None. is_first: of the step.
+        """
+        if is_first:
+            self.tensors["step"] += 1
+        scalars = self._scalars()
+        rule = ops.Rule(
+            lr=0.0,
+            second_beta=scalars.get("second_beta", 1.0) if is_first else 1.0,
+            second_gain=scalars.get("second_gain", 1.0) * num_parts,
+            second_decay=scalars.get("second_decay", 0.0) if is_first else 0.0,
+        )
+        shape = self._moment.spec.shape
+        split = balanced_split(shape) if self._moment.any_split else 1
+        operand = self._moment.operand(split)
+        ops.observe(grad_N.view(matrix_shape(shape, split)), rule, operand, scale=scale)
+        self._moment.write_back(operand, split, is_dense=True)
+
+    def root(self, indices_K: Tensor | None = None) -> Tensor:
+        """Return what to divide by, at indices (K,) int64 or everywhere (N,): float32, 0 or more.
+
+        sqrt(moment, with its bias corrected) + eps, as the optimizer's rule has it.
+        """
+        nu = self._moment.estimate().view(-1) if indices_K is None else self._moment.at(indices_K)
+        scalars = self._scalars()
+        nu.mul_(scalars.get("second_scale", 1.0)).add_(scalars.get("eps_inside", 0.0))
+        return nu.sqrt_().add_(scalars.get("eps_outside", 0.0))
+
+    def _scalars(self) -> Scalars:
+        return self._scalars_of(int(self.tensors["step"]))
