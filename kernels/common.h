@@ -1,4 +1,4 @@
-// The arithmetic and the hash, written once: host.cpp and device.cu include this file.
+// The arithmetic and the hash, written once: the sources for the host and for the device include it.
 //
 // Everything is float32 and rounded operation by operation (both compilers are told not to fuse a
 // multiplication with an addition), so that the implementations agree to the bit wherever the order of
@@ -91,6 +91,11 @@ FN u32 mix(u32 x) {
 FN u32 hash_row(i64 row, i64 seed) {
     return mix(mix((u32)row ^ (u32)(u64)seed) ^ (u32)((u64)seed >> 32));
 }
+
+// What stochastic rounding draws for an element: one mix each, of a key that is folded once.
+FN u32 folded(i64 key) { return mix((u32)(u64)key ^ mix((u32)((u64)key >> 32))); }
+
+FN u32 random_bits(i64 element, u32 folded_key) { return mix((u32)element ^ folded_key); }
 
 FN i64 bucket_of(u32 hash, i64 width) { return (i64)(((u64)hash * (u64)width) >> 32); }
 

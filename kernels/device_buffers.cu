@@ -1,13 +1,13 @@
 // The passes of kernels/buffers.py on a GPU; kernels/device_buffers.py launches these kernels.
 //
-// To the bit what kernels/reference_buffers.py says, on the terms of device.cu: one translation unit
-// with it, so that both are compiled and launched alike.
+// To the bit what kernels/reference_buffers.py says, on the terms of device.cu, with which it is
+// one translation unit, so that both are compiled and launched alike.
 //
 // Mapping of every kernel: one warp a block of the buffer, BLOCK elements, those that share a scale
-// in 8-bit storage; a lane has EACH of them, 32 apart, so that accesses coalesce whatever the
-// alignment, and all of a lane's reads of one buffer are under way together. A block's maximum needs
-// shuffles only: no shared memory, no barriers. Warps stride over the blocks, so any grid is correct;
-// sizes are limited by nothing but memory.
+// in 8-bit storage; a lane has EACH of them, LANES apart, so that accesses coalesce whatever the
+// alignment, and all of a lane's reads of one buffer are under way together. A block's maximum
+// needs shuffles only: no shared memory, no barriers. Warps stride over the blocks, so any grid is
+// correct; sizes are limited by nothing but memory.
 //
 // A lane writes just the elements that it has read, and a scale is written after a shuffle of what
 // all lanes have made of the old one, so a buffer may take the place of the old one that is read.
@@ -17,7 +17,7 @@ const int BLOCK = 256;
 const int LANES = 32, EACH = BLOCK / LANES;
 const float LEVELS = 127.0f, MIN_SCALE = 1e-30f;
 
-// ---- what device_buffers.py fills in --------------------------------------------------------------
+// ---- what device_buffers.py fills in -----------------------------------------------------------
 
 enum Storage { STORED_NOWHERE, STORED_F32, STORED_BF16, STORED_F16, STORED_BLOCKS };
 
@@ -47,7 +47,7 @@ struct Selection {
     float threshold;
 };
 
-// ---- a block's elements ---------------------------------------------------------------------------
+// ---- a block's elements ------------------------------------------------------------------------
 
 FN i64 first_block() { return flat_start() / LANES; }
 FN i64 block_stride() { return flat_stride() / LANES; }
@@ -91,6 +91,7 @@ FN float scale_of_block(const float *x) {
 }
 
 FN void store(const Stored &to, i64 block, i64 numel, i64 key, const float *x) {
+    const u32 random = folded(key);
     bool is_blocks = to.storage == STORED_BLOCKS;
     float scale = is_blocks ? scale_of_block(x) : 1.0f;
     if (is_blocks && lane_of() == 0) to.scales[block] = scale;
@@ -101,14 +102,14 @@ FN void store(const Stored &to, i64 block, i64 numel, i64 key, const float *x) {
         if (to.storage == STORED_F32) {
             ((float *)to.values)[i] = x[k];
         } else if (is_blocks) {
-            ((signed char *)to.values)[i] = stochastic_code(x[k], scale, hash_row(i, key));
+            ((signed char *)to.values)[i] = stochastic_code(x[k], scale, random_bits(i, random));
         } else {
-            ((bf16 *)to.values)[i] = stochastic_bf16(x[k], hash_row(i, key));
+            ((bf16 *)to.values)[i] = stochastic_bf16(x[k], random_bits(i, random));
         }
     }
 }
 
-// ---- the passes -----------------------------------------------------------------------------------
+// ---- the passes --------------------------------------------------------------------------------
 
 // Every buffer is read or written once. One atomic maximum for each warp, of |x| as bits: infinity,
 // then NaN, is above all. Thread order reaches no result.

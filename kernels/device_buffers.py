@@ -1,4 +1,4 @@
-"""The passes of buffers.py in CUDA, by device_buffers.cu. Arguments were checked by kernels.buffers.
+"""The passes of buffers.py in CUDA, by device_buffers.cu. Arguments were checked there.
 
 Work goes to torch's current stream of the tensors' device. `accumulate` does not wait for it and
 has no temporaries; `select_above` waits once, for the count, and has 12 bytes for each 256
@@ -14,8 +14,7 @@ from torch import Tensor
 
 from kernels import device
 from kernels.launch_cupy import THREADS
-from kernels.operands import BLOCK, Blocks, Buffer, Correction
-from kernels.reference_buffers import _VELOCITY_KEY
+from kernels.operands import BLOCK, VELOCITY_KEY, Blocks, Buffer, Correction
 
 # Enough to fill a GPU; few, because each of their warps ends in an atomic on one number.
 MAX_BLOCKS = 4096
@@ -65,7 +64,7 @@ def accumulate(
     key: int,
 ) -> Tensor:
     buffers = (grad_N, residual, old_residual, velocity, old_velocity)
-    work = Accumulation(*map(_Stored, buffers), grad_N.numel(), key, key ^ _VELOCITY_KEY)
+    work = Accumulation(*map(_Stored, buffers), grad_N.numel(), key, key ^ VELOCITY_KEY)
     work.correction = correction
     if scale is not None:
         work.point(scale=scale)

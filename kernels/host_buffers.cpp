@@ -33,8 +33,8 @@ struct AccumulateArgs {
 };
 
 const int BLOCK = 256;
-const i64 AHEAD = 4 * BLOCK;
 const float LEVELS = 127.0f, MIN_SCALE = 1e-30f;
+const i64 AHEAD = 2 * BLOCK;        // elements
 const i64 PARALLEL_FROM = 1 << 15;  // elements; below, starting threads costs more than it saves
 const float zeros[BLOCK] = {};
 
@@ -84,11 +84,12 @@ float *target(const BufferArgs &b, Span s, float *room) {
 }
 
 void encode(const BufferArgs &b, Span s, const float *x, i64 key) {
+    const u32 random = folded(key);
     const u32 first = (u32)s.begin;
     if (b.kind == BFLOAT16) {
         bf16 *out = (bf16 *)b.values + s.begin;
 #pragma omp simd
-        for (int j = 0; j < s.length; j++) out[j] = stochastic_bf16(x[j], hash_row(first + (u32)j, key));
+        for (int j = 0; j < s.length; j++) out[j] = stochastic_bf16(x[j], random_bits(first + (u32)j, random));
     }
     if (b.kind == INT8) {
         signed char *codes = (signed char *)b.values + s.begin;
@@ -97,7 +98,7 @@ void encode(const BufferArgs &b, Span s, const float *x, i64 key) {
         b.scales[s.begin / BLOCK] = scale;
 #pragma omp simd
         for (int j = 0; j < s.length; j++)
-            codes[j] = stochastic_code(x[j], scale, hash_row(first + (u32)j, key));
+            codes[j] = stochastic_code(x[j], scale, random_bits(first + (u32)j, random));
     }
 }
 

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from kernels.build import host_library
-from kernels.operands import BLOCK, PARAMETER_DTYPES, STORED_DTYPES, Blocks, Buffer, Correction
-from kernels.reference_buffers import _VELOCITY_KEY
+from kernels.operands import (
+    BLOCK,
+    PARAMETER_DTYPES,
+    STORED_DTYPES,
+    VELOCITY_KEY,
+    Blocks,
+    Buffer,
+    Correction,
+)
 
 _pointer, _i64, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
@@ -43,7 +50,7 @@ def accumulate(
         grad=grad_N.data_ptr(), scale=None if scale is None else scale.data_ptr(),
         residual=_buffer_args(residual), old_residual=_buffer_args(old_residual),
         velocity=_buffer_args(velocity), old_velocity=_buffer_args(old_velocity),
-        n=grad_N.numel(), residual_key=key, velocity_key=key ^ _VELOCITY_KEY,
+        n=grad_N.numel(), residual_key=key, velocity_key=key ^ VELOCITY_KEY,
         dtype=PARAMETER_DTYPES.index(grad_N.dtype), threads=torch.get_num_threads(),
         correction=correction,
     )  # fmt: skip

@@ -135,6 +135,7 @@ class SecondKind(IntEnum):
 BLOCK = 256  # elements that share a scale
 MIN_SCALE = 1e-30  # of a block, so that one of zeros, or of denormal numbers, is divided safely
 STORED_DTYPES = (torch.float32, torch.bfloat16)
+VELOCITY_KEY = 1 << 40  # a velocity is rounded by the residual's key with this bit changed
 
 
 @dataclass(frozen=True)

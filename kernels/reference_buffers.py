@@ -8,17 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.operands import BLOCK, MIN_SCALE, Blocks, Buffer, Correction
+from kernels.operands import BLOCK, MIN_SCALE, VELOCITY_KEY, Blocks, Buffer, Correction
 from kernels.reference import mix
 
 _LEVELS = 127
-_VELOCITY_KEY = 1 << 40
 
 
 def random_bits(indices: Tensor, key: int) -> Tensor:
-    """Return 32 random bits for each element, as int64: common.h's `hash_row`."""
-    low, high = key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF
-    return mix(mix((indices & 0xFFFFFFFF) ^ low) ^ high)
+    """Return 32 random bits for each element, as int64: common.h's function of that name."""
+    low, high = (torch.tensor((key >> shift) & 0xFFFFFFFF) for shift in (0, 32))
+    return mix((indices & 0xFFFFFFFF) ^ int(mix(low ^ mix(high))))
 
 
 def round_bfloat16(values: Tensor, indices: Tensor, key: int) -> Tensor:
@@ -85,7 +84,7 @@ def accumulate(
     if velocity is not None:
         u = _decode(old_velocity, x) * correction.u_decay + x * correction.u_gain
         change = u * correction.v_from_u + change
-        _store(u, velocity, key ^ _VELOCITY_KEY)
+        _store(u, velocity, key ^ VELOCITY_KEY)
     _store(_decode(old_residual, x) + change, residual, key)
     return x.abs().amax().view(1)
 

@@ -232,7 +232,7 @@ class MomentOptimizer(Optimizer):
             shape=tuple(p.shape),
             device=device or p.device,
             is_first=turn == _FIRST,
-            follows_update=turn == _FIRST and (self.first_follows_update or p in self._delegated),
+            follows_update=turn == _FIRST and self.first_follows_update,
             seed_key=(group.get("seed", 0), position, turn),
             options=group,
         )

@@ -1,7 +1,7 @@
-// Runs kernels of device.cu and device_buffers.cu on a CPU. Every CUDA thread is a fiber that runs until it waits at a
-// barrier or for its warp; blocks, a block's warps and a warp's lanes run in an order that the
-// caller chooses, so that a missing barrier or a result that depends on the order shows as a
-// difference. Threads that wait where others have left are an error, with a message.
+// Runs kernels of device.cu and device_buffers.cu on a CPU. Every CUDA thread is a fiber that runs
+// until it waits at a barrier or for its warp; blocks, a block's warps and a warp's lanes run in an
+// order that the caller chooses, so that a missing barrier or a result that depends on the order
+// shows as a difference. Threads that wait where others have left are an error, with a message.
 #include "cuda.h"
 
 #include "device_buffers.cu"  // and device.cu in it

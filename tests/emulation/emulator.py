@@ -19,6 +19,7 @@ FOLDER = Path(__file__).parent
 KERNELS = Path(launch_cupy.__file__).parent
 FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE")
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+WATCHED = "PARSIMONY_TEST_UNDER_ASAN"  # set in the environment where AddressSanitizer is loaded
 FORWARD, BACKWARD = 0, 1  # orders of threads and blocks; any other number seeds a shuffle
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import device, ops
+from kernels import buffers, device, ops
+from kernels.operands import Correction
 from kernels.ops import Rule
-from tests.unit.kernels import cases
+from tests.unit.kernels import cases, test_buffers, test_device_buffers, test_device_observe
 from tests.unit.kernels.cases import Case
 
 pytestmark = pytest.mark.gpu
@@ -42,6 +43,31 @@ def test_a_sketch_equals_the_reference(case):
     cases.check_sketch(case, device, GPU)
 
 
+@pytest.mark.parametrize("scale", test_device_observe.SCALES)
+@pytest.mark.parametrize("case", test_device_observe.observe_cases(), ids=str)
+def test_observing_equals_the_reference(case, scale):
+    test_device_observe.check_observe(case, scale, GPU)
+
+
+@pytest.mark.parametrize(
+    "case", [*test_buffers.storage_cases(), *test_device_buffers.SIZE_CASES], ids=str
+)
+def test_accumulate_equals_the_reference(case):
+    test_device_buffers.check_accumulate(case, GPU)
+
+
+@pytest.mark.parametrize("n", (*test_buffers.SIZES, 3_000_017))
+@pytest.mark.parametrize("dtype", buffers.DTYPES)
+def test_select_above_equals_the_reference(dtype, n):
+    test_device_buffers.check_select(dtype, n, GPU)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", buffers.DTYPES)
+def test_what_is_not_finite_stays_in_its_block(dtype, bad):
+    test_device_buffers.check_not_finite(dtype, bad, GPU)
+
+
 @pytest.mark.parametrize("case", REPEATED, ids=str)
 def test_every_run_gives_the_same_bits(case):
     first = cases.final_bits(case, device, GPU)
@@ -63,6 +89,30 @@ def test_a_step_waits_for_earlier_work_on_its_stream():
     assert torch.equal(param.cpu(), torch.full((33, 40), -0.5))
 
 
+@pytest.fixture
+def waiting_is_an_error():
+    """Return a function from whose call on torch refuses to wait for the GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("second", cases.SECONDS[1:])
+def test_nothing_waits_while_gradients_are_taken_in(second, waiting_is_an_error):
+    run = cases._Run(Case("none", second, "dense", (33, 40)), device, GPU)
+    grad, scale = torch.ones(33, 40, device=GPU), torch.ones(1, device=GPU)
+    residual = torch.zeros(33 * 40, device=GPU)
+    for is_compiled in (False, True):
+        if is_compiled:
+            waiting_is_an_error()
+        ops.observe(grad, Rule(lr=0.1), run.second, scale=scale)
+        largest = buffers.accumulate(
+            grad.view(-1), Correction(), residual=residual, old_residual=residual, scale=scale
+        )
+    torch.cuda.set_sync_debug_mode("default")
+    assert largest.item() == 1.0 and (residual == 2.0).all()
+
+
 def test_ops_choose_cuda_for_tensors_on_a_gpu():
     values, rows = torch.randn(33, 40), torch.arange(33)
     there, here = (cases.table(torch.zeros(3, 7, 40, device=d), True) for d in (GPU, "cpu"))
@@ -78,6 +128,19 @@ def test_elements_beyond_32_bits():
     if torch.cuda.get_device_properties(GPU).total_memory < 30 * 2**30:
         pytest.skip("needs a GPU with 30 GiB")
     cases.check_far_entries(device, GPU)
+
+
+@pytest.mark.slow
+def test_buffers_beyond_32_bits():
+    if torch.cuda.get_device_properties(GPU).total_memory < 30 * 2**30:
+        pytest.skip("needs a GPU with 30 GiB")
+    n = 2**32 + 257
+    places = torch.tensor([0, 2**31 - 1, 2**31, 2**32 - 1, 2**32, n - 1], device=GPU)
+    grad = torch.zeros(n, dtype=torch.bfloat16, device=GPU)
+    grad[places] = 1.0
+    residual = buffers.empty(n, "int8", GPU)
+    buffers.accumulate(grad, Correction(), residual=residual, old_residual=None)
+    assert torch.equal(buffers.select_above(residual, 0.5), places)
 
 
 def test_compute_sanitizer_finds_nothing():
@@ -98,6 +161,12 @@ def run_a_few() -> None:
     kinds = [("velocity", "cover"), ("full", "cover I"), ("none", "factored"), ("table", "table 3")]
     for (first, second), mode in ((kind, mode) for kind in kinds for mode in cases.MODES):
         cases.check_steps(Case(first, second, mode, (65, 150)), device, GPU)
+    for second in ("full", "cover", "cover I", "factored", "table 3"):
+        test_device_observe.check_observe(Case("none", second, "dense", (65, 150)), 0.5, GPU)
+    for case in test_device_buffers.SIZE_CASES:
+        test_device_buffers.check_accumulate(case, GPU)
+    for dtype in buffers.DTYPES:
+        test_device_buffers.check_select(dtype, 1000, GPU)
 
 
 if __name__ == "__main__":

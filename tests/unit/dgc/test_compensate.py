@@ -58,7 +58,7 @@ def test_masking_zeroes_velocity_where_sent():
     sent = torch.tensor([3, 40])
     for mask_velocity in (True, False):
         compensation = Compensation(0.9, mask_velocity=mask_velocity)
-        residual = accumulate(compensation, grads()[0])
+        accumulate(compensation, grads()[0])
         before = compensation.velocity["w"].clone()
         compensation.remove_sent("w", sent, None)
         assert (compensation.residual["w"][sent] == 0).all()

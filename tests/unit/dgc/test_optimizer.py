@@ -156,7 +156,6 @@ def test_each_worker_clips_its_own_gradient_before_accumulating(scope):
         added = []
         exchange_add = optimizer._exchange.add
 
-
         def add(name, grad_N, scale, num_parts):
             added.append(grad_N * scale)
             exchange_add(name, grad_N, scale, num_parts)

@@ -65,7 +65,7 @@ class Guarded:
     """Makes copies between sentinels, aligned for nothing but their own numbers."""
 
     def __init__(self) -> None:
-        self._made: list[tuple[Tensor, int]] = []
+        self._made: list[Tensor] = []
 
     def tensor(self, tensor: Tensor) -> Tensor:
         around = torch.full((tensor.numel() + 66,), 77, dtype=tensor.dtype)

@@ -1,5 +1,6 @@
-"""How host.cpp gets compiled: once, whole or not at all, and never replaced in silence."""
+"""How the C++ gets compiled: once, whole or not at all, and never replaced in silence."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,19 @@ def test_a_cache_that_cannot_be_written_is_named(fresh):
     fresh.parent.write_text("a file where the folder should be")
     with pytest.raises(RuntimeError, match=r"cannot keep .*XDG_CACHE_HOME"):
         a_step()
+
+
+def test_a_change_in_any_source_makes_another_library(tmp_path, monkeypatch):
+    sources = (*build.HEADERS, *build.SOURCES)
+    for name in sources:
+        shutil.copy(build.HERE / name, tmp_path / name)
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    keys = {build._key()}
+    for name in sources:
+        with open(tmp_path / name, "a") as source:
+            source.write("// changed")
+        keys.add(build._key())
+    assert len(keys) == 1 + len(sources)
 
 
 def test_ranks_that_start_together_compile_once(fresh):

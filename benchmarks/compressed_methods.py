@@ -1,0 +1,114 @@
+"""What compressed_training.py compares: an optimizer, what is sent of it, the rates to try."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from benchmarks.contenders import NO_FIRST, OURS
+from benchmarks.rivals import MakeOptimizer
+from dgc import Compression
+from optim import Adam
+
+
+@dataclass(frozen=True)
+class Method:
+    """`sent`: settings of Compression, None for a dense all-reduce; `rates`: by task."""
+
+    make: MakeOptimizer
+    rates: Mapping[str, tuple[float, ...]]
+    sent: Mapping[str, Any] | None = field(default_factory=dict)
+    groups: Mapping[str, Any] = field(default_factory=dict)
+
+    def but(self, rates: Mapping[str, tuple[float, ...]] | None = None, **settings: Any) -> Method:
+        """Return the method with other settings of Compression."""
+        return replace(self, sent={**(self.sent or {}), **settings}, rates=rates or self.rates)
+
+    def optimizer(self, model: nn.Module, lr: float) -> Optimizer:
+        return self.make(model.parameters(), lr)
+
+    def compression(self, density: float, clip_norm: float | None) -> Compression | None:
+        if self.sent is None:
+            return None
+        settings = {"clip_scope": "tensor", "density_warmup_epochs": 5, **self.sent}
+        settings["density_warmup"] = settings.get(
+            "density_warmup", warmup(density, settings["density_warmup_epochs"])
+        )
+        return Compression(**{"density": density, "clip_norm": clip_norm, **settings})
+
+
+def warmup(density: float, num_epochs: int) -> list[float]:
+    """Return the paper's densities, a quarter each: 25%, 6.25%, ... but never below the last."""
+    return [max(density, 0.25 ** (epoch + 1)) for epoch in range(num_epochs)]
+
+
+def _sgd(params: Any, lr: float) -> Optimizer:
+    return torch.optim.SGD(params, lr=lr, momentum=0.9)
+
+
+def _plain_sgd(params: Any, lr: float) -> Optimizer:
+    return torch.optim.SGD(params, lr=lr)
+
+
+def _adam(params: Any, lr: float) -> Optimizer:
+    return torch.optim.Adam(params, lr=lr, fused=True)
+
+
+def _full(params: Any, lr: float) -> Optimizer:
+    return Adam(params, lr=lr, betas=NO_FIRST)
+
+
+def _sm3_sum(params: Any, lr: float) -> Optimizer:
+    return OURS["SM3"](params, lr)
+
+
+_ADAM = {"digits": (3e-3, 1e-2), "cifar": (3e-3, 1e-2), "words": (3e-3, 1e-2, 2e-2)}
+_SGD = {"digits": (0.03, 0.1, 0.3), "cifar": (0.05, 0.15), "words": (2.5, 5.0, 10.0)}
+_LATE = {"digits": (1e-3, 3e-3, 1e-2), "cifar": (1e-3, 3e-3), "words": (1e-2, 2e-2, 4e-2)}
+_LATE_SKETCH = {"digits": (3e-3, 1e-2), "cifar": (3e-3, 1e-2), "words": (2e-2, 4e-2, 8e-2)}
+_AFTER = {"digits": (1e-3, 3e-3, 1e-2), "cifar": (3e-3,), "words": (3e-3, 1e-2)}
+
+factored = Method(OURS["FactoredAdam, beta1 = 0"], _LATE)
+
+METHODS: dict[str, Method] = {
+    "dense Adam": Method(_adam, _ADAM, sent=None),
+    "dense SGD, momentum 0.9": Method(_sgd, _SGD, sent=None),
+    "dense factored, beta1 = 0": Method(OURS["FactoredAdam, beta1 = 0"], _LATE, sent=None),
+    "DGC-SGD": Method(_sgd, _SGD),
+    "after aggregation: Adam": Method(_adam, _AFTER),
+    "late factored": factored,
+    "late factored, bf16 residual": factored.but(residual_dtype="bfloat16"),
+    "late factored, 8-bit residual": factored.but(residual_dtype="int8"),
+    "late SM3, EMA": Method(OURS["SM3Adam, beta1 = 0"], _LATE_SKETCH),
+    "late SM3, sums": Method(
+        _sm3_sum, {"digits": (0.03, 0.1), "cifar": (0.1,), "words": (0.3, 1.0)}
+    ),
+    "late count-min": Method(OURS["CMS, beta1 = 0"], _LATE_SKETCH),
+    "late full": Method(_full, _LATE),
+}
+ABLATIONS: dict[str, Method] = {
+    "early factored": factored.but(preconditioning="early"),
+    "shared factored": factored.but(share_statistics=math.inf),
+    "by preconditioned magnitude": factored.but(select_by="preconditioned"),
+    "no density warm-up": factored.but(density_warmup_epochs=0),
+    "global clip": factored.but(clip_scope="global"),
+    "no clip": factored.but(clip_norm=None),
+    "velocity 0.9": factored.but(momentum=0.9),
+    "momentum 0.9 on what arrives": Method(OURS["FactoredAdam"], _LATE),
+    "fp16 values": factored.but(value_dtype="float16"),
+    "DGC-SGD, bf16 residual and velocity": Method(_sgd, _SGD).but(
+        residual_dtype="bfloat16", velocity_dtype="bfloat16"
+    ),
+    "DGC-SGD, 8-bit residual and velocity": Method(_sgd, _SGD).but(
+        residual_dtype="int8", velocity_dtype="int8"
+    ),
+    "DGC-SGD, no masking": Method(_sgd, _SGD).but(mask_velocity=False),
+    "DGC-SGD, no velocity": Method(_plain_sgd, _SGD),
+}
+ALL = METHODS | ABLATIONS

@@ -1,0 +1,165 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from optim import SM3, Adam, FactoredAdam, SketchAdam, SketchMomentum, SM3Adam
+from tests.tolerances import assert_close
+
+SHAPES = [(40, 50), (16, 8, 3, 3), (70, 1)]
+NO_FIRST = {"betas": (0.0, 0.999)}
+KINDS = {
+    "full": lambda p: Adam(p, **NO_FIRST),
+    "factored": lambda p: FactoredAdam(p, **NO_FIRST, min_compressed_numel=0),
+    "cover": lambda p: SM3Adam(p, **NO_FIRST, min_compressed_numel=0),
+    "sums": lambda p: SM3(p),
+    "sums, variant I": lambda p: SM3(p, variant="I"),
+    "sketch": lambda p: SketchAdam(p, **NO_FIRST, min_compressed_numel=0),
+    "too small": lambda p: FactoredAdam(p, **NO_FIRST, min_compressed_numel=10**6),
+}
+
+
+def gradients(shape, count=4):
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(shape, generator=generator) for _ in range(count)]
+
+
+def delegated(kind, shape):
+    p = nn.Parameter(torch.zeros(shape))
+    optimizer = KINDS[kind]([p])
+    return p, optimizer, optimizer.delegate_second_moment(p)
+
+
+def feed(preconditioner, grad):
+    preconditioner.observe(grad.reshape(-1), scale=None, num_parts=1, is_first=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fed_apart_it_is_the_moment_that_the_optimizer_would_have(kind, shape):
+    _, _, apart = delegated(kind, shape)
+    p = nn.Parameter(torch.zeros(shape))
+    own = KINDS[kind]([p])
+    for grad in gradients(shape):
+        feed(apart, grad)
+        p.grad = grad
+        own.step()
+    assert torch.equal(apart._moment.estimate(), own.estimate(p))
+    assert int(apart.tensors["step"]) == 4
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_root_at_some_places_is_the_root_there(kind, shape):
+    p, _, apart = delegated(kind, shape)
+    for grad in gradients(shape):
+        feed(apart, grad)
+    indices = torch.randperm(p.numel(), generator=torch.Generator().manual_seed(0))[:37]
+    assert torch.equal(apart.root(indices), apart.root()[indices])
+    assert (apart.root() > 0).all()
+
+
+def test_root_has_adams_bias_correction_and_eps():
+    _, _, apart = delegated("full", (40, 50))
+    for grad in (grads := gradients((40, 50), 3)):
+        feed(apart, grad)
+    nu = sum(0.999 ** (2 - t) * 0.001 * g.double() ** 2 for t, g in enumerate(grads))
+    expected = (nu / (1 - 0.999**3)).sqrt() + 1e-8
+    assert_close(apart.root().view(40, 50), expected.float())
+
+
+@pytest.mark.parametrize("kind", ["full", "factored", "sketch"])
+def test_micro_batches_feed_the_mean_of_their_own_squares(kind):
+    """Each part's gradient by itself is num_parts times what it adds to the sum."""
+    _, _, parts = delegated(kind, (40, 50))
+    _, _, whole = delegated("full", (40, 50))
+    grads = gradients((40, 50), 4)
+    for number, grad in enumerate(grads):
+        parts.observe(grad.view(-1) / 4, scale=None, num_parts=4, is_first=number == 0)
+    feed(whole, torch.stack(grads).square().mean(0).sqrt())
+    assert int(parts.tensors["step"]) == 1
+    if kind == "full":
+        assert_close(parts.root(), whole.root())
+    else:  # means over rows stay exact in a factored moment, and close in a sketch
+        mine, theirs = (float(m._moment.estimate().mean()) for m in (parts, whole))
+        assert mine == pytest.approx(theirs, rel=1e-4 if kind == "factored" else 0.2)
+
+
+def test_scale_multiplies_the_gradient():
+    _, _, one = delegated("full", (40, 50))
+    _, _, other = delegated("full", (40, 50))
+    grad = gradients((40, 50))[0]
+    one.observe(grad.view(-1), scale=torch.tensor([0.25]), num_parts=1, is_first=True)
+    feed(other, grad * 0.25)
+    assert torch.equal(one.root(), other.root())
+
+
+def test_what_arrives_is_then_applied_as_it_is():
+    p, optimizer, _ = delegated("factored", (40, 50))
+    optimizer.param_groups[0]["lr"] = 0.5
+    p.grad = torch.ones(40, 50)
+    optimizer.step()
+    assert (p == -0.5).all()
+    p.grad = None
+    indices = torch.tensor([3, 77, 1999])
+    optimizer.step(elements={p: (indices, torch.tensor([1.0, 2.0, 3.0]))})
+    assert p.view(-1)[indices].tolist() == [-1.0, -1.5, -2.0]
+    assert (p.view(-1) == -0.5).sum() == 1997
+
+
+def test_a_first_moment_then_averages_what_arrives():
+    p = nn.Parameter(torch.zeros(40, 50))
+    optimizer = FactoredAdam([p], lr=1.0, betas=(0.9, 0.999), min_compressed_numel=0)
+    optimizer.delegate_second_moment(p)
+    assert set(optimizer.state[p]) == {"step", "exp_avg"}
+    for value in (1.0, 3.0):
+        p.grad = torch.full((40, 50), value)
+        optimizer.step()
+    # m1 = .1 -> p -= 1; m2 = .09 + .3 -> p -= .39 / .19
+    assert_close(p.data, torch.full((40, 50), -1 - 0.39 / 0.19))
+
+
+def test_decoupled_decay_reaches_all_of_the_parameter():
+    p = nn.Parameter(torch.ones(40, 50))
+    optimizer = FactoredAdam([p], lr=0.1, **NO_FIRST, weight_decay=0.5, decoupled_weight_decay=True)
+    optimizer.delegate_second_moment(p)
+    optimizer.step(elements={p: (torch.tensor([7]), torch.tensor([1.0]))})
+    assert_close(p.view(-1)[7], torch.tensor(0.95 - 0.1))
+    assert_close(p.view(-1)[8:], torch.full((1992,), 0.95))
+    nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    optimizer.step(elements={p: nothing})
+    assert_close(p.view(-1)[8:], torch.full((1992,), 0.95**2))
+
+
+def test_coupled_decay_and_late_delegation_are_refused():
+    p = nn.Parameter(torch.ones(40, 50))
+    with pytest.raises(ValueError, match="set decoupled_weight_decay=True"):
+        FactoredAdam([p], weight_decay=0.1).delegate_second_moment(p)
+    optimizer = FactoredAdam([p])
+    p.grad = torch.ones(40, 50)
+    optimizer.step()
+    with pytest.raises(ValueError, match="before the first step"):
+        optimizer.delegate_second_moment(p)
+
+
+def test_an_optimizer_without_a_second_moment_has_none_to_give():
+    p = nn.Parameter(torch.ones(100, 50))
+    assert SketchMomentum([p], momentum=0.9).delegate_second_moment(p) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoints_and_copies_know_that_it_is_elsewhere(kind):
+    p, optimizer, _ = delegated(kind, (40, 50))
+    assert set(optimizer.state[p]) == {"step"}
+    other, fresh, _ = delegated(kind, (40, 50))
+    fresh.load_state_dict(optimizer.state_dict())
+    assert set(fresh.state[other]) == {"step"}
+    own = KINDS[kind]([nn.Parameter(torch.zeros(40, 50))])
+    with pytest.raises(ValueError, match="the checkpoint keeps"):
+        own.load_state_dict(optimizer.state_dict())
+    copied = copy.deepcopy(optimizer)
+    (q,) = copied.param_groups[0]["params"]
+    q.grad = torch.ones(40, 50)
+    copied.step()
+    assert (q == -copied.param_groups[0]["lr"]).all()
