@@ -113,16 +113,22 @@ class Exchange:
         with self.stats.timed("compensate"):
             self.statistics.observe(name, grad_N, scale, num_parts)
             if self.compression.preconditioning == "early":
-                root_N = self.statistics.root(name)
-                if root_N is not None:
-                    grad_N = grad_N.float() if scale is None else grad_N * scale
-                    grad_N, scale = divide(grad_N, root_N), None
+                grad_N, scale = self._divide_early(name, grad_N, scale), None
             is_whole = not self._bucket_of[name].is_sparse
             largest = self.compensation.accumulate(
                 name, grad_N, scale=scale, is_sent_whole=is_whole
             )
-            before = self._largest.get(name)
-            self._largest[name] = largest if before is None else torch.maximum(before, largest)
+            self._note_largest(name, largest)
+
+    def _divide_early(self, name: str, grad_N: Tensor, scale: Tensor | None) -> Tensor:
+        grad_N = grad_N.float() if scale is None else grad_N * scale
+        self._note_largest(name, grad_N.abs().amax().view(1))  # a quotient can hide an infinity
+        root_N = self.statistics.root(name)
+        return grad_N if root_N is None else divide(grad_N, root_N)
+
+    def _note_largest(self, name: str, largest: Tensor) -> None:
+        before = self._largest.get(name)
+        self._largest[name] = largest if before is None else torch.maximum(before, largest)
 
     def close(self, name: str) -> None:
         """Take no more gradients of a tensor in this step; start what can now be sent."""

@@ -114,7 +114,7 @@ class Statistics:
 
 def divide(values: Tensor, root: Tensor) -> Tensor:
     """Return values / root; 0 where root is 0, since no gradient has been there."""
-    return torch.where(root > 0, values / root, torch.zeros_like(values))
+    return torch.where(root == 0, torch.zeros_like(values), values / root)
 
 
 def _shapes(state: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, tuple[int, ...]]]:

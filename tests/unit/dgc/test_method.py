@@ -1,0 +1,349 @@
+"""Preconditioning, selection and residuals together: the method, against its definition."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dgc import Compression, DistributedOptimizer
+from dgc.local import run_local
+from kernels import buffers
+from optim import Adam, FactoredAdam, SketchMomentum
+from tests.tolerances import assert_close
+from tests.unit.dgc.method import (
+    CHOICES,
+    NO_FIRST,
+    OPTIMIZERS,
+    assert_equal,
+    combinations,
+    run_jobs,
+)
+
+DEFAULTS = {key: values[0] for key, values in CHOICES.items()}
+N, M = 30, 40
+
+
+def label(combination):
+    name, choice = combination
+    unusual = [f"{k}={v}" for k, v in choice.items() if v != DEFAULTS[k]]
+    return "-".join([name.replace(", ", "+"), *unusual]).replace(" ", "_")
+
+
+@pytest.mark.parametrize("combination", list(combinations()), ids=label)
+def test_replicas_stay_equal_to_the_bit_in_every_combination(combination):
+    def work(job):
+        for _ in range(4):
+            job.step()
+        state = job.state()
+        return state["parameters"], state["optimizer"]
+
+    first, *others = run_jobs(3, *combination, work)
+    for parameter in first[0].values():
+        assert torch.isfinite(parameter).all()
+    for other in others:
+        assert_equal(first, other)
+
+
+def one_tensor(optimizer_of, compression, grads_of, num_steps, world_size=1, **settings):
+    """Give one (N, M) weight, from 0, each worker's gradients; return what the work left."""
+
+    def work(comm):
+        weight = nn.Parameter(torch.zeros(N, M))
+        optimizer = DistributedOptimizer(
+            optimizer_of([weight]), [("w", weight)], comm=comm, compression=compression, **settings
+        )
+        for step in range(num_steps):
+            weight.backward(grads_of(comm.rank, step))
+            optimizer.step()
+            optimizer.zero_grad()
+        return weight.detach(), optimizer
+
+    return run_local(world_size, work)
+
+
+def random_grads(rank, step):
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    return torch.randn(N, M, generator=generator) * torch.rand(N, 1, generator=generator)
+
+
+def test_late_factored_is_the_designs_listing():
+    """Three workers, ten steps, against loops over the definition in float64."""
+    beta2, lr, eps, density, workers = 0.9, 0.1, 1e-8, 0.01, 3
+    compression = Compression(density=density, sample_ratio=1.0, min_numel=1)
+    results = one_tensor(
+        lambda p: FactoredAdam(p, lr=lr, betas=(0.0, beta2), eps=eps, min_compressed_numel=0),
+        compression, random_grads, 10, workers,
+    )  # fmt: skip
+    weight = torch.zeros(N, M, dtype=torch.float64)
+    state = [[torch.zeros(N, M).double(), torch.zeros(N).double(), torch.zeros(M).double()]
+             for _ in range(workers)]  # fmt: skip
+    for t in range(1, 11):
+        total = torch.zeros_like(weight)
+        for rank, (v, r, c) in enumerate(state):
+            g = random_grads(rank, t - 1).double()
+            v += g
+            r.mul_(beta2).add_((1 - beta2) * g.square().mean(1))
+            c.mul_(beta2).add_((1 - beta2) * g.square().mean(0))
+            root = (r[:, None] * c / (r.mean() * (1 - beta2**t))).sqrt() + eps
+            chosen = v.abs().view(-1).topk(math.ceil(density * N * M)).indices
+            total.view(-1)[chosen] += (v / root).view(-1)[chosen]
+            v.view(-1)[chosen] = 0
+        weight -= lr * total / workers
+    for mine, _ in results:
+        assert_close(mine, weight.float())
+    for (_, optimizer), (v, _, _) in zip(results, state, strict=True):
+        assert_close(optimizer.compensation.residual["w"].view(N, M), v.float())
+
+
+def test_density_one_late_is_adam_itself_with_one_worker():
+    (late,) = one_tensor(
+        lambda p: Adam(p, lr=0.1, betas=NO_FIRST),
+        Compression(density=1.0, min_numel=1), random_grads, 8,
+    )  # fmt: skip
+    weight = nn.Parameter(torch.zeros(N, M))
+    own = Adam([weight], lr=0.1, betas=NO_FIRST)
+    for step in range(8):
+        weight.grad = random_grads(0, step)
+        own.step()
+    assert_close(late[0], weight.detach())
+
+
+@pytest.mark.parametrize("name", ["factored", "cover", "sketch", "full"])
+def test_sharing_makes_the_statistics_of_all_workers_the_mean(name):
+    shared = Compression(density=0.01, min_numel=1, share_statistics=math.inf)
+    alone = Compression(density=0.01, min_numel=1)
+    states = [
+        [o.worker_state_dict()["statistics"]["w"] for _, o in
+         one_tensor(OPTIMIZERS[name], how, random_grads, 1, world_size=3)]
+        for how in (shared, alone)
+    ]  # fmt: skip
+    for part, tensor in states[0][0].items():
+        assert all(torch.equal(tensor, other[part]) for other in states[0])
+        mean = torch.stack([other[part].double() for other in states[1]]).mean(0)
+        torch.testing.assert_close(tensor.double(), mean, rtol=1e-5, atol=1e-9)
+
+
+def test_one_worker_shares_with_itself_and_divides_as_if_alone():
+    """What leaves divided and what is divided on arrival are the same numbers."""
+    settings = {"density": 0.01, "min_numel": 1}
+    one, other = (
+        one_tensor(OPTIMIZERS["factored"], how, random_grads, 10)[0][0]
+        for how in (Compression(**settings), Compression(**settings, share_statistics=math.inf))
+    )
+    assert torch.equal(one, other)
+
+
+def test_statistics_are_shared_only_where_they_are_few_bytes():
+    """30 + 40 floats are 280 bytes; 12 entries of 8 bytes are 96, so from 3 times them on."""
+    for ratio, is_shared in ((0.0, False), (2.9, False), (3.0, True), (math.inf, True)):
+        compression = Compression(density=0.01, min_numel=1, share_statistics=ratio)
+        ((_, optimizer),) = one_tensor(OPTIMIZERS["factored"], compression, random_grads, 1)
+        assert bool(optimizer._exchange.statistics.shared) == is_shared
+        message = 16 + 8 + optimizer.stats.num_selected * 8  # header, count, entries
+        extra = 4 * 70 if is_shared else 0
+        assert 0 <= optimizer.stats.sparse_bytes - message - extra < 16  # padding
+
+
+def test_selection_by_preconditioned_magnitude_picks_other_entries():
+    """Rows of tiny gradients are sent by it, and not by raw magnitude."""
+    rows = torch.logspace(-4, 0, N)[:, None]
+
+    def grads(rank, step):
+        return torch.randn(N, M, generator=torch.Generator().manual_seed(step)) * rows
+
+    sent = {}
+    for by in ("raw", "preconditioned"):
+        compression = Compression(density=0.02, min_numel=1, select_by=by, sample_ratio=1.0)
+        ((weight, _),) = one_tensor(OPTIMIZERS["full"], compression, grads, 3)
+        sent[by] = (weight != 0).any(1)
+    assert not sent["raw"][: N // 2].any()
+    assert sent["preconditioned"][: N // 2].any()
+
+
+def test_early_preconditions_what_is_accumulated():
+    compression = Compression(density=0.01, min_numel=1, preconditioning="early")
+    ((_, optimizer),) = one_tensor(OPTIMIZERS["full"], compression, random_grads, 1)
+    left = optimizer.compensation.residual["w"]
+    grad = random_grads(0, 0).view(-1)[left != 0]
+    assert_close(left[left != 0], grad / (grad.abs() + 1e-8))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_sent_and_left_are_what_was_added(dtype):
+    """Exactly in float32, whose sums of small integers are exact; else in the mean over seeds."""
+
+    def grads(rank, step):
+        generator = torch.Generator().manual_seed(step)
+        grad = torch.randint(-50, 51, (N, M), generator=generator).float()
+        return grad if dtype == "float32" else grad * 1.01  # so that bfloat16 must round
+
+    added = sum(grads(0, step) for step in range(6))
+    errors = []
+    for seed in range(1 if dtype == "float32" else 400):
+        compression = Compression(density=0.01, min_numel=1, residual_dtype=dtype)
+        ((weight, optimizer),) = one_tensor(
+            lambda p: torch.optim.SGD(p, lr=1.0), compression, grads, 6, seed=seed
+        )
+        left = buffers.decode(optimizer.compensation.residual["w"]).view(N, M)
+        errors.append(left - weight - added)
+    if dtype == "float32":
+        assert (errors[0] == 0).all()
+        return
+    # Six roundings of at most half a step each in the mean of squares, of values below 300.
+    step = 300 / 127 if dtype == "int8" else 2.0
+    error = torch.stack(errors)
+    assert error.std(0).max() > 0
+    bound = 5 * step * math.sqrt(6) / 2 / math.sqrt(len(errors))
+    assert error.mean(0).abs().max() < bound
+
+
+def test_what_float16_loses_stays_in_the_residuals_units():
+    compression = Compression(density=0.01, min_numel=1, value_dtype="float16", sample_ratio=1.0)
+    ((weight, optimizer),) = one_tensor(OPTIMIZERS["full"], compression, random_grads, 1)
+    sent = weight / -0.01
+    root = optimizer._exchange.statistics.root("w").view(N, M)
+    left = optimizer.compensation.residual["w"].view(N, M)
+    chosen = weight != 0
+    assert_close((sent * root + left)[chosen], random_grads(0, 0)[chosen])
+    assert (left[chosen].abs() < random_grads(0, 0)[chosen].abs() * 2**-10).all()
+
+
+def test_micro_batches_of_one_worker_are_workers_that_share():
+    """One worker with four micro-batches, and four that share statistics: the same training."""
+
+    def grads(rank, step):
+        return random_grads(rank, step)
+
+    def four_parts(comm):
+        weight = nn.Parameter(torch.zeros(N, M))
+        optimizer = DistributedOptimizer(
+            OPTIMIZERS["factored"]([weight]), [("w", weight)], comm=comm,
+            compression=Compression(density=1.0, min_numel=1), micro_batches_per_step=4,
+        )  # fmt: skip
+        for step in range(5):
+            for part in range(4):
+                weight.backward(grads(part, step) / 4)
+            optimizer.step()
+            optimizer.zero_grad()
+        return weight.detach()
+
+    shared = Compression(density=1.0, min_numel=1, share_statistics=math.inf)
+    workers = one_tensor(OPTIMIZERS["factored"], shared, grads, 5, world_size=4)
+    assert_close(run_local(1, four_parts)[0], workers[0][0])
+
+
+def test_a_gradients_memory_is_given_up_at_each_micro_batch():
+    def work(comm):
+        weight = nn.Parameter(torch.zeros(N, M))
+        DistributedOptimizer(
+            OPTIMIZERS["factored"]([weight]), [("w", weight)], comm=comm,
+            compression=Compression(density=0.01, min_numel=1), micro_batches_per_step=2,
+        )  # fmt: skip
+        weight.backward(torch.ones(N, M))
+        return weight.grad
+
+    assert run_local(1, work) == [None]
+
+
+@pytest.mark.parametrize("name", ["factored", "sgd"])
+def test_weight_decay_reaches_what_does_not_arrive(name):
+    def decayed(params):
+        if name == "sgd":
+            return torch.optim.SGD(params, lr=0.1, weight_decay=0.5)
+        return FactoredAdam(
+            params, lr=0.1, betas=NO_FIRST, weight_decay=0.5, decoupled_weight_decay=True
+        )
+
+    def work(comm):
+        weight = nn.Parameter(torch.ones(N, M))
+        optimizer = DistributedOptimizer(
+            decayed([weight]), [("w", weight)], comm=comm,
+            compression=Compression(density=0.01, min_numel=1),
+        )  # fmt: skip
+        for _ in range(3):
+            (weight.view(-1)[5] * 0.0).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return weight.detach()
+
+    assert_close(run_local(1, work)[0], torch.full((N, M), 0.95**3))
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "complaint"),
+    [
+        (OPTIMIZERS["factored, first moment"], {"momentum": 0.9}, "averaged twice"),
+        (OPTIMIZERS["torch adam"], {"momentum": 0.9}, "averaged twice"),
+        (lambda p: SketchMomentum(p, momentum=0.9), {"momentum": 0.9}, "averaged twice"),
+        (OPTIMIZERS["torch adam"], {"preconditioning": "late"}, "AdamW has no second moment"),
+        (OPTIMIZERS["sgd"], {"preconditioning": "early"}, "SGD has no second moment"),
+        (OPTIMIZERS["sgd"], {"share_statistics": 1.0}, "share_statistics is 1.0"),
+        (OPTIMIZERS["factored"],
+         {"preconditioning": "after", "select_by": "preconditioned"}, "select_by is"),
+        (lambda p: FactoredAdam(p, weight_decay=0.1), {}, "decoupled_weight_decay=True"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused_with_the_reason(make, settings, complaint):
+    def work(comm):
+        weight = nn.Parameter(torch.zeros(N, M))
+        DistributedOptimizer(
+            make([weight]), [("w", weight)], comm=comm, compression=Compression(**settings)
+        )
+
+    with pytest.raises(ValueError, match=complaint):
+        run_local(2, work)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("bfloat16", 2.1), ("int8", 1.15)])
+def test_kept_bytes_a_parameter(dtype, most):
+    """Everything that lives after a step beside the parameters, of 2.1 million of them."""
+
+    def work(comm):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(4000, 256), nn.Linear(256, 4000), nn.LSTM(4, 60))
+        inner = FactoredAdam(model.parameters(), betas=NO_FIRST)
+        optimizer = DistributedOptimizer(
+            inner, model.named_parameters(), comm=comm,
+            compression=Compression(density=0.001, residual_dtype=dtype),
+        )  # fmt: skip
+        for _ in range(2):
+            words = torch.randint(4000, (20,))
+            model[1](model[0](words)).square().mean().backward()
+            model[2](torch.randn(3, 4))[0].mean().backward()
+            optimizer.step()
+        kept = [p.grad for p in model.parameters() if p.grad is not None]
+        kept += [t for state in inner.state.values() for t in state.values()]
+        count = sum(p.numel() for p in model.parameters())
+        total = sum(t.nbytes for t in kept) + sum(optimizer.worker_state_bytes().values())
+        return count, total / count
+
+    count, each = run_local(1, work)[0]
+    assert count > 2_000_000
+    assert each <= most
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16])
+def test_autocast_gradients_are_taken_as_they_come(autocast):
+    def work(comm):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 5))
+        optimizer = DistributedOptimizer(
+            OPTIMIZERS["factored"](model.parameters()), model.named_parameters(), comm=comm,
+            compression=Compression(density=0.02, min_numel=100, residual_dtype="int8"),
+        )  # fmt: skip
+        losses = []
+        for step in range(80):
+            generator = torch.Generator().manual_seed(2 * step + comm.rank)
+            inputs = torch.randn(32, 40, generator=generator)
+            with torch.autocast("cpu", dtype=autocast):
+                loss = nn.functional.cross_entropy(model(inputs), inputs[:, :5].argmax(1))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses, nn.utils.parameters_to_vector(model.parameters())
+
+    (losses, one), (_, other) = run_local(2, work)
+    assert torch.equal(one, other)
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
