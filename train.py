@@ -32,6 +32,7 @@ from engine import report
 from engine.checkpoint import CheckpointError
 from engine.loop import Trainer
 from engine.meters import AccuracyMeter
+from engine.precision import make_grad_scaler
 from engine.sampling import make_eval_loader, make_train_loader
 from engine.schedules import LearningRate
 from engine.state import RunState, polyak
@@ -157,6 +158,7 @@ def build_trainer(
     averaged = None
     if train.polyak_decay is not None:  # copied here, before the model's parameters have hooks
         averaged = AveragedModel(model, multi_avg_fn=polyak(train.polyak_decay))
+    grad_scaler = make_grad_scaler(train.precision, device)
     groups = parameter_groups(model, train.weight_decay_on_batch_norm)
     optimizer = build_part(
         "configs.train.optimizer",
@@ -168,6 +170,7 @@ def build_trainer(
         micro_batches_per_step=train.micro_batches_per_step,
         bucket_bytes=int(train.bucket_mib * 2**20),
         seed=run.seed,
+        grad_scaler=grad_scaler,
     )
     steps_per_epoch = len(train_loader) // train.micro_batches_per_step
     workers = comm.world_size * train.micro_batches_per_step
@@ -184,7 +187,7 @@ def build_trainer(
     )
 
     train_sums = AccuracyMeter(train.top_k, device)
-    state = RunState(model, optimizer, learning_rate, train_sums, device, averaged)
+    state = RunState(model, optimizer, learning_rate, train_sums, device, averaged, grad_scaler)
     return Trainer(
         run,
         state,

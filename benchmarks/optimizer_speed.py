@@ -158,12 +158,12 @@ def peak_bytes(name: str, options: argparse.Namespace, each: Contender | None = 
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak until now
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     each.step()
-    return max(0, _resident("VmHWM") - before)
+    return max(0, resident("VmHWM") - before)
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     text = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", text)[1])
 

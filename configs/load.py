@@ -27,6 +27,15 @@ from configs.schema import Run, default_run
 _PREFIX = "configs"
 # A run goes on the same if these change: where data lies, who loads it, how often state is saved.
 _HARMLESS = ("configs.data.num_workers_per_rank", "configs.dataset.root", "configs.checkpoint.")
+# What a run did before there was the setting, where that is not None: older checkpoints lack it.
+_BEFORE = {
+    "configs.train.precision": "float32",
+    "configs.dgc.residual_dtype": "float32",
+    "configs.dgc.velocity_dtype": "float32",
+    "configs.dgc.select_by": "raw",
+    "configs.dgc.share_statistics": 0.0,
+    "configs.dgc.clip_scope": "global",
+}
 
 
 class ConfigError(Exception):
@@ -88,7 +97,7 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         # None is also what a setting was before there was such a setting.
         return {
             path: value
-            for path, value in flat.items()
+            for path, value in (_BEFORE | dict(flat)).items()
             if value is not None and not path.startswith(_HARMLESS)
         }
 

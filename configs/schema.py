@@ -59,6 +59,9 @@ class Train:
     """Gradients are accumulated over this many; the global batch is
     batch_size_per_rank * micro_batches_per_step * world_size."""
     eval_batch_size_per_rank: int = 256
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of forward and loss, by torch.autocast; parameters stay in float32. float16 scales the loss,
+    and skips a step where it overflows. Evaluation likewise."""
     loss: Callable[..., torch.nn.Module] = torch.nn.CrossEntropyLoss
     scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None
     """Any torch scheduler, as fdl.Partial; it starts when the warm-up ends. A length that it asks
@@ -90,6 +93,10 @@ class Train:
             batch_size_per_rank=(self.batch_size_per_rank >= 1, "1 or more"),
             eval_batch_size_per_rank=(self.eval_batch_size_per_rank >= 1, "1 or more"),
             micro_batches_per_step=(self.micro_batches_per_step >= 1, "1 or more"),
+            precision=(
+                self.precision in ("float32", "bfloat16", "float16"),
+                "float32, bfloat16, float16",
+            ),
             schedule_lr_per=(self.schedule_lr_per in ("epoch", "step"), "epoch, step"),
             polyak_decay=(
                 self.polyak_decay is None or 0 <= self.polyak_decay < 1,

@@ -32,6 +32,8 @@ class StepStats(Protocol):
     payload_bytes: int
     num_selected: int
     num_selectable: int
+    skipped: str | None
+    """Why the step was undone on all ranks; None: it was not."""
     seconds: Mapping[str, float]
 
 

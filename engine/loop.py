@@ -20,6 +20,7 @@ from engine import report
 from engine.checkpoint import CheckpointError, CheckpointFolder
 from engine.interfaces import Comm
 from engine.meters import AccuracyMeter, add_seconds, timed
+from engine.precision import autocast
 from engine.sampling import EpochSampler, seed_all
 from engine.state import RunState
 
@@ -76,8 +77,8 @@ class Trainer:
         with torch.no_grad():
             for inputs, labels in self.test_loader:
                 inputs, labels = inputs.to(device), labels.to(device)
-                logits = model(inputs)
-                meter.add(logits, labels, self.loss(logits, labels))
+                logits, loss = self._forward(model, inputs, labels)
+                meter.add(logits, labels, loss)
         model.train()
         return meter.reduce(self.comm, "test")
 
@@ -140,25 +141,33 @@ class Trainer:
             mininterval=0.5 if sys.stderr.isatty() else 10,  # each refresh is a line in a log
         )
 
+    def _forward(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with autocast(self.run.train.precision, self.state.device):
+            logits = model(inputs)
+            return logits, self.loss(logits, labels)
+
     def _train_step(self, batches: Iterator[Any]) -> Tensor:
         """One step of one or more micro-batches; return the last one's mean loss."""
         state, seconds = self.state, self.state.progress.phase_seconds
         micro_batches = self.run.train.micro_batches_per_step
+        before = state.before_step()
         for _ in range(micro_batches):
             with timed(seconds, "data"):
                 inputs, labels = next(batches)
                 inputs = inputs.to(state.device, non_blocking=True)
                 labels = labels.to(state.device, non_blocking=True)
             with timed(seconds, "forward"):
-                logits = state.model(inputs)
-                loss = self.loss(logits, labels)
+                logits, loss = self._forward(state.model, inputs, labels)
             with timed(seconds, "backward"):
-                (loss / micro_batches).backward()
+                state.grad_scaler.scale(loss / micro_batches).backward()
             with torch.no_grad():
                 state.train_sums.add(logits, labels, loss)
         with timed(seconds, "step"):
-            state.optimizer.step()
-            if state.averaged is not None:
+            state.grad_scaler.step(state.optimizer)
+            state.grad_scaler.update()
+            if state.optimizer.stats.skipped:
+                state.undo_forward(before)
+            elif state.averaged is not None:
                 state.averaged.update_parameters(state.model)
         state.optimizer.zero_grad()
         return loss.detach()
@@ -170,23 +179,27 @@ class Trainer:
         progress.step_in_epoch += 1
         progress.examples += samples
         progress.payload_bytes += stats.payload_bytes
+        progress.skipped_steps += stats.skipped is not None
         for phase, part in {**stats.seconds, "total": seconds}.items():
             add_seconds(progress.phase_seconds, phase, part)
 
     def _report_step(self, loss: Tensor, seconds: float) -> None:
         if self.comm.rank != 0:
             return  # reading the loss waits for the GPU
-        stats = self.state.optimizer.stats
+        stats, progress = self.state.optimizer.stats, self.state.progress
         values = {
-            "loss/train": loss.item(),
             "lr": self.state.optimizer.param_groups[0]["lr"],
             "comm/density_asked": self.density,
             "comm/payload_bytes": stats.payload_bytes,
             "time/step_seconds": seconds,
         }
+        if stats.skipped:
+            values["train/skipped_steps"] = progress.skipped_steps
+        else:
+            values["loss/train"] = loss.item()
         if stats.num_selectable:
             values["comm/density_got"] = stats.num_selected / stats.num_selectable
-        self.reporter.scalars(values, self.state.progress.examples)
+        self.reporter.scalars(values, progress.examples)
 
     def _saves_here(self) -> bool:
         every, progress = self.run.checkpoint.every_steps, self.state.progress
@@ -250,6 +263,7 @@ class Trainer:
             f"(1/{state.dense_bytes_per_step / max(1, payload):.0f} of dense), "
             f"{progress.phase_seconds['total'] / progress.step:.3f} s a step, "
             f"parameters {parameter_hash[:8]}"
+            + (f"; {progress.skipped_steps} steps undone so far" if progress.skipped_steps else "")
         )
 
     def _save(self, *, is_best: bool) -> None:

@@ -28,7 +28,7 @@ class AccuracyMeter:
         self.sums += torch.stack(
             [
                 torch.as_tensor(num_samples, device=self.sums.device),
-                mean_loss * num_samples,
+                mean_loss.float() * num_samples,
                 *counts,
             ]
         ).double()

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from engine import report
@@ -45,6 +46,8 @@ class Progress:
     """Over all ranks."""
     payload_bytes: int = 0
     """Sent by this rank so far."""
+    skipped_steps: int = 0
+    """Of `step`: those undone on all ranks, as a gradient was infinite or NaN."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     """Of this rank, by phase, the phases within others counted twice; see seconds_per_step."""
     peak_memory_bytes: int = 0
@@ -85,7 +88,21 @@ class RunState:
     device: torch.device
     averaged: AveragedModel | None = None
     """The Polyak average of the parameters, which is evaluated if there is one."""
+    grad_scaler: GradScaler = field(default_factory=lambda: GradScaler("cpu", enabled=False))
+    """The scale of float16's loss; does nothing unless it is enabled."""
     progress: Progress = field(default_factory=Progress)
+
+    def before_step(self) -> list[Tensor]:
+        """Return copies of what forward passes change: model buffers and the sums of the meter."""
+        return [tensor.clone() for tensor in self._changed_by_forward()]
+
+    def undo_forward(self, before: list[Tensor]) -> None:
+        """Put back what `before_step` returned; the optimizer has undone the rest of the step."""
+        for tensor, old in zip(self._changed_by_forward(), before, strict=True):
+            tensor.copy_(old)
+
+    def _changed_by_forward(self) -> list[Tensor]:
+        return [*self.model.buffers(), self.train_sums.sums]
 
     def evaluated(self) -> nn.Module:
         """Return the model to evaluate; an average has the buffers of the model as they are now."""
@@ -104,6 +121,7 @@ class RunState:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "learning_rate": self.learning_rate.state_dict(),
+            "grad_scaler": self.grad_scaler.state_dict(),
             "progress": asdict(self.progress) | {"phase_seconds": {}},
         }
 
@@ -128,6 +146,8 @@ class RunState:
         self.restore_model(shared)
         self.optimizer.load_state_dict(shared["optimizer"])
         self.learning_rate.load_state_dict(shared["learning_rate"])
+        if self.grad_scaler.is_enabled():
+            self.grad_scaler.load_state_dict(shared["grad_scaler"])
         self.progress = Progress(**shared["progress"])
         self.progress.payload_bytes = worker["payload_bytes"]
         self.progress.phase_seconds = dict(worker["phase_seconds"])
@@ -186,6 +206,7 @@ class RunState:
             "metrics": progress.metrics,
             "epochs": progress.epoch,
             "steps": progress.step,
+            "skipped_steps": progress.skipped_steps,
             "world_size": world_size,
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
             "payload_bytes_per_step": progress.payload_bytes / progress.step,

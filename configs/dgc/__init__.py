@@ -10,4 +10,5 @@ from dgc import Compression
 
 
 def configure(run: fdl.Config[Run]) -> None:
-    run.dgc = fdl.Config(Compression, density=0.001)
+    if run.dgc is None:  # configs/optim/parsimony.py may have come first
+        run.dgc = fdl.Config(Compression, density=0.001)

@@ -1,6 +1,7 @@
 """Run by test_ranks.py on real ranks: Horovod's collectives and the exchange over them."""
 
 import copy
+import math
 import sys
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from dgc import Compression, DistributedOptimizer
 from dgc.comm import horovod_job
 from dgc.local import run_local
+from optim import FactoredAdam, SketchAdam
 
 NUM_STEPS, BATCH = 8, 16
 
@@ -34,22 +36,40 @@ def check_collectives(comm):
         assert comm.broadcast_object(value) == expected
 
 
-def train(comm, model, compression, world_size):
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def factored(parameters):
+    return FactoredAdam(parameters, lr=0.01, betas=(0.0, 0.999), min_compressed_numel=100)
+
+
+def sketched(parameters):
+    return SketchAdam(parameters, lr=0.01, betas=(0.0, 0.999), min_compressed_numel=100)
+
+
+def train(comm, model, make_optimizer, compression, world_size):
+    """Train; in the third step one rank has a gradient that is not a number."""
     model = copy.deepcopy(model)
     optimizer = DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
+        make_optimizer(model.parameters()),
         model.named_parameters(),
         comm=comm,
         compression=compression,
         bucket_bytes=20_000,
     )
     generator = torch.Generator().manual_seed(3)
-    for _ in range(NUM_STEPS):
+    for step in range(NUM_STEPS):
         inputs = torch.randn(world_size * BATCH, 40, generator=generator)
         labels = inputs[:, :10].argmax(1)
         mine = slice(comm.rank * BATCH, (comm.rank + 1) * BATCH)
-        nn.functional.cross_entropy(model(inputs[mine]), labels[mine]).backward()
+        loss = nn.functional.cross_entropy(model(inputs[mine]), labels[mine])
+        is_bad = step == 2 and comm.rank == world_size - 1
+        (loss * float("nan") if is_bad else loss).backward()
+        before = nn.utils.parameters_to_vector(model.parameters()).detach()
         optimizer.step()
+        after = nn.utils.parameters_to_vector(model.parameters()).detach()
+        assert bool(optimizer.stats.skipped) == (step == 2) == torch.equal(before, after)
         optimizer.zero_grad()
     return nn.utils.parameters_to_vector(model.parameters()).detach()
 
@@ -58,16 +78,22 @@ def check_training(comm):
     """Real ranks agree to the bit with each other, and two also with simulated workers."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 300), nn.ReLU(), nn.Linear(300, 10))
-    for compression in (
-        None,
-        Compression(density=0.02, min_numel=100),
-        Compression(density=0.02, min_numel=100, value_dtype="float16", clip_norm=1.0),
+    sparse = {"density": 0.02, "min_numel": 100}
+    for make, compression in (
+        (sgd, None),
+        (sgd, Compression(**sparse)),
+        (sgd, Compression(**sparse, value_dtype="float16", clip_norm=1.0, velocity_dtype="int8")),
+        (factored, Compression(**sparse, residual_dtype="bfloat16")),
+        (factored, Compression(**sparse, residual_dtype="int8", share_statistics=math.inf)),
+        (sketched, Compression(**sparse, preconditioning="early", momentum=0.5)),
+        (factored, Compression(**sparse, preconditioning="after")),
     ):
-        vector = train(comm, model, compression, comm.world_size)
+        vector = train(comm, model, make, compression, comm.world_size)
         for other in comm.all_gather_object(vector):
             assert torch.equal(other, vector), "replicas differ"
         simulated = run_local(
-            comm.world_size, lambda c, s=compression: train(c, model, s, c.world_size)
+            comm.world_size,
+            lambda c, m=make, s=compression: train(c, model, m, s, c.world_size),
         )[comm.rank]
         if comm.world_size == 2:  # a + b is b + a: no order to choose
             assert torch.equal(vector, simulated), "differs from the simulation"

@@ -1,0 +1,12 @@
+"""Entries are ranked by residual / root of the second moment, not by residual.
+
+Needs an optimizer of configs/optim that keeps a second moment, other than adam.py.
+"""
+
+import fiddle as fdl
+
+from configs.schema import Run
+
+
+def configure(run: fdl.Config[Run]) -> None:
+    run.dgc.select_by = "preconditioned"

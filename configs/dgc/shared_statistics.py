@@ -1,0 +1,12 @@
+"""Second moments are averaged over workers where they are no larger than the entries sent.
+
+Needs an optimizer of configs/optim that keeps a second moment, other than adam.py.
+"""
+
+import fiddle as fdl
+
+from configs.schema import Run
+
+
+def configure(run: fdl.Config[Run]) -> None:
+    run.dgc.share_statistics = 1.0

@@ -1,0 +1,20 @@
+"""The method that this project recommends: sends 1/1000 of the gradient, keeps 2 bytes a parameter.
+
+Entries leave a residual in bfloat16, divided by factored second moments of this worker's gradients.
+"""
+
+import fiddle as fdl
+
+from configs.schema import Run
+from dgc import Compression
+from optim import FactoredAdam
+
+
+def configure(run: fdl.Config[Run]) -> None:
+    run.train.optimizer = fdl.Partial(
+        FactoredAdam, lr=3e-3, betas=(0.0, 0.999), decoupled_weight_decay=True
+    )
+    if run.dgc is None:
+        run.dgc = fdl.Config(Compression, density=0.001)
+    run.dgc.residual_dtype = "bfloat16"
+    run.dgc.clip_scope = "tensor"
