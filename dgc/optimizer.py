@@ -7,7 +7,6 @@ when some gradient is infinite or NaN. Holds the inner optimizer; makes no class
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,8 +21,10 @@ from dgc.checks import at_least_one, check_optimizer, check_same_everywhere, mat
 from dgc.comm import Comm
 from dgc.compensate import Compensation
 from dgc.compression import Compression
-from dgc.exchange import Exchange, StepStats
+from dgc.exchange import Exchange
 from dgc.roles import delegate_statistics, make_specs, resolve, take_over_momentum
+from dgc.scaling import Scaling
+from dgc.stats import StepStats
 
 DENSE = Compression(density=1.0, momentum_correction=False, preconditioning="after")
 MAX_SKIPPED_IN_A_ROW = 100
@@ -98,8 +99,10 @@ class DistributedOptimizer(Optimizer):
         self._num_skipped_in_a_row = 0
         self._is_synchronized = False
         self._elements: apply.Elements = {}
-        self._scaler = grad_scaler if grad_scaler and grad_scaler.is_enabled() else None
-        self._unscale: float | None = None
+        self._scaling = Scaling(
+            self.compression, grad_scaler, world_size=comm.world_size,
+            num_tensors=len(self._named), micro_batches=micro_batches_per_step,
+        )  # fmt: skip
         momentum, nesterov = take_over_momentum(optimizer, self.compression)
         compensation = Compensation(
             momentum, nesterov, self.compression.mask_velocity,
@@ -194,7 +197,7 @@ class DistributedOptimizer(Optimizer):
         """
         if self._is_synchronized:
             return
-        if self._clips_globally:
+        if self._scaling.clips_globally:
             self._take_all()
         for name in self._exchange.open_names():
             self._exchange.close(name)
@@ -203,7 +206,7 @@ class DistributedOptimizer(Optimizer):
         if update is not None:
             self._elements = apply.hand_over(self.inner, self._named, update)
         self._num_backward = dict.fromkeys(self._named, 0)
-        self._unscale = None
+        self._scaling.end_step()
         self._is_synchronized = True
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -222,7 +225,8 @@ class DistributedOptimizer(Optimizer):
                 "would act twice; set momentum_correction=False, or leave the momentum alone"
             )
         self._check_all_exchanged()
-        self._tell_scaler()
+        device = next(iter(self._named.values())).device
+        self._scaling.tell_scaler(self, self.stats.skipped is not None, device)
         if self.stats.skipped:
             self._note_skipped()
             return loss
@@ -242,15 +246,6 @@ class DistributedOptimizer(Optimizer):
             )
         if self.comm.rank == 0:
             _log.warning("step undone on all ranks: %s", reason)
-
-    def _tell_scaler(self) -> None:
-        """Let GradScaler.update know whether any rank had an infinity, so that all scale alike."""
-        if self._scaler is None:
-            return
-        device = next(iter(self._named.values())).device
-        found = self._scaler._found_inf_per_device(self)
-        found.clear()
-        found[device] = torch.full((), float(self.stats.skipped is not None), device=device)
 
     def _check_all_exchanged(self) -> None:
         """Refuse gradients that this rank would apply alone."""
@@ -277,8 +272,8 @@ class DistributedOptimizer(Optimizer):
                     f"{name} got a gradient {count} times without a step(); "
                     f"micro_batches_per_step is {parts}"
                 )
-            if not self._clips_globally:
-                self._take(name, self._scale_of(parameter.grad), parts)
+            if not self._scaling.clips_globally:
+                self._take(name, self._scaling.of_tensor(parameter.grad), parts)
                 if count == parts:
                     self._exchange.close(name)
 
@@ -293,39 +288,7 @@ class DistributedOptimizer(Optimizer):
     def _take_all(self) -> None:
         """Hand over all gradients, clipped by their joint norm."""
         with_grad = {name: p.grad for name, p in self._named.items() if p.grad is not None}
-        if not with_grad:
-            return
-        device = next(iter(self._named.values())).device
-        norms = [torch.linalg.vector_norm(grad.float()).to(device) for grad in with_grad.values()]
-        scale = self._clip_scale(torch.linalg.vector_norm(torch.stack(norms)), 1)
-        for name, grad in with_grad.items():
-            self._take(name, scale.to(grad.device), 1)
-
-    def _scale_of(self, grad: Tensor) -> Tensor | None:
-        """Return (1,) what to multiply one tensor's gradient with, or None for 1."""
-        if self.compression.clip_norm is not None:
-            num_parts = len(self._named) * self.micro_batches_per_step
-            norm = torch.linalg.vector_norm(grad.float()) * self.micro_batches_per_step
-            return self._clip_scale(norm, num_parts)
-        unscale = self._unscale_factor()
-        return None if unscale == 1 else torch.full((1,), unscale, device=grad.device)
-
-    def _unscale_factor(self) -> float:
-        """Return 1 / the loss scale, read once a step."""
-        if self._scaler is None:
-            return 1.0
-        if self._unscale is None:
-            self._unscale = 1.0 / self._scaler.get_scale()
-        return self._unscale
-
-    @property
-    def _clips_globally(self) -> bool:
-        return self.compression.clip_norm is not None and self.compression.clip_scope == "global"
-
-    def _clip_scale(self, norm: Tensor, num_parts: int) -> Tensor:
-        """Return (1,): 1 / loss scale, and so much less that a gradient of this norm, which is one
-        of world_size * num_parts, is within its share of the bound (see Compression)."""
-        unscale = self._unscale_factor()
-        threshold = self.compression.clip_norm / math.sqrt(self.comm.world_size * num_parts)
-        tiny = torch.finfo(torch.float32).tiny
-        return ((threshold / (norm * unscale).clamp(min=tiny)).clamp(max=1) * unscale).view(1)
+        if with_grad:
+            scale = self._scaling.of_all(list(with_grad.values()))
+            for name, grad in with_grad.items():
+                self._take(name, scale.to(grad.device), 1)

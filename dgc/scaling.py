@@ -1,0 +1,79 @@
+"""What a gradient is multiplied with before anything else: clipping, and one over the loss scale.
+
+Source: Lin et al. 2018 (arXiv:1712.01887), local gradient clipping: each worker clips its own
+gradient, before accumulation, at its share of the bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from dgc.compression import Compression
+
+
+class Scaling:
+    """One rank's factors; see Compression.clip_norm and clip_scope for the shares."""
+
+    def __init__(
+        self,
+        compression: Compression,
+        scaler: GradScaler | None,
+        *,
+        world_size: int,
+        num_tensors: int,
+        micro_batches: int,
+    ) -> None:
+        self._clip_norm, self._scope = compression.clip_norm, compression.clip_scope
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._world_size, self._micro_batches = world_size, micro_batches
+        self._num_tensors = num_tensors
+        self._unscale: float | None = None
+
+    @property
+    def clips_globally(self) -> bool:
+        return self._clip_norm is not None and self._scope == "global"
+
+    def of_tensor(self, grad: Tensor) -> Tensor | None:
+        """Return (1,) what to multiply one tensor's gradient with; None for 1."""
+        if self._clip_norm is not None:
+            norm = torch.linalg.vector_norm(grad.float()) * self._micro_batches
+            return self._clip(norm, self._num_tensors * self._micro_batches)
+        unscale = self._unscale_factor()
+        return None if unscale == 1 else torch.full((1,), unscale, device=grad.device)
+
+    def of_all(self, grads: Sequence[Tensor]) -> Tensor:
+        """Return (1,) what to multiply all gradients with, by their joint norm."""
+        norms = [torch.linalg.vector_norm(grad.float()).to(grads[0].device) for grad in grads]
+        return self._clip(torch.linalg.vector_norm(torch.stack(norms)), 1)
+
+    def end_step(self) -> None:
+        self._unscale = None
+
+    def tell_scaler(self, optimizer: Optimizer, is_skipped: bool, device: torch.device) -> None:
+        """Let GradScaler.update know whether any rank had an infinity, so that all scale alike."""
+        if self._scaler is not None:
+            found = self._scaler._found_inf_per_device(optimizer)
+            found.clear()
+            found[device] = torch.full((), float(is_skipped), device=device)
+
+    def _unscale_factor(self) -> float:
+        """Return 1 / the loss scale, read once a step."""
+        if self._scaler is None:
+            return 1.0
+        if self._unscale is None:
+            self._unscale = 1.0 / self._scaler.get_scale()
+        return self._unscale
+
+    def _clip(self, norm: Tensor, num_parts: int) -> Tensor:
+        """Return (1,): 1 / loss scale, and so much less that a gradient of this norm, which is one
+        of world_size * num_parts, is within its share of the bound."""
+        unscale = self._unscale_factor()
+        threshold = self._clip_norm / math.sqrt(self._world_size * num_parts)
+        tiny = torch.finfo(torch.float32).tiny
+        return ((threshold / (norm * unscale).clamp(min=tiny)).clamp(max=1) * unscale).view(1)
