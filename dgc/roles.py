@@ -23,7 +23,7 @@ def resolve(compression: Compression, optimizer: Optimizer) -> Compression:
     Raises: ValueError for settings that this optimizer cannot follow.
     """
     where, name = compression.preconditioning, type(optimizer).__name__
-    can_delegate = hasattr(optimizer, "delegate_second_moment")
+    can_delegate = getattr(optimizer, "has_second_moment", False)
     if where in ("late", "early") and not can_delegate:
         raise ValueError(
             f"preconditioning is {where!r}, but {name} has no second moment that it could hand "

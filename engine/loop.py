@@ -263,7 +263,7 @@ class Trainer:
             f"(1/{state.dense_bytes_per_step / max(1, payload):.0f} of dense), "
             f"{progress.phase_seconds['total'] / progress.step:.3f} s a step, "
             f"parameters {parameter_hash[:8]}"
-            + (f"; {progress.skipped_steps} steps undone so far" if progress.skipped_steps else "")
+            + (f"; steps undone so far: {progress.skipped_steps}" if progress.skipped_steps else "")
         )
 
     def _save(self, *, is_best: bool) -> None:

@@ -153,6 +153,10 @@ class MomentOptimizer(Optimizer):
 
     # ---- the second moment, elsewhere ------------------------------------------------------------
 
+    @property
+    def has_second_moment(self) -> bool:
+        return any(self._second(group) is not None for group in self.param_groups)
+
     def delegate_second_moment(self, p: Tensor) -> Preconditioner | None:
         """Give up p's second moment: what arrives for p from now on is already divided by its root.
 

@@ -16,7 +16,7 @@ optimizer = DistributedOptimizer(
     comm=HorovodComm(), compression=Compression(density=0.01, residual_dtype="bfloat16"),
 )  # fmt: skip
 losses = []
-for step in range(200):
+for _ in range(200):
     inputs = torch.randn(32, 40)
     optimizer.zero_grad()
     loss = nn.functional.cross_entropy(model(inputs), inputs[:, :10].argmax(1))

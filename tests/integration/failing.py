@@ -8,6 +8,10 @@ from configs.schema import Run
 from workloads.datasets import digits
 
 
+def my_rank() -> str:
+    return os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["HOROVOD_RANK"]
+
+
 class _Failing:
     def __init__(self, dataset, after: int) -> None:
         self._dataset, self._left = dataset, after
@@ -17,8 +21,7 @@ class _Failing:
 
     def __getitem__(self, index: int):
         self._left -= 1
-        rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["HOROVOD_RANK"]
-        if self._left < 0 and rank == "1":
+        if self._left < 0 and my_rank() == "1":
             raise OSError(f"sample {index} cannot be read")
         return self._dataset[index]
 

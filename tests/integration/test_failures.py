@@ -1,5 +1,6 @@
 """What happens when a rank fails, is killed, or was started differently: never a hang."""
 
+import math
 import os
 import random
 import re
@@ -8,7 +9,9 @@ import sys
 import time
 
 import pytest
+import torch
 
+from benchmarks.tables import read_scalars
 from tests import jobs
 from tests.integration.conftest import SPARSE, Runs
 
@@ -22,6 +25,25 @@ def test_an_exception_on_one_rank_ends_the_job_with_its_message(runs, launcher):
     assert outcome.status != 0
     assert "rank 1 failed and ends the job" in outcome.output
     assert "cannot be read" in outcome.output
+
+
+@pytest.mark.parametrize("launcher", ["horovodrun", "horovodrun --gloo"])
+def test_a_nan_on_one_rank_costs_one_step_and_is_told_once(runs, launcher):
+    configs = [*SPARSE, "tests/integration/spoiling.py"]
+    settings = {"train__num_epochs": 2, "data__samples_per_epoch": 512}
+    outcome = runs.run(configs=configs, launcher=launcher, **settings)
+    assert outcome.status == 0, outcome.output[-5000:]
+    assert outcome.output.count("step undone on all ranks: the gradient of") == 1
+    assert outcome.output.count("steps undone so far: 1") == 2  # in both epochs' lines
+    result = runs.result()
+    assert (result["steps"], result["skipped_steps"]) == (16, 1)
+    assert all(math.isfinite(v) for m in result["metrics"].values() for v in m.values())
+    for part in (runs.folder() / "checkpoints").glob("*.rank-*.pt"):
+        buffers = torch.load(part, weights_only=True)["buffers"]
+        assert all(buffer.isfinite().all() for buffer in buffers.values())
+    events = read_scalars(runs.folder())
+    assert [value for _, value in events["train/skipped_steps"]] == [1]
+    assert len(events["loss/train"]) == 15
 
 
 @pytest.mark.parametrize("launcher", jobs.LAUNCHERS)

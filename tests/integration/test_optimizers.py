@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tests.integration.conftest import SHORT, SPARSE
+from tests.integration.conftest import DIGITS, SHORT, SPARSE
 
 pytestmark = pytest.mark.integration
 SETTINGS = {name.replace(".", "__"): value for name, value in SHORT.items()} | {
@@ -17,12 +17,8 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("names", METHODS.values(), ids=METHODS)
-def test_a_killed_run_with_small_state_resumes_to_the_same_bits(runs, tmp_path, names):
-    configs = [*SPARSE, *(f"configs/optim/{name}.py" for name in names)]
-    settings = dict(SETTINGS)
-    if "warmup_cooldown" in names:
-        del settings["train__lr_warmup_epochs"]
+def straight_and_killed(runs, tmp_path, configs, settings):
+    """Run undisturbed, and killed after step 14 and taken up; return the figures of both."""
     straight = runs.run(configs=configs, runs="straight", **settings)
     assert straight.status == 0, straight.output[-5000:]
 
@@ -38,7 +34,51 @@ def test_a_killed_run_with_small_state_resumes_to_the_same_bits(runs, tmp_path, 
     one, other = runs.result("straight"), runs.result()
     assert one["parameter_hash"] == other["parameter_hash"]
     assert one["metrics"] == other["metrics"]  # of the average, where there is one
+    assert one["skipped_steps"] == other["skipped_steps"]
+    return one
+
+
+@pytest.mark.parametrize("names", METHODS.values(), ids=METHODS)
+def test_a_killed_run_with_small_state_resumes_to_the_same_bits(runs, tmp_path, names):
+    configs = [*SPARSE, *(f"configs/optim/{name}.py" for name in names)]
+    settings = dict(SETTINGS)
+    if "warmup_cooldown" in names:
+        del settings["train__lr_warmup_epochs"]
+    one = straight_and_killed(runs, tmp_path, configs, settings)
     assert one["metrics"]["loss/train"]["last"] < 2.25  # guessing: 2.3
     assert 0 < one["state_bytes"]["optimizer"] < 1.1 * one["state_bytes"]["parameters"]
     averaged = one["state_bytes"]["parameters"] if "warmup_cooldown" in names else 0
     assert one["state_bytes"]["averaged"] == averaged
+
+
+def test_the_recommended_method_learns_on_two_bytes_a_parameter(runs):
+    """The run compares its replicas after each epoch."""
+    configs = [*DIGITS, "configs/optim/parsimony.py"]
+    settings = {"train__num_epochs": 3, "train__lr_warmup_epochs": 1}
+    outcome = runs.run(configs=configs, launcher="horovodrun", **settings)
+    assert outcome.status == 0, outcome.output[-5000:]
+    result = runs.result()
+    kinds = dict(result["state_bytes"])
+    assert kinds["residual"] < 2 * result["num_parameters"]
+    kept = sum(kinds[kind] for kind in ("velocity", "residual", "statistics", "optimizer"))
+    assert kept / result["num_parameters"] < 2.6  # biases and small tensors keep 4 bytes
+    assert kinds["gradients"] == 0
+    assert result["metrics"]["acc/test_top1"]["last"] > 85
+    assert result["skipped_steps"] == 0
+    assert result["dense_bytes_per_step"] > 80 * result["payload_bytes_per_step"]
+
+
+def test_a_killed_run_in_float16_with_residuals_of_one_byte_resumes_to_the_same_bits(
+    runs, tmp_path
+):
+    small = ["tests/integration/perceptron.py", "configs/optim/parsimony.py"]
+    configs = [*DIGITS, *small, "configs/dgc/residual_8bit.py"]
+    settings = SETTINGS | {
+        "train__num_epochs": 12,  # steps are quick, and it is to be killed before the last
+        "train__precision": "float16",
+        "data__samples_per_epoch": 512,
+    }
+    one = straight_and_killed(runs, tmp_path, configs, settings)
+    assert one["config"]["configs.dgc.residual_dtype"] == "int8"
+    assert one["metrics"]["loss/train"]["last"] < 1
+    assert one["state_bytes"]["residual"] < 1.1 * one["num_parameters"]

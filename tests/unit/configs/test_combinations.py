@@ -51,3 +51,47 @@ def outcome(optim, dgc):
     run = load.build(load.compose(files, {}))
     one, other = run_local(2, lambda comm: train(run, comm))
     return one, other
+
+
+# optimizer of configs/optim -> files of configs/dgc that it refuses; all others it goes with.
+# adam is torch's, and warmup_cooldown keeps the model's SGD: they hand no second moment over.
+REFUSED = {
+    "adam": ["early", "select_preconditioned", "shared_statistics"],
+    "warmup_cooldown": ["early", "select_preconditioned", "shared_statistics"],
+    "sketch_momentum": ["early", "select_preconditioned", "shared_statistics"],
+}
+REASONS = {  # the setting, its value, why not, the remedy
+    "early": "preconditioning is 'early', .* no second moment .*; use an optimizer of optim",
+    "select_preconditioned": "select_by is 'preconditioned', .*: leave it at 'raw'",
+    "shared_statistics": "share_statistics is 1.0, .*: leave it at 0.0",
+}
+
+
+@pytest.mark.parametrize("optim", names("optim"))
+def test_replicas_stay_equal_with_every_compression_that_is_not_refused(optim):
+    for dgc in names("dgc"):
+        if dgc not in REFUSED.get(optim, []):
+            one, other = outcome(optim, dgc)
+            for mine, theirs, initial in zip(one, other, INITIAL.parameters(), strict=True):
+                assert torch.equal(mine, theirs), dgc
+                assert not torch.equal(mine, initial), dgc
+
+
+@pytest.mark.parametrize("optim, dgc", [(o, d) for o, names in REFUSED.items() for d in names])
+def test_what_is_refused_is_told_with_the_remedy(optim, dgc):
+    with pytest.raises(ValueError, match=REASONS[dgc]):
+        outcome(optim, dgc)
+
+
+@pytest.mark.parametrize("dgc", ["wm5", "fp16", "density_1_percent", "early"])
+def test_the_recommended_method_may_come_before_or_after_compressions_files(dgc):
+    parsimony, other = ROOT / "optim/parsimony.py", ROOT / f"dgc/{dgc}.py"
+    flat = load.flatten(load.compose([DIGITS, parsimony, other], {}))
+    assert load.flatten(load.compose([other, DIGITS, parsimony], {})) == flat
+    assert flat["configs.dgc.residual_dtype"] == "bfloat16"
+    assert flat["configs.dgc.clip_scope"] == "tensor"
+
+
+def test_the_last_residual_listed_counts():
+    files = [DIGITS, ROOT / "optim/parsimony.py", ROOT / "dgc/residual_8bit.py"]
+    assert load.build(load.compose(files, {})).dgc.residual_dtype == "int8"

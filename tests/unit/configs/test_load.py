@@ -96,6 +96,7 @@ def test_words_for_true_false_and_none():
         ({"train": "3"}, "configs.train is a group of settings; set one of: num_epochs"),
         ({"dgc.density": "0.01"}, "configs.dgc is None .*; list a file of configs/dgc/"),
         ({"train.schedule_lr_per": "week"}, r"allowed: Literal\['epoch', 'step'\]"),
+        ({"train.precision": "half"}, r"allowed: Literal\['float32', 'bfloat16', 'float16'\]"),
     ],
 )
 def test_a_wrong_setting_names_the_key_what_is_allowed_and_the_nearest(overrides, complaint):
@@ -176,3 +177,16 @@ def test_a_setting_that_came_later_and_is_off_is_no_change_of_the_run():
     now = {"configs.train.polyak_decay": None, "configs.seed": 42}
     assert load.changes({"configs.seed": 42}, now) == []
     assert load.changes({"configs.seed": 42}, {**now, "configs.train.polyak_decay": 0.9})
+
+
+def test_a_checkpoint_from_before_a_setting_goes_on_under_what_was_then_done():
+    now = load.flatten(load.compose([DIGITS, WM5], {}))
+    later = ("precision", "residual_dtype", "velocity_dtype", "preconditioning", "select_by",
+             "share_statistics", "clip_scope", ".momentum")  # fmt: skip
+    then = {path: value for path, value in now.items() if not path.endswith(later)}
+    then["configs.train.optimizer.momentum"] = now["configs.train.optimizer.momentum"]
+    assert load.changes(then, now) == []
+    assert load.changes(load.flatten(load.compose([DIGITS], {})), {**then, **now})
+    for path, value in (("configs.train.precision", "float16"), ("configs.dgc.select_by", "x")):
+        (line,) = load.changes(then, now | {path: value})
+        assert line == f"{path}: {now[path]!r} against {value!r}"

@@ -1,0 +1,138 @@
+"""The loop's own part in steps that are undone, in 16 bits too; compression has tests elsewhere."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import train
+from configs import load
+from dgc.local import run_local
+from engine.report import SilentReporter
+
+DIGITS = Path(__file__).parents[3] / "configs/digits/resnet20.py"
+SETTINGS = {"train.micro_batches_per_step": "2", "train.polyak_decay": "0.9"}
+NAN = float("nan")
+
+
+def make_model():
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10)
+    )
+
+
+def make_trainer(comm, folder, precision="float32"):
+    config = load.compose([DIGITS], {**SETTINGS, "train.precision": precision})
+    run = load.build(config)
+    run.model = make_model
+    flat = load.flatten(config)
+    device = torch.device("cpu")
+    return train.build_trainer(run, comm, device, folder, flat, SilentReporter())
+
+
+def batches(comm, *factors):
+    """One batch for each factor, which multiplies its images."""
+    generator = torch.Generator().manual_seed(comm.rank)
+    for factor in factors:
+        images = torch.randn(8, 1, 8, 8, generator=generator)
+        yield factor * images, torch.randint(10, (8,), generator=generator)
+
+
+def step(trainer, data):
+    trainer._train_step(data)
+    trainer._count_step(0.0)
+    trainer.state.learning_rate.step()
+
+
+def all_but_schedule(state):
+    """Copies of what a step that is undone must leave alone."""
+    parts = [state.model.state_dict(), state.averaged.state_dict(), state.train_sums.sums,
+             state.optimizer.state_dict()["state"]]  # fmt: skip
+    return copy.deepcopy(parts)
+
+
+def assert_equal(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("bad", [(NAN, 1.0), (1.0, NAN)], ids=["first", "last"])
+def test_a_nan_in_a_micro_batch_of_one_rank_leaves_no_trace_on_any(tmp_path, bad, precision):
+    def work(comm):
+        trainer = make_trainer(comm, tmp_path, precision)
+        state = trainer.state
+        step(trainer, batches(comm, 1.0, 1.0))
+        before, lr = all_but_schedule(state), state.optimizer.param_groups[0]["lr"]
+        step(trainer, batches(comm, *(bad if comm.rank == 1 else (1.0, 1.0))))
+        assert state.optimizer.stats.skipped
+        assert_equal(all_but_schedule(state), before)
+        assert state.optimizer.param_groups[0]["lr"] > lr  # the schedule goes by steps
+        step(trainer, batches(comm, 1.0, 1.0))
+        assert state.train_sums.sums.isfinite().all()
+        assert (state.progress.step, state.progress.skipped_steps) == (3, 1)
+        return list(state.averaged.parameters())
+
+    one, other = run_local(2, work)
+    assert_equal(one, other)
+
+
+def test_a_checkpoint_holds_the_count_and_the_loss_scale(tmp_path):
+    def work(comm):
+        trainer, fresh = (make_trainer(comm, tmp_path, "float16") for _ in range(2))
+        step(trainer, batches(comm, 1.0, 1.0))
+        step(trainer, batches(comm, NAN, 1.0))
+        fresh.state.restore(*copy.deepcopy((trainer.state.shared(), trainer.state.worker())))
+        assert fresh.state.progress.skipped_steps == 1
+        assert fresh.state.grad_scaler.state_dict() == trainer.state.grad_scaler.state_dict()
+        assert fresh.state.grad_scaler.get_scale() == 2.0**15
+        for each in (trainer, fresh):
+            step(each, batches(comm, 1.0, 2.0))
+        assert_equal(all_but_schedule(fresh.state), all_but_schedule(trainer.state))
+
+    run_local(2, work)
+
+
+def test_a_checkpoint_without_a_loss_scale_is_taken_up_in_float32(tmp_path):
+    def work(comm):
+        trainer = make_trainer(comm, tmp_path)
+        step(trainer, batches(comm, 1.0, 1.0))
+        shared = trainer.state.shared()
+        del shared["grad_scaler"], shared["progress"]["skipped_steps"]
+        trainer.state.restore(shared, trainer.state.worker())
+        return trainer.state.progress.skipped_steps
+
+    assert run_local(1, work) == [0]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_forward_runs_in_the_precision_asked_for_and_parameters_stay(tmp_path, precision):
+    def work(comm):
+        trainer = make_trainer(comm, tmp_path, precision)
+        inputs, labels = next(batches(comm, 1.0))
+        logits, loss = trainer._forward(trainer.state.model, inputs, labels)
+        assert logits.dtype == getattr(torch, precision)
+        assert loss.dtype == torch.float32
+        step(trainer, batches(comm, 1.0, 1.0))
+        assert {p.dtype for p in trainer.state.model.parameters()} == {torch.float32}
+        assert trainer.state.progress.skipped_steps == 0
+        assert trainer.evaluate()["loss/test"] < 10
+
+    run_local(1, work)
+
+
+def test_statistics_that_workers_keep_are_a_kind_of_state_of_their_own(tmp_path):
+    config = load.compose([DIGITS, DIGITS.parents[1] / "optim/parsimony.py"], {})
+
+    def work(comm):
+        trainer = train.build_trainer(
+            load.build(config), comm, torch.device("cpu"), tmp_path, {}, SilentReporter()
+        )
+        step(trainer, batches(comm, 1.0))
+        return trainer.state.state_bytes()
+
+    (kinds,) = run_local(1, work)
+    assert kinds["velocity"] == kinds["gradients"] == 0
+    assert kinds["statistics"] > 0
+    assert 1.9 < kinds["residual"] / (kinds["parameters"] / 4) < 2
