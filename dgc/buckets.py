@@ -19,16 +19,12 @@ DENSE_BYTES = 4  # an all-reduce is float32, whatever the parameters are
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor to exchange. `compressible`: it may be sent sparsely.
-
-    num_shared: float32 numbers of its statistic that go with it, to be averaged over ranks.
-    """
+    """One tensor to exchange. `compressible`: it may be sent sparsely."""
 
     name: str
     numel: int
     device: torch.device
     compressible: bool
-    num_shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,10 +39,6 @@ class Bucket:
     @property
     def is_sparse(self) -> bool:
         return self.codec is not None
-
-    @property
-    def num_shared(self) -> int:
-        return sum(spec.num_shared for spec in self.specs)
 
 
 def dense_is_cheaper(numel: int, k: int, entry_bytes: int, world_size: int) -> bool:
@@ -117,6 +109,5 @@ def _make_bucket(
     if not chosen:
         return Bucket(f"{name}.dense", tuple(specs))
     names, numels = tuple(spec.name for spec in specs), tuple(spec.numel for spec in specs)
-    dtypes = compression.value_dtype, compression.index_dtype
-    codec = Codec(names, numels, *dtypes, sum(spec.num_shared for spec in specs))
+    codec = Codec(names, numels, compression.value_dtype, compression.index_dtype)
     return Bucket(f"{name}.sparse", tuple(specs), codec, chosen)

@@ -6,7 +6,6 @@ Message, version 2, native byte order, every part starting at a multiple of 8 by
                finite, and it has no entries
     indices    K x int32 or int64: positions in each flattened tensor, ascending
     values     K x float16 or float32
-    extra      E x float32: statistics of the tensors, where workers share them
 `layout` is a checksum of the bucket's tensors and the two types, so that a message of another
 bucket or another configuration is refused. A gather joins the messages of all ranks end to end.
 Refuses: a message that is not whole, not ours, or that points outside its tensors.
@@ -35,22 +34,13 @@ class MessageError(ValueError):
 
 
 @dataclass(frozen=True)
-class Message:
-    """What one rank sent. grads: of each tensor, None if its gradient is not finite."""
-
-    grads: list[SparseGrad | None]
-    extra: Tensor
-
-
-@dataclass(frozen=True)
 class Codec:
-    """The coding of one bucket. names and numels: its tensors, in order; num_extra: E."""
+    """The coding of one bucket. names and numels: its tensors, in order."""
 
     names: tuple[str, ...]
     numels: tuple[int, ...]
     value_dtype: str = "float32"
     index_dtype: str = "int32"
-    num_extra: int = 0
 
     def __post_init__(self) -> None:
         largest = max(self.numels)
@@ -62,7 +52,7 @@ class Codec:
 
     @property
     def _layout(self) -> int:
-        text = repr((self.names, self.numels, self.value_dtype, self.index_dtype, self.num_extra))
+        text = repr((self.names, self.numels, self.value_dtype, self.index_dtype))
         return zlib.crc32(text.encode()) & 0x7FFFFFFF
 
     def round_values(self, values: Tensor) -> Tensor:
@@ -76,10 +66,10 @@ class Codec:
         limit = torch.finfo(dtype).max
         return values.clamp(-limit, limit).to(dtype).float()
 
-    def encode(self, grads: Sequence[SparseGrad | None], extra: Tensor | None = None) -> Tensor:
+    def encode(self, grads: Sequence[SparseGrad | None]) -> Tensor:
         """Write one message, uint8, a multiple of 8 bytes.
 
-        Args: grads: of each tensor; None if its gradient is not finite. extra: (E,) float32.
+        Args: grads: of each tensor; None if its gradient is not finite.
         """
         sent = [grad for grad in grads if grad is not None]
         device = sent[0].values.device if sent else torch.device("cpu")
@@ -94,19 +84,19 @@ class Codec:
         )
         message = torch.zeros(total, dtype=torch.uint8, device=device)
         offset = 0
-        extra = none.float() if extra is None else extra.to(device)
-        for part in (header.to(device), indices, values, extra):
+        for part in (header.to(device), indices, values):
             part_bytes = part.view(torch.uint8)
             message[offset : offset + part_bytes.numel()] = part_bytes
             offset += _padded(part_bytes.numel())
         return message
 
-    def decode(self, gathered: Tensor, world_size: int) -> list[Message]:
+    def decode(self, gathered: Tensor, world_size: int) -> list[list[SparseGrad | None]]:
         """Split joined messages into each rank's entries, values as float32.
 
+        A tensor whose gradient was not finite there is None.
         Raises: MessageError, saying what is wrong and where.
         """
-        ranks: list[Message] = []
+        ranks: list[list[SparseGrad | None]] = []
         offset = 0
         for rank in range(world_size):
             message = gathered[offset:]
@@ -122,7 +112,6 @@ class Codec:
             _padded(_HEADER_BYTES + 4 * len(self.names))
             + _padded(num_entries * INDEX_DTYPES[self.index_dtype].itemsize)
             + _padded(num_entries * VALUE_DTYPES[self.value_dtype].itemsize)
-            + _padded(4 * self.num_extra)
         )
 
     def _read_header(self, message: Tensor, where: str) -> tuple[int, list[int]]:
@@ -148,7 +137,9 @@ class Codec:
             raise MessageError(f"{where}: {message.numel()} bytes of {total}")
         return total, counts
 
-    def _read_entries(self, message: Tensor, counts: list[int], where: str) -> Message:
+    def _read_entries(
+        self, message: Tensor, counts: list[int], where: str
+    ) -> list[SparseGrad | None]:
         sizes = [max(0, count) for count in counts]
         num_entries = sum(sizes)
         index_dtype, value_dtype = INDEX_DTYPES[self.index_dtype], VALUE_DTYPES[self.value_dtype]
@@ -160,10 +151,7 @@ class Codec:
         grads = [SparseGrad(*part) for part in parts]
         if not all(_is_valid(grad) for grad in grads):
             raise MessageError(f"{where}: indices outside their tensor or not ascending")
-        start += _padded(num_entries * value_dtype.itemsize)
-        extra = _read(message, start, self.num_extra, torch.float32)
-        grads = [g if count >= 0 else None for g, count in zip(grads, counts, strict=True)]
-        return Message(grads, extra)
+        return [g if count >= 0 else None for g, count in zip(grads, counts, strict=True)]
 
 
 def _is_valid(grad: SparseGrad) -> bool:

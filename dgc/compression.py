@@ -48,8 +48,8 @@ class Compression:
     select_by: Literal["raw", "preconditioned"] = "raw"
     """Rank entries by the residual, or by the residual divided by the root of the second moment."""
     share_statistics: float = 0.0
-    """Average a tensor's second moment over workers where its bytes are at most this many times
-    those of the tensor's entries; it travels with them. 0: never; inf: always."""
+    """Average second moments over workers, each as often as adds no more than this part of the
+    bytes of its tensor's entries: 0.1 adds a tenth. 0: never; inf: in every step."""
     clip_norm: float | None = None
     """Bound of the gradient's 2-norm for the joined batch. Each of N workers clips its own at
     clip_norm / sqrt(N), before accumulation. None: no clipping."""

@@ -15,7 +15,6 @@ import torch
 from torch import Generator, Tensor
 
 from dgc.buckets import DENSE_BYTES, Bucket, TensorSpec, plan_buckets
-from dgc.codec import Message
 from dgc.comm import Comm, Handle
 from dgc.compensate import Compensation
 from dgc.compression import Compression
@@ -145,27 +144,23 @@ class Exchange:
         pairs = zip(bucket.specs, largest, strict=True)
         return {spec.name for spec, value in pairs if not value < limit}
 
-    def _is_divided_here(self, name: str) -> bool:
-        is_late = self.compression.preconditioning == "late"
-        return is_late and name not in self.statistics.shared
-
     def _start_dense(self, bucket: Bucket, overflown: set[str]) -> Handle:
         with self.stats.timed("pack"):
             parts = []
             for spec in bucket.specs:
                 values_N = self.compensation.drain(spec.name)
-                root_N = self._root_here(spec.name)
+                root_N = self._late_root(spec.name)
                 if spec.name in overflown:
                     values_N = torch.full_like(values_N, float("nan"))
                 parts.append(values_N if root_N is None else divide(values_N, root_N))
-            parts += [part for s in bucket.specs for part in self.statistics.pack_shared(s.name)]
             flat = torch.cat(parts)
             self.stats.dense_bytes += flat.numel() * DENSE_BYTES
         return self.comm.all_reduce_async(flat, f"{self._scope}.{bucket.name}")
 
-    def _root_here(self, name: str, indices_K: Tensor | None = None) -> Tensor | None:
-        """Return what this rank divides by before it sends; None if it does not."""
-        return self.statistics.root(name, indices_K) if self._is_divided_here(name) else None
+    def _late_root(self, name: str, indices_K: Tensor | None = None) -> Tensor | None:
+        """Return what entries are divided by before they leave; None if they are not."""
+        is_late = self.compression.preconditioning == "late"
+        return self.statistics.root(name, indices_K) if is_late else None
 
     def _start_sparse(self, bucket: Bucket, overflown: set[str]) -> Handle:
         with self.stats.timed("select"):
@@ -174,8 +169,7 @@ class Exchange:
                 for spec, plan in zip(bucket.specs, bucket.plans, strict=True)
             ]
         with self.stats.timed("pack"):
-            shared = [part for s in bucket.specs for part in self.statistics.pack_shared(s.name)]
-            message = bucket.codec.encode(grads, torch.cat(shared) if shared else None)
+            message = bucket.codec.encode(grads)
             self.stats.sparse_bytes += message.numel()
         message = message.to(bucket.specs[0].device)
         return self.comm.all_gather_async(message, f"{self._scope}.{bucket.name}")
@@ -189,7 +183,7 @@ class Exchange:
             ranked = residual if root_N is None else divide(buffers.decode(residual), root_N)
         indices_K = select_largest(ranked, plan, generator=self._generators[spec.device])
         values_K = buffers.take(residual, indices_K)
-        root_K = self._root_here(spec.name, indices_K)
+        root_K = self._late_root(spec.name, indices_K)
         divided_K = values_K if root_K is None else divide(values_K, root_K)
         sent_K = bucket.codec.round_values(divided_K)
         lost_K = None
@@ -206,12 +200,18 @@ class Exchange:
     def finish(self) -> Update | None:
         """Wait for the buckets in order and return what to apply; None if the step was undone."""
         update, bad = Update(), []
+        sharing = self._start_sharing()
         for bucket, handle in self._started:
             with self.stats.timed("wait"):
                 arrived = handle.wait()
             with self.stats.timed("merge"):
                 merge = self._merge_sparse if bucket.is_sparse else self._merge_dense
                 bad += merge(bucket, arrived, update)
+        if sharing is not None:
+            names, handle = sharing
+            mean = handle.wait().div_(self.comm.world_size)
+            if not bad:
+                self.statistics.unpack(names, mean)
         if bad:
             self.stats.skipped = ", ".join(bad)
         for part in (self.compensation, self.statistics):
@@ -222,54 +222,36 @@ class Exchange:
     def _merge_dense(self, bucket: Bucket, arrived: Tensor, update: Update) -> list[str]:
         mean = arrived.div_(self.comm.world_size)
         sizes = [spec.numel for spec in bucket.specs]
-        *means, shared = mean.split([*sizes, bucket.num_shared])
+        means = mean.split(sizes)
         if not torch.isfinite(mean).all():
             names = [spec.name for spec in bucket.specs]
             pairs = zip(names, means, strict=True)
             return [n for n, part in pairs if not torch.isfinite(part).all()] or names
-        self._unpack_shared(bucket, shared)
-        for spec, mean_N in zip(bucket.specs, means, strict=True):
-            root_N = self._root_of_arrived(spec.name)
-            update.dense[spec.name] = mean_N if root_N is None else divide(mean_N, root_N)
+        update.dense.update(zip((spec.name for spec in bucket.specs), means, strict=True))
         return []
 
     def _merge_sparse(self, bucket: Bucket, arrived: Tensor, update: Update) -> list[str]:
         ranks = bucket.codec.decode(arrived, self.comm.world_size)
         bad = [
             f"{spec.name} (rank {rank})"
-            for rank, message in enumerate(ranks)
-            for spec, grad in zip(bucket.specs, message.grads, strict=True)
+            for rank, grads in enumerate(ranks)
+            for spec, grad in zip(bucket.specs, grads, strict=True)
             if grad is None
         ]
         if bad:
             return bad
-        self._unpack_shared(bucket, self._mean_of_extra(ranks))
-        for place, spec in enumerate(bucket.specs):
-            merged = merge_in_rank_order([message.grads[place] for message in ranks])
-            root_K = self._root_of_arrived(spec.name, merged.indices)
-            if root_K is not None:
-                merged = SparseGrad(divide(merged.values, root_K), merged.indices, merged.numel)
-            update.sparse[spec.name] = merged
+        for spec, *grads in zip(bucket.specs, *ranks, strict=True):
+            update.sparse[spec.name] = merge_in_rank_order(grads)
         return []
 
-    def _mean_of_extra(self, ranks: list[Message]) -> Tensor:
-        total = ranks[0].extra.clone()
-        for message in ranks[1:]:
-            total += message.extra
-        return total.div_(self.comm.world_size)
-
-    def _unpack_shared(self, bucket: Bucket, mean: Tensor) -> None:
-        parts = mean.split([spec.num_shared for spec in bucket.specs])
-        for spec, part in zip(bucket.specs, parts, strict=True):
-            if spec.num_shared:
-                self.statistics.unpack_shared(spec.name, part)
-
-    def _root_of_arrived(self, name: str, indices_K: Tensor | None = None) -> Tensor | None:
-        """Return what arrived entries must be divided by: of a statistic that all ranks share."""
-        is_late = self.compression.preconditioning == "late"
-        if is_late and name in self.statistics.shared:
-            return self.statistics.root(name, indices_K)
-        return None
+    def _start_sharing(self) -> tuple[list[str], Handle] | None:
+        """Start to average those statistics whose turn it is; return their names."""
+        names = self.statistics.due(self.compensation.num_steps)
+        if not names:
+            return None
+        flat = self.statistics.pack(names)
+        self.stats.dense_bytes += flat.nbytes
+        return names, self.comm.all_reduce_async(flat, f"{self._scope}.statistics")
 
     # ---- state -----------------------------------------------------------------------------------
 

@@ -176,7 +176,7 @@ class DistributedOptimizer(Optimizer):
         """Send this fraction of each tensor from the next step on. Between steps only."""
         if not 0 < density <= 1:
             raise ValueError(f"density is {density}; allowed: above 0 and at most 1")
-        specs = make_specs(self._named, self.compression, self._exchange.statistics)
+        specs = make_specs(self._named, self.compression)
         self._exchange.plan(specs, density, self._bucket_bytes)
         self.density = density
 

@@ -34,15 +34,17 @@ class Preconditioner(Protocol):
 class Statistics:
     """The statistics of this worker's tensors, by name; a tensor may have none.
 
-    shared: names of those that are averaged over workers in every step.
+    share_intervals: by name, after how many steps a statistic is averaged over workers again; one
+    that is not there never is. Each has its turn, so that few travel in one step.
     """
 
     def __init__(
         self,
         preconditioners: Mapping[str, Preconditioner] | None = None,
-        shared: Sequence[str] = (),
+        share_intervals: Mapping[str, int] | None = None,
     ) -> None:
-        self.preconditioners, self.shared = dict(preconditioners or {}), frozenset(shared)
+        self.preconditioners = dict(preconditioners or {})
+        self.share_intervals = dict(share_intervals or {})
         self._before: dict[str, dict[str, Tensor]] = {}
 
     def observe(self, name: str, grad_N: Tensor, scale: Tensor | None, num_parts: int) -> None:
@@ -60,25 +62,25 @@ class Statistics:
         preconditioner = self.preconditioners.get(name)
         return None if preconditioner is None else preconditioner.root(indices_K)
 
-    def num_shared(self, name: str) -> int:
-        """Return how many float32 numbers of a tensor's statistic travel."""
-        return sum(t.numel() for t in self._shared_tensors(name))
+    def due(self, step: int) -> list[str]:
+        """Return the names whose statistics are averaged over workers in a step, from 0."""
+        turns = enumerate(self.share_intervals.items())
+        return [name for turn, (name, every) in turns if (step + turn) % every == 0]
 
-    def pack_shared(self, name: str) -> list[Tensor]:
-        return [t.reshape(-1) for t in self._shared_tensors(name)]
+    def pack(self, names: Sequence[str]) -> Tensor:
+        """Return these statistics as one vector, to be averaged."""
+        return torch.cat([tensor.reshape(-1) for tensor in self._shared_tensors(names)])
 
-    def unpack_shared(self, name: str, mean: Tensor) -> None:
-        """Replace a tensor's shared statistic by the mean over workers, flat."""
-        tensors = self._shared_tensors(name)
-        parts = mean.split([t.numel() for t in tensors])
+    def unpack(self, names: Sequence[str], mean: Tensor) -> None:
+        """Replace these statistics by their means over workers."""
+        tensors = self._shared_tensors(names)
+        parts = mean.split([tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def _shared_tensors(self, name: str) -> list[Tensor]:
-        if name not in self.shared:
-            return []
-        preconditioner = self.preconditioners[name]
-        return [preconditioner.tensors[part] for part in preconditioner.shared_names]
+    def _shared_tensors(self, names: Sequence[str]) -> list[Tensor]:
+        chosen = [self.preconditioners[name] for name in names]
+        return [p.tensors[part] for p in chosen for part in p.shared_names]
 
     def commit(self) -> None:
         """Make the step's changes final."""

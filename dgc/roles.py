@@ -86,31 +86,26 @@ def delegate_statistics(
             preconditioner = optimizer.delegate_second_moment(parameter)
             if preconditioner is not None:
                 found[name] = preconditioner
-    shared = [
-        name
-        for name, preconditioner in found.items()
-        if _shared_bytes(preconditioner) <= _most_shared_bytes(named[name], compression)
-    ]
-    return Statistics(found, shared)
+    intervals: dict[str, int] = {}
+    if compression.share_statistics:
+        for name, preconditioner in found.items():
+            intervals[name] = _share_interval(preconditioner, named[name], compression)
+    return Statistics(found, intervals)
 
 
-def make_specs(
-    named: Mapping[str, Tensor], compression: Compression, statistics: Statistics
-) -> list[TensorSpec]:
+def make_specs(named: Mapping[str, Tensor], compression: Compression) -> list[TensorSpec]:
     """Describe the tensors in the order in which backward finishes them."""
     return [
-        TensorSpec(
-            name, p.numel(), p.device, is_compressible(p, compression), statistics.num_shared(name)
-        )
+        TensorSpec(name, p.numel(), p.device, is_compressible(p, compression))
         for name, p in reversed(named.items())
     ]
 
 
-def _shared_bytes(preconditioner: Preconditioner) -> int:
-    return sum(preconditioner.tensors[name].nbytes for name in preconditioner.shared_names)
-
-
-def _most_shared_bytes(parameter: Tensor, compression: Compression) -> float:
-    entries = math.ceil(parameter.numel() * compression.density)
-    ratio = compression.share_statistics
-    return ratio * entries * compression.entry_bytes if ratio else -1.0
+def _share_interval(
+    preconditioner: Preconditioner, parameter: Tensor, compression: Compression
+) -> int:
+    """Return after how many steps sharing adds no more than it may to the bytes of the entries."""
+    num_bytes = sum(preconditioner.tensors[name].nbytes for name in preconditioner.shared_names)
+    num_entries = math.ceil(parameter.numel() * compression.density)
+    allowed = compression.share_statistics * num_entries * compression.entry_bytes
+    return max(1, math.ceil(num_bytes / allowed))

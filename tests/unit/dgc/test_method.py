@@ -124,8 +124,7 @@ def test_sharing_makes_the_statistics_of_all_workers_the_mean(name):
         torch.testing.assert_close(tensor.double(), mean, rtol=1e-5, atol=1e-9)
 
 
-def test_one_worker_shares_with_itself_and_divides_as_if_alone():
-    """What leaves divided and what is divided on arrival are the same numbers."""
+def test_one_worker_shares_with_itself():
     settings = {"density": 0.01, "min_numel": 1}
     one, other = (
         one_tensor(OPTIMIZERS["factored"], how, random_grads, 10)[0][0]
@@ -134,15 +133,29 @@ def test_one_worker_shares_with_itself_and_divides_as_if_alone():
     assert torch.equal(one, other)
 
 
-def test_statistics_are_shared_only_where_they_are_few_bytes():
-    """30 + 40 floats are 280 bytes; 12 entries of 8 bytes are 96, so from 3 times them on."""
-    for ratio, is_shared in ((0.0, False), (2.9, False), (3.0, True), (math.inf, True)):
-        compression = Compression(density=0.01, min_numel=1, share_statistics=ratio)
-        ((_, optimizer),) = one_tensor(OPTIMIZERS["factored"], compression, random_grads, 1)
-        assert bool(optimizer._exchange.statistics.shared) == is_shared
-        message = 16 + 8 + optimizer.stats.num_selected * 8  # header, count, entries
-        extra = 4 * 70 if is_shared else 0
-        assert 0 <= optimizer.stats.sparse_bytes - message - extra < 16  # padding
+@pytest.mark.parametrize(("ratio", "every"), [(math.inf, 1), (1.0, 3), (0.3, 10), (0.0, 10**9)])
+def test_statistics_are_shared_as_often_as_their_bytes_allow(ratio, every):
+    """30 + 40 floats are 280 bytes; 12 entries of 8 bytes are 96."""
+    compression = Compression(density=0.01, min_numel=1, share_statistics=ratio)
+
+    def work(comm):
+        weight = nn.Parameter(torch.zeros(N, M))
+        optimizer = DistributedOptimizer(
+            OPTIMIZERS["factored"]([weight]), [("w", weight)], comm=comm, compression=compression
+        )
+        rows, sent = [], []
+        for step in range(21):
+            weight.backward(random_grads(comm.rank, step))
+            optimizer.step()
+            optimizer.zero_grad()
+            rows.append(optimizer.worker_state_dict()["statistics"]["w"]["exp_avg_sq_row"].clone())
+            sent.append(optimizer.stats.dense_bytes)
+        return rows, sent
+
+    (first, sent), (second, _) = run_local(2, work)
+    is_due = [ratio > 0 and step % every == 0 for step in range(21)]
+    assert [torch.equal(a, b) for a, b in zip(first, second, strict=True)] == is_due
+    assert sent == [4 * (N + M) if due else 0 for due in is_due]
 
 
 def test_selection_by_preconditioned_magnitude_picks_other_entries():
@@ -209,28 +222,28 @@ def test_what_float16_loses_stays_in_the_residuals_units():
     assert (left[chosen].abs() < random_grads(0, 0)[chosen].abs() * 2**-10).all()
 
 
-def test_micro_batches_of_one_worker_are_workers_that_share():
-    """One worker with four micro-batches, and four that share statistics: the same training."""
-
-    def grads(rank, step):
-        return random_grads(rank, step)
+def test_micro_batches_add_their_gradients_and_average_their_squares():
+    """Four micro-batches a step: the sum is sent, divided by the root of the mean of squares."""
 
     def four_parts(comm):
         weight = nn.Parameter(torch.zeros(N, M))
         optimizer = DistributedOptimizer(
-            OPTIMIZERS["factored"]([weight]), [("w", weight)], comm=comm,
+            Adam([weight], lr=0.1, betas=(0.0, 0.9)), [("w", weight)], comm=comm,
             compression=Compression(density=1.0, min_numel=1), micro_batches_per_step=4,
         )  # fmt: skip
         for step in range(5):
             for part in range(4):
-                weight.backward(grads(part, step) / 4)
+                weight.backward(random_grads(part, step) / 4)
             optimizer.step()
             optimizer.zero_grad()
         return weight.detach()
 
-    shared = Compression(density=1.0, min_numel=1, share_statistics=math.inf)
-    workers = one_tensor(OPTIMIZERS["factored"], shared, grads, 5, world_size=4)
-    assert_close(run_local(1, four_parts)[0], workers[0][0])
+    weight, nu = torch.zeros(N, M).double(), torch.zeros(N, M).double()
+    for step in range(5):
+        grads = torch.stack([random_grads(part, step).double() for part in range(4)])
+        nu = 0.9 * nu + 0.1 * grads.square().mean(0)
+        weight -= 0.1 * grads.mean(0) / ((nu / (1 - 0.9 ** (step + 1))).sqrt() + 1e-8)
+    assert_close(run_local(1, four_parts)[0], weight.float())
 
 
 def test_a_gradients_memory_is_given_up_at_each_micro_batch():
