@@ -94,7 +94,8 @@ METHODS: dict[str, Method] = {
 }
 ABLATIONS: dict[str, Method] = {
     "early factored": factored.but(preconditioning="early"),
-    "shared factored": factored.but(share_statistics=math.inf),
+    "late factored, shared": factored.but(share_statistics=0.5),
+    "late factored, shared in every step": factored.but(share_statistics=math.inf),
     "by preconditioned magnitude": factored.but(select_by="preconditioned"),
     "no density warm-up": factored.but(density_warmup_epochs=0),
     "global clip": factored.but(clip_scope="global"),
