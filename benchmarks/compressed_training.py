@@ -41,30 +41,42 @@ NUM_CHECKS = 8
 def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(options.jobs, use_one_thread) as pool:
-
-        def run_all(plan: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            return pool.starmap(run_once, [(s, options.data, options.out) for s in plan], 1)
-
-        first, *more = options.seeds
-        tuning = run_all(
-            [
-                settings_of(options, method, density, lr, first)
-                for method, density in variants(options)
-                for lr in options.rates or ALL[method].rates[options.task]
-            ]
-        )
-        best = {key: best_rate(key, tuning) for key in variants(options)}
-        repeats = run_all(
-            [settings_of(options, *key, best[key], seed) for key in best for seed in more]
-        )
-        rows = [summarize(key, best[key], tuning, repeats) for key in best]
+    results = finished(options) if options.report else run_all(options)
+    found = {(r["settings"]["method"], r["settings"]["density"]) for r in results}
+    rows = [summarize(key, options.seeds[0], results) for key in variants(options) if key in found]
     tables.print_table(rows, COLUMNS)
     tables.write_json(rows, options.json)
     if options.picture:
         draw(rows, options.picture)
+
+
+def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run every rate with the first seed, then the best rate with the others."""
+    first, *more = options.seeds
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(options.jobs, use_one_thread) as pool:
+
+        def run(plan: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            return pool.starmap(run_once, [(s, options.data, options.out) for s in plan], 1)
+
+        results = run(
+            [
+                settings_of(options, *key, lr, first)
+                for key in variants(options)
+                for lr in options.rates or ALL[key[0]].rates[options.task]
+            ]
+        )
+        best = {key: best_rate(key, first, results) for key in variants(options)}
+        return results + run(
+            [settings_of(options, *key, best[key], seed) for key in best for seed in more]
+        )
+
+
+def finished(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the runs in --out that are of this task, number of workers and of steps."""
+    results = [json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))]
+    wanted = {"task": options.task, "workers": options.workers, "steps": options.steps}
+    return [r for r in results if wanted.items() <= r["settings"].items()]
 
 
 def parse() -> argparse.Namespace:
@@ -80,6 +92,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="instead of the task's own number")
     parser.add_argument("--out", type=Path, default=Path("/tmp/compressed_runs"))
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread a worker")
+    parser.add_argument("--report", action="store_true",
+                        help="tell of the runs that are in --out, and run none")  # fmt: skip
     parser.add_argument("--picture", type=Path, help="draw the curves here")
     return parser.parse_args()
 
@@ -197,11 +211,12 @@ def state_bytes(optimizer: DistributedOptimizer, model: nn.Module) -> dict[str, 
     }
 
 
-def best_rate(key: tuple[str, float], results: list[dict[str, Any]]) -> float:
+def best_rate(key: tuple[str, float], seed: int, results: list[dict[str, Any]]) -> float:
     best = None
     for result in runs_of(key, results):
-        if best is None or is_better(
-            result["quality_name"], result["validation"], best["validation"]
+        if result["settings"]["seed"] == seed and (
+            best is None
+            or is_better(result["quality_name"], result["validation"], best["validation"])
         ):
             best = result
     return best["settings"]["lr"]
@@ -211,11 +226,11 @@ def runs_of(key: tuple[str, float], results: list[dict[str, Any]]) -> list[dict[
     return [r for r in results if (r["settings"]["method"], r["settings"]["density"]) == key]
 
 
-def summarize(
-    key: tuple[str, float], lr: float, tuning: list[dict[str, Any]], repeats: list[dict[str, Any]]
-) -> dict[str, Any]:
+def summarize(key: tuple[str, float], seed: int, results: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a row: the mean over seeds at the best rate, and what was measured of it."""
-    runs = [r for r in runs_of(key, tuning) if r["settings"]["lr"] == lr] + runs_of(key, repeats)
+    lr = best_rate(key, seed, results)
+    every = sorted(runs_of(key, results), key=lambda r: r["settings"]["seed"])
+    runs = [r for r in every if r["settings"]["lr"] == lr]
     first = runs[0]
     return {
         "method": key[0],
@@ -224,7 +239,9 @@ def summarize(
         "qualities": [r["quality"] for r in runs],
         "quality_name": first["quality_name"],
         "lr": lr,
-        "quality_of_rate": {r["settings"]["lr"]: r["quality"] for r in runs_of(key, tuning)},
+        "quality_of_rate": {
+            r["settings"]["lr"]: r["quality"] for r in every if r["settings"]["seed"] == seed
+        },
         "state_bytes": first["state_bytes"],
         "payload_bytes": first["payload_bytes"],
         "num_parameters": first["num_parameters"],
