@@ -101,7 +101,7 @@ ABLATIONS: dict[str, Method] = {
     "global clip": factored.but(clip_scope="global"),
     "no clip": factored.but(clip_norm=None),
     "velocity 0.9": factored.but(momentum=0.9),
-    "momentum 0.9 on what arrives": Method(OURS["FactoredAdam"], _LATE),
+    "first moment 0.9, of what arrives": Method(OURS["FactoredAdam"], _LATE),
     "fp16 values": factored.but(value_dtype="float16"),
     "DGC-SGD, bf16 residual and velocity": Method(_sgd, _SGD).but(
         residual_dtype="bfloat16", velocity_dtype="bfloat16"

@@ -1,7 +1,8 @@
 """Hand what the ranks agreed on to the optimizer that is held: as entries, or as `p.grad`.
 
-An optimizer of `optim` takes entries. torch.optim.SGD without momentum needs nothing but them
-either, and they are applied for it. Any other finds their tensor, zeros included, in `p.grad`.
+An optimizer of `optim` without a first moment takes entries. torch.optim.SGD without momentum needs
+nothing but them either, and they are applied for it. Any other finds the whole tensor, zeros
+included, in `p.grad`: a first moment moves parameters also where nothing arrives.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dgc.sparsify import SparseGrad
 from kernels import ops
 from kernels.operands import PARAMETER_DTYPES
 
+_LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 Elements = dict[Tensor, tuple[Tensor, Tensor]]
 
 
@@ -31,6 +33,7 @@ def hand_over(optimizer: Optimizer, named: Mapping[str, Tensor], update: Update)
         parameter = named[name]
         if _takes_elements(optimizer, parameter):
             elements[parameter] = (mean.indices, mean.values)
+            parameter.grad = None  # of an earlier step, if it was not set to none
         else:
             _put_grad(parameter, _densify(mean))
     return elements
@@ -38,7 +41,7 @@ def hand_over(optimizer: Optimizer, named: Mapping[str, Tensor], update: Update)
 
 def step(optimizer: Optimizer, elements: Elements) -> None:
     """Step the optimizer on the `p.grad`s that are there and on the elements."""
-    if "elements" in inspect.signature(optimizer.step).parameters:
+    if takes_elements(optimizer):
         optimizer.step(elements=elements)
         return
     with torch.no_grad():
@@ -49,9 +52,14 @@ def step(optimizer: Optimizer, elements: Elements) -> None:
     optimizer.step()
 
 
+def takes_elements(optimizer: Optimizer) -> bool:
+    """Tell whether an optimizer is one of `optim`, whose step has that argument."""
+    return "elements" in inspect.signature(optimizer.step).parameters
+
+
 def _takes_elements(optimizer: Optimizer, parameter: Tensor) -> bool:
-    if "elements" in inspect.signature(optimizer.step).parameters:
-        return True
+    if takes_elements(optimizer):
+        return not optimizer.has_first_moment
     if type(optimizer) is not SGD or parameter.dtype not in PARAMETER_DTYPES:
         return False
     return not any(group["momentum"] for group in optimizer.param_groups)
@@ -73,6 +81,8 @@ def _step_sgd(
 
 
 def _put_grad(parameter: Tensor, mean_N: Tensor) -> None:
+    if parameter.dtype == torch.float16:
+        mean_N = mean_N.clamp(-_LARGEST_FLOAT16, _LARGEST_FLOAT16)
     parameter.grad = mean_N.view_as(parameter).to(parameter.dtype)
 
 

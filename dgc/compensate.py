@@ -146,18 +146,30 @@ class Compensation:
         }
         return {**kinds, "num_steps": torch.tensor(self.num_steps)}
 
-    def load_state_dict(self, state: dict[str, Any], devices: Mapping[str, torch.device]) -> None:
+    def load_state_dict(
+        self,
+        state: dict[str, Any],
+        devices: Mapping[str, torch.device],
+        numels: Mapping[str, int],
+    ) -> None:
         """Take copies of what was saved, each on the device of its tensor.
 
-        Raises: ValueError, before anything changes, for a tensor that is not here, or is stored
-            otherwise here.
+        Raises: ValueError, before anything changes, for a tensor that is not here, or is of another
+            size or stored otherwise here.
         """
+        if state["velocity"] and not self.momentum:
+            raise ValueError("velocities were saved; allowed: none, as there is no momentum here")
         loaded: dict[str, dict[str, Buffer]] = {kind: {} for kind in _KINDS}
         for kind in _KINDS:
             for name, saved in state[kind].items():
                 if name not in devices:
                     raise ValueError(f"the saved {kind} is of {name}, which is no parameter here")
                 buffer = _from_state(saved, devices[name])
+                if buffers.numel(buffer) != numels[name]:
+                    raise ValueError(
+                        f"the {kind} of {name} was saved with {buffers.numel(buffer)} elements; "
+                        f"allowed: {numels[name]}"
+                    )
                 if buffers.dtype_of(buffer) != self.dtypes[kind]:
                     raise ValueError(
                         f"the {kind} of {name} was saved as {buffers.dtype_of(buffer)}; allowed: "

@@ -23,8 +23,8 @@ from dgc.sparsify import SparseGrad, SparsityPlan, select_largest
 from dgc.stats import StepStats
 from kernels import buffers
 
-# Beyond, a square is infinite in float32, and with it the statistic that would divide the entry.
-_LARGEST_SQUARABLE = 2.0**63
+# What is larger counts as infinite: sums of such squares would soon be, and spoil a statistic.
+LARGEST_GRADIENT = 2.0**40
 
 
 @dataclass
@@ -140,9 +140,8 @@ class Exchange:
     def _overflown(self, bucket: Bucket) -> set[str]:
         """Return the tensors whose gradient cannot be used. On a GPU this waits for them."""
         largest = torch.cat([self._largest[spec.name] for spec in bucket.specs]).tolist()
-        limit = _LARGEST_SQUARABLE if self.statistics.preconditioners else float("inf")
         pairs = zip(bucket.specs, largest, strict=True)
-        return {spec.name for spec, value in pairs if not value < limit}
+        return {spec.name for spec, value in pairs if not value <= LARGEST_GRADIENT}
 
     def _start_dense(self, bucket: Bucket, overflown: set[str]) -> Handle:
         with self.stats.timed("pack"):
@@ -182,8 +181,10 @@ class Exchange:
             root_N = self.statistics.root(spec.name)
             ranked = residual if root_N is None else divide(buffers.decode(residual), root_N)
         indices_K = select_largest(ranked, plan, generator=self._generators[spec.device])
-        values_K = buffers.take(residual, indices_K)
         root_K = self._late_root(spec.name, indices_K)
+        if root_K is not None and not root_K.all():  # of squares that underflow: not yet sendable
+            indices_K, root_K = indices_K[root_K > 0], root_K[root_K > 0]
+        values_K = buffers.take(residual, indices_K)
         divided_K = values_K if root_K is None else divide(values_K, root_K)
         sent_K = bucket.codec.round_values(divided_K)
         lost_K = None
@@ -268,8 +269,11 @@ class Exchange:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         devices = {name: spec.device for name, spec in self._specs.items()}
-        self.statistics.load_state_dict(state.get("statistics", {}))
-        self.compensation.load_state_dict(state["compensation"], devices)
+        numels = {name: spec.numel for name, spec in self._specs.items()}
+        statistics = state.get("statistics", {})
+        self.statistics.check(statistics)
+        self.compensation.load_state_dict(state["compensation"], devices, numels)
+        self.statistics.load_state_dict(statistics)
 
 
 def merge_in_rank_order(grads: Sequence[SparseGrad]) -> SparseGrad:

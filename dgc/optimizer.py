@@ -22,9 +22,16 @@ from dgc.comm import Comm
 from dgc.compensate import Compensation
 from dgc.compression import Compression
 from dgc.exchange import Exchange
-from dgc.roles import delegate_statistics, make_specs, resolve, take_over_momentum
+from dgc.roles import (
+    check_groups,
+    delegate_statistics,
+    make_specs,
+    resolve,
+    take_over_momentum,
+)
 from dgc.scaling import Scaling
 from dgc.stats import StepStats
+from kernels.operands import PARAMETER_DTYPES
 
 DENSE = Compression(density=1.0, momentum_correction=False, preconditioning="after")
 MAX_SKIPPED_IN_A_ROW = 100
@@ -56,9 +63,9 @@ class DistributedOptimizer(Optimizer):
     run, and no third buffer (the predecessors keep one). Decoupled weight decay of the optimizers
     of `optim` reaches all of a tensor in every step, however few entries arrive.
 
-    A step in which a gradient of any rank is infinite or NaN is undone on all ranks, to the bit:
-    nothing moves, `stats.skipped` says why, and rank 0 logs it. After 100 such steps in a row:
-    FloatingPointError.
+    A step in which a gradient of any rank is infinite, beyond 2**40, or NaN is undone on all ranks,
+    to the bit: nothing moves, `stats.skipped` says why, and rank 0 logs it. After 100 such steps in
+    a row: FloatingPointError.
 
     Rank 0's parameters are given to all when this is made; buffers, such as batch-norm statistics,
     are the caller's. A parameter without a gradient in a step counts as zero on this rank. `step`,
@@ -108,11 +115,14 @@ class DistributedOptimizer(Optimizer):
             momentum, nesterov, self.compression.mask_velocity,
             self.compression.residual_dtype, self.compression.velocity_dtype, seed + comm.rank,
         )  # fmt: skip
+        check_groups(optimizer, self.compression, momentum)
         statistics = delegate_statistics(optimizer, self._named, self.compression)
         self._exchange = Exchange(comm, self.compression, compensation, statistics, seed)
         self.set_density(self.compression.density_at(0))
-        for name, parameter in self._named.items():
+        self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._make_hook(name))
+            for name, parameter in self._named.items()
+        ]
 
     # What schedulers, scalers and people look for on an optimizer is the inner optimizer's.
     @property
@@ -129,9 +139,15 @@ class DistributedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         raise NotImplementedError(
-            "the exchange is laid out once; add the group to the inner optimizer before, and make "
-            "the DistributedOptimizer anew"
+            "the exchange is laid out once; close() the DistributedOptimizer, add the group to the "
+            "inner optimizer, and make it anew"
         )
+
+    def close(self) -> None:
+        """Let go of the parameters, so that another DistributedOptimizer may take them."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's: equal on all ranks. See also `worker_state_dict`."""
@@ -203,7 +219,9 @@ class DistributedOptimizer(Optimizer):
             self._exchange.close(name)
         update = self._exchange.finish()
         self._elements = {}
-        if update is not None:
+        if update is None:
+            self.inner.zero_grad()
+        else:
             self._elements = apply.hand_over(self.inner, self._named, update)
         self._num_backward = dict.fromkeys(self._named, 0)
         self._scaling.end_step()
@@ -211,19 +229,14 @@ class DistributedOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Synchronize, then step the inner optimizer. A closure is run once, before both."""
+        self._scaling.check_call(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.synchronize()
         self._is_synchronized = False
-        if self._exchange.compensation.momentum and any(
-            group.get("momentum") for group in self.param_groups
-        ):
-            raise RuntimeError(
-                "SGD's momentum was changed from 0 while the momentum correction has it, so it "
-                "would act twice; set momentum_correction=False, or leave the momentum alone"
-            )
+        check_groups(self.inner, self.compression, self._exchange.compensation.momentum)
         self._check_all_exchanged()
         device = next(iter(self._named.values())).device
         self._scaling.tell_scaler(self, self.stats.skipped is not None, device)
@@ -251,11 +264,12 @@ class DistributedOptimizer(Optimizer):
         """Refuse gradients that this rank would apply alone."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and id(parameter) not in self._exchanged:
+                is_ours = id(parameter) in self._exchanged or not parameter.numel()
+                if parameter.grad is not None and not is_ours:
                     raise RuntimeError(
                         f"a parameter of shape {tuple(parameter.shape)} has a gradient but did not "
                         f"require one, or was not there, when the DistributedOptimizer was made; "
-                        f"make it anew after unfreezing or adding parameters"
+                        f"close() it and make it anew after unfreezing or adding parameters"
                     )
 
     def _make_hook(self, name: str) -> Callable[[Tensor], None]:
@@ -282,13 +296,16 @@ class DistributedOptimizer(Optimizer):
     def _take(self, name: str, scale: Tensor | None, num_parts: int) -> None:
         """Hand this rank's gradient to the exchange and give its memory up."""
         parameter = self._named[name]
-        self._exchange.add(name, parameter.grad.detach().reshape(-1), scale, num_parts)
+        grad_N = parameter.grad.detach().reshape(-1)
         parameter.grad = None
+        if grad_N.dtype not in PARAMETER_DTYPES:
+            grad_N = grad_N.float()
+        self._exchange.add(name, grad_N, scale, num_parts)
 
     def _take_all(self) -> None:
         """Hand over all gradients, clipped by their joint norm."""
         with_grad = {name: p.grad for name, p in self._named.items() if p.grad is not None}
         if with_grad:
             scale = self._scaling.of_all(list(with_grad.values()))
-            for name, grad in with_grad.items():
-                self._take(name, scale.to(grad.device), 1)
+            for name in list(with_grad):  # each gradient is given up in its turn
+                self._take(name, scale.to(with_grad.pop(name).device), 1)

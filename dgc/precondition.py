@@ -69,7 +69,8 @@ class Statistics:
 
     def pack(self, names: Sequence[str]) -> Tensor:
         """Return these statistics as one vector, to be averaged."""
-        return torch.cat([tensor.reshape(-1) for tensor in self._shared_tensors(names)])
+        tensors = self._shared_tensors(names)
+        return torch.cat([tensor.reshape(-1).to(tensors[0].device) for tensor in tensors])
 
     def unpack(self, names: Sequence[str], mean: Tensor) -> None:
         """Replace these statistics by their means over workers."""
@@ -101,7 +102,14 @@ class Statistics:
         return {name: dict(p.tensors) for name, p in self.preconditioners.items()}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Take copies. Raises: ValueError, before anything changes, if they are kept otherwise."""
+        """Take copies. Raises: ValueError, before anything changes: see `check`."""
+        self.check(state)
+        for name, preconditioner in self.preconditioners.items():
+            for part, tensor in preconditioner.tensors.items():
+                tensor.copy_(state[name][part])
+
+    def check(self, state: dict[str, dict[str, Any]]) -> None:
+        """Raise ValueError if these statistics are kept otherwise than those here."""
         mine, theirs = _shapes(self.state_dict()), _shapes(state)
         for name in sorted(mine.keys() | theirs.keys()):
             if mine.get(name) != theirs.get(name):
@@ -109,9 +117,6 @@ class Statistics:
                     f"the saved statistic of {name} is {theirs.get(name)}; allowed: "
                     f"{mine.get(name)}, as here"
                 )
-        for name, preconditioner in self.preconditioners.items():
-            for part, tensor in preconditioner.tensors.items():
-                tensor.copy_(state[name][part])
 
 
 def divide(values: Tensor, root: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from dgc.apply import takes_elements
 from dgc.buckets import TensorSpec
 from dgc.compression import Compression
 from dgc.precondition import Preconditioner, Statistics
@@ -40,13 +41,40 @@ def resolve(compression: Compression, optimizer: Optimizer) -> Compression:
     return dataclasses.replace(compression, preconditioning=where)
 
 
+def check_groups(optimizer: Optimizer, compression: Compression, momentum: float) -> None:
+    """Refuse options that do not go with the exchange, also where they were set since.
+
+    Raises: ValueError for a momentum beside the correction's, and for weight decay that would
+        only reach what arrives.
+    """
+    if momentum and _own_momentum(optimizer):
+        raise ValueError(
+            f"the optimizer's momentum is {_own_momentum(optimizer)} while the correction has "
+            f"{momentum}, so it would act twice; set momentum_correction=False (or dgc.momentum to "
+            f"None), or leave the optimizer's at 0"
+        )
+    if compression.density == 1 or not takes_elements(optimizer) or optimizer.has_first_moment:
+        return
+    for group in optimizer.param_groups:
+        if group["weight_decay"] and not group["decoupled_weight_decay"]:
+            raise ValueError(
+                f"weight_decay is {group['weight_decay']} and acts within the gradient, of which "
+                f"few entries arrive; set decoupled_weight_decay=True"
+            )
+
+
+def _own_momentum(optimizer: Optimizer) -> float:
+    groups = optimizer.param_groups
+    return max((g.get("momentum", 0) or g.get("betas", (0,))[0] for g in groups), default=0)
+
+
 def take_over_momentum(optimizer: Optimizer, compression: Compression) -> tuple[float, bool]:
     """Return momentum and Nesterov of the correction; SGD's move into it.
 
     Raises: ValueError where a momentum would act twice, or SGD's settings do not allow it.
     """
     groups = optimizer.param_groups
-    mine = max((g.get("momentum", 0) or g.get("betas", (0,))[0] for g in groups), default=0)
+    mine = _own_momentum(optimizer)
     if compression.momentum:
         if mine:
             raise ValueError(
@@ -108,4 +136,4 @@ def _share_interval(
     num_bytes = sum(preconditioner.tensors[name].nbytes for name in preconditioner.shared_names)
     num_entries = math.ceil(parameter.numel() * compression.density)
     allowed = compression.share_statistics * num_entries * compression.entry_bytes
-    return max(1, math.ceil(num_bytes / allowed))
+    return max(1, math.ceil(min(num_bytes / allowed, 2**31)))

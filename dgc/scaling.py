@@ -52,6 +52,24 @@ class Scaling:
         norms = [torch.linalg.vector_norm(grad.float()).to(grads[0].device) for grad in grads]
         return self._clip(torch.linalg.vector_norm(torch.stack(norms)), 1)
 
+    def check_call(self, optimizer: Optimizer) -> None:
+        """Refuse a GradScaler that we do not know, or that has unscaled what it could find.
+
+        GradScaler.step sets `grad_scale` while it calls: None where the caller has unscaled.
+        """
+        if not hasattr(optimizer, "grad_scale"):
+            return
+        if self._scaler is None:
+            raise RuntimeError(
+                "a GradScaler steps this optimizer, which has taken the scaled gradients as they "
+                "were; give it to the DistributedOptimizer as grad_scaler="
+            )
+        if optimizer.grad_scale is None:
+            raise RuntimeError(
+                "GradScaler.unscale_ was called, but gradients are unscaled as they are taken; "
+                "leave it out, and clip with Compression(clip_norm=...)"
+            )
+
     def end_step(self) -> None:
         self._unscale = None
 
@@ -76,4 +94,6 @@ class Scaling:
         unscale = self._unscale_factor()
         threshold = self._clip_norm / math.sqrt(self._world_size * num_parts)
         tiny = torch.finfo(torch.float32).tiny
-        return ((threshold / (norm * unscale).clamp(min=tiny)).clamp(max=1) * unscale).view(1)
+        factor = (threshold / (norm * unscale).clamp(min=tiny)).clamp(max=1) * unscale
+        nan = torch.full_like(factor, float("nan"))  # undoes the step, instead of adding nothing
+        return torch.where(torch.isfinite(norm), factor, nan).view(1)

@@ -154,6 +154,10 @@ class MomentOptimizer(Optimizer):
     # ---- the second moment, elsewhere ------------------------------------------------------------
 
     @property
+    def has_first_moment(self) -> bool:
+        return any(self._first(group) is not None for group in self.param_groups)
+
+    @property
     def has_second_moment(self) -> bool:
         return any(self._second(group) is not None for group in self.param_groups)
 
@@ -166,8 +170,11 @@ class MomentOptimizer(Optimizer):
             a gradient that waits it would be applied late, and scaled.
         """
         position, group = next((i, group) for i, group, q in self._places() if q is p)
-        if int(self.state[p].get("step", 0)):
-            raise ValueError("a second moment is delegated before the first step, not after it")
+        if int(self.state[p].get("step", 0)) and p not in self._delegated:
+            raise ValueError(
+                "the parameter has been stepped with a second moment of its own, which would be "
+                "lost; delegate before the first step and before loading a checkpoint"
+            )
         if group["weight_decay"] and not group["decoupled_weight_decay"]:
             raise ValueError(
                 f"weight_decay is {group['weight_decay']} and acts within the gradient; with "
@@ -175,12 +182,16 @@ class MomentOptimizer(Optimizer):
             )
         if self._second(group) is None:
             return None
-        self._delegated.add(p)
-        self.state.pop(p, None)
-        self._moments(position, group, p)
-        state: dict[str, Tensor] = {}
-        moment = self._moment(position, group, p, state, _SECOND)
-        return Preconditioner(moment, lambda step: self._scalars(group, step))
+        if p not in self._delegated:
+            self._delegated.add(p)
+            self.state.pop(p, None)
+            self._moments(position, group, p)
+        moment = self._moment(position, group, p, {}, _SECOND)
+
+        def options() -> Group:  # loading a checkpoint replaces the groups
+            return next(g for i, g, _ in self._places() if i == position)
+
+        return Preconditioner(moment, lambda step: self._scalars(options(), step), options)
 
     # ---- state -----------------------------------------------------------------------------------
 

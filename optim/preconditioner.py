@@ -7,13 +7,14 @@ Shapes: N elements of the flattened parameter, K of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import ops
-from optim.moments import SEEDS, Moment, balanced_split, matrix_shape
+from optim.moments import SEEDS, Moment, Sketch, balanced_split, matrix_shape
 
 Scalars = dict[str, float]
 
@@ -25,8 +26,13 @@ class Preconditioner:
     averaged over workers.
     """
 
-    def __init__(self, moment: Moment, scalars_of: Callable[[int], Scalars]) -> None:
-        self._moment, self._scalars_of = moment, scalars_of
+    def __init__(
+        self,
+        moment: Moment,
+        scalars_of: Callable[[int], Scalars],
+        options: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        self._moment, self._scalars_of, self._options = moment, scalars_of, options
         self.tensors = {**moment.tensors, "step": torch.zeros(())}
         self.shared_names = [name for name in moment.tensors if not name.endswith(SEEDS)]
 
@@ -39,6 +45,7 @@ class Preconditioner:
         Args: scale: (1,) float32 that multiplies the gradient, or None. is_first: of the step.
         """
         if is_first:
+            self._clean()
             self.tensors["step"] += 1
         scalars = self._scalars()
         rule = ops.Rule(
@@ -62,6 +69,13 @@ class Preconditioner:
         scalars = self._scalars()
         nu.mul_(scalars.get("second_scale", 1.0)).add_(scalars.get("eps_inside", 0.0))
         return nu.sqrt_().add_(scalars.get("eps_outside", 0.0))
+
+    def _clean(self) -> None:
+        """Clean a sketch when its turn came with the step before."""
+        step, options = int(self.tensors["step"]), self._options()
+        interval = options.get("clean_interval")
+        if isinstance(self._moment, Sketch) and interval and step and step % interval == 0:
+            self._moment.sketch.clean(options["clean_factor"])
 
     def _scalars(self) -> Scalars:
         return self._scalars_of(int(self.tensors["step"]))

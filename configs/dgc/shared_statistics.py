@@ -1,4 +1,4 @@
-"""Second moments are averaged over workers where they are no larger than the entries sent.
+"""Second moments are averaged over workers, as often as at most doubles the bytes sent.
 
 Needs an optimizer of configs/optim that keeps a second moment, other than adam.py.
 """

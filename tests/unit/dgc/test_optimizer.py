@@ -234,7 +234,7 @@ def test_misuse_is_an_error_that_says_what_to_do():
         with pytest.raises(ValueError, match="density is 0"):
             optimizer.set_density(0)
         optimizer.param_groups[0]["momentum"] = 0.5
-        with pytest.raises(RuntimeError, match="would act twice"):
+        with pytest.raises(ValueError, match="would act twice"):
             optimizer.step()
 
     run_local(1, work)
