@@ -19,7 +19,8 @@ from optim import Adam
 
 @dataclass(frozen=True)
 class Method:
-    """`sent`: settings of Compression, None for a dense all-reduce; `rates`: by task."""
+    """`sent`: settings of Compression, None for a dense all-reduce; `rates`: by task, those of
+    "cifar" also for "cifar-wide"."""
 
     make: MakeOptimizer
     rates: Mapping[str, tuple[float, ...]]
@@ -29,6 +30,9 @@ class Method:
     def but(self, rates: Mapping[str, tuple[float, ...]] | None = None, **settings: Any) -> Method:
         """Return the method with other settings of Compression."""
         return replace(self, sent={**(self.sent or {}), **settings}, rates=rates or self.rates)
+
+    def grid(self, task: str) -> tuple[float, ...]:
+        return self.rates[task.removesuffix("-wide")]
 
     def optimizer(self, model: nn.Module, lr: float) -> Optimizer:
         return self.make(model.parameters(), lr)

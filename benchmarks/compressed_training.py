@@ -63,7 +63,7 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
             [
                 settings_of(options, *key, lr, first)
                 for key in variants(options)
-                for lr in options.rates or ALL[key[0]].rates[options.task]
+                for lr in options.rates or ALL[key[0]].grid(options.task)
             ]
         )
         best = {key: best_rate(key, first, results) for key in variants(options)}

@@ -148,6 +148,11 @@ def read_cifar10(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     return {split: ((x.float() - mean) / std, y) for split, (x, y) in data.items()}
 
 
+def halved(data: dict[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the images at half their height and width."""
+    return {split: (nn.functional.avg_pool2d(x, 2), y) for split, (x, y) in data.items()}
+
+
 def small_net() -> nn.Module:
     return SmallImageResNet(1, in_channels=1)
 
@@ -156,18 +161,25 @@ def resnet20() -> nn.Module:
     return SmallImageResNet(3)
 
 
+def wide_resnet20() -> nn.Module:
+    return SmallImageResNet(3, width=48)
+
+
 def make_task(name: str, data: Path, num_steps: int | None) -> Task:
     """Return a task by name; num_steps None is the task's own."""
     if name == "digits":
         return Images(read_digits(), small_net, 128, num_steps or 400)
     if name == "cifar":
-        return Images(read_cifar10(data / "cifar10"), resnet20, 64, num_steps or 600, shift=4)
+        return Images(read_cifar10(data / "cifar10"), resnet20, 64, num_steps or 400, shift=4)
+    if name == "cifar-wide":
+        data = halved(read_cifar10(data / "cifar10"))
+        return Images(data, wide_resnet20, 64, num_steps or 400, shift=2)
     if name == "words":
         return Words(data / "wikitext-2", 4000, 128, num_steps or 400)
-    raise ValueError(f"task {name!r}; allowed: digits, cifar, words")
+    raise ValueError(f"task {name!r}; allowed: {', '.join(TASKS)}")
 
 
-TASKS = ("digits", "cifar", "words")
+TASKS = ("digits", "cifar", "cifar-wide", "words")
 
 
 def rate_factor(step: int, num_steps: int) -> float:

@@ -26,20 +26,27 @@ class _PaddedShortcut(nn.Module):
 class SmallImageResNet(nn.Sequential):
     """A residual network of 6 * blocks_per_stage + 2 layers for (batch, channels, 8..64, 8..64).
 
-    20 layers at 3 input channels and 10 classes: 269,722 parameters.
+    20 layers at 3 input channels and 10 classes: 269,722 parameters; with width 48 instead of 16
+    channels in the first stage, 2,412,730.
     """
 
-    def __init__(self, blocks_per_stage: int, num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        blocks_per_stage: int,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        width: int = 16,
+    ) -> None:
         block = torchvision.models.resnet.BasicBlock
-        channels = 16
+        channels = width
         stem = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         layers = [stem, nn.BatchNorm2d(channels), nn.ReLU()]
-        for width in (16, 32, 64):
+        for wanted in (width, 2 * width, 4 * width):
             for _ in range(blocks_per_stage):
-                grows = width != channels
-                shortcut = _PaddedShortcut(width - channels) if grows else None
-                layers.append(block(channels, width, 2 if grows else 1, shortcut))
-                channels = width
+                grows = wanted != channels
+                shortcut = _PaddedShortcut(wanted - channels) if grows else None
+                layers.append(block(channels, wanted, 2 if grows else 1, shortcut))
+                channels = wanted
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)]
         super().__init__(*layers)
         for module in self.modules():
