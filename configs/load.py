@@ -33,6 +33,7 @@ _BEFORE = {
     "configs.dgc.residual_dtype": "float32",
     "configs.dgc.velocity_dtype": "float32",
     "configs.dgc.select_by": "raw",
+    "configs.dgc.update_scale": 1.0,
     "configs.dgc.share_statistics": 0.0,
     "configs.dgc.clip_scope": "global",
 }

@@ -228,7 +228,9 @@ class Exchange:
             names = [spec.name for spec in bucket.specs]
             pairs = zip(names, means, strict=True)
             return [n for n, part in pairs if not torch.isfinite(part).all()] or names
-        update.dense.update(zip((spec.name for spec in bucket.specs), means, strict=True))
+        for spec, mean_N in zip(bucket.specs, means, strict=True):
+            scale = self.compression.update_scale if spec.compressible else 1.0
+            update.dense[spec.name] = mean_N if scale == 1 else mean_N.mul_(scale)
         return []
 
     def _merge_sparse(self, bucket: Bucket, arrived: Tensor, update: Update) -> list[str]:
@@ -242,7 +244,10 @@ class Exchange:
         if bad:
             return bad
         for spec, *grads in zip(bucket.specs, *ranks, strict=True):
-            update.sparse[spec.name] = merge_in_rank_order(grads)
+            merged = merge_in_rank_order(grads)
+            if self.compression.update_scale != 1:
+                merged.values.mul_(self.compression.update_scale)
+            update.sparse[spec.name] = merged
         return []
 
     def _start_sharing(self) -> tuple[list[str], Handle] | None:

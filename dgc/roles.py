@@ -31,6 +31,11 @@ def resolve(compression: Compression, optimizer: Optimizer) -> Compression:
             f"over; use an optimizer of optim (such as FactoredAdam), or preconditioning='after'"
         )
     where = where or ("late" if can_delegate else "after")
+    if where == "after" and compression.update_scale != 1 and not isinstance(optimizer, SGD):
+        raise ValueError(
+            f"update_scale is {compression.update_scale}, but with preconditioning='after' {name} "
+            f"divides it out again; leave it at 1, and set lr"
+        )
     for setting, default in (("select_by", "raw"), ("share_statistics", 0.0)):
         value = getattr(compression, setting)
         if value != default and where == "after":

@@ -295,6 +295,7 @@ def test_weight_decay_reaches_what_does_not_arrive(name):
         (OPTIMIZERS["factored"],
          {"preconditioning": "after", "select_by": "preconditioned"}, "select_by is"),
         (lambda p: FactoredAdam(p, weight_decay=0.1), {}, "decoupled_weight_decay=True"),
+        (OPTIMIZERS["torch adam"], {"update_scale": 2.0}, "divides it out again"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused_with_the_reason(make, settings, complaint):
@@ -360,3 +361,28 @@ def test_autocast_gradients_are_taken_as_they_come(autocast):
     (losses, one), (_, other) = run_local(2, work)
     assert torch.equal(one, other)
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+
+
+@pytest.mark.parametrize("density", [0.02, 1.0])
+@pytest.mark.parametrize("name", ["factored", "sgd"])
+def test_update_scale_multiplies_the_rate_of_compressible_tensors_alone(name, density):
+    """Here of the weight, by 4; the bias, which is sent whole, moves as it did."""
+
+    def work(comm, scale):
+        named = {"bias": nn.Parameter(torch.zeros(M)), "weight": nn.Parameter(torch.zeros(N, M))}
+        optimizer = DistributedOptimizer(
+            OPTIMIZERS[name](named.values()), named.items(), comm=comm,
+            compression=Compression(density=density, min_numel=100, update_scale=scale),
+        )  # fmt: skip
+        for step in range(3):
+            named["bias"].backward(random_grads(comm.rank, step)[0])
+            named["weight"].backward(random_grads(comm.rank, step))
+            optimizer.step()
+            optimizer.zero_grad()
+        return named["bias"].detach(), named["weight"].detach()
+
+    (bias, weight), (same_bias, scaled) = (
+        run_local(2, lambda comm, s=scale: work(comm, s))[0] for scale in (1.0, 4.0)
+    )
+    assert torch.equal(bias, same_bias)
+    assert_close(scaled, 4 * weight)
