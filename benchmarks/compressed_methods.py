@@ -75,37 +75,48 @@ def _sm3_sum(params: Any, lr: float) -> Optimizer:
 _ADAM = {"digits": (3e-3, 1e-2), "cifar": (3e-3, 1e-2), "words": (3e-3, 1e-2, 2e-2)}
 _SGD = {"digits": (0.03, 0.1, 0.3), "cifar": (0.05, 0.15), "words": (2.5, 5.0, 10.0)}
 _LATE = {"digits": (1e-3, 3e-3, 1e-2), "cifar": (1e-3, 3e-3), "words": (1e-2, 2e-2, 4e-2)}
-_LATE_SKETCH = {"digits": (3e-3, 1e-2), "cifar": (3e-3, 1e-2), "words": (2e-2, 4e-2, 8e-2)}
+_SUMS = {"digits": (0.01, 0.03), "cifar": (0.03,), "words": (0.1, 0.3)}
 _AFTER = {"digits": (1e-3, 3e-3, 1e-2), "cifar": (3e-3,), "words": (3e-3, 1e-2)}
 
-factored = Method(OURS["FactoredAdam, beta1 = 0"], _LATE)
+# What is sent sparsely has four times the rate of what is sent whole: see Compression.update_scale.
+SCALED = {"update_scale": 4.0, "share_statistics": 0.5}
+_ONE = {"digits": (1e-3, 3e-3), "cifar": (1e-3, 3e-3), "words": (5e-3, 1e-2)}
+
+
+def late(name: str, **settings: Any) -> Method:
+    return Method(OURS[name], _ONE, sent={**SCALED, **settings})
+
+
+FACTORED = "FactoredAdam, beta1 = 0"
+factored = late(FACTORED, residual_dtype="bfloat16")
 
 METHODS: dict[str, Method] = {
     "dense Adam": Method(_adam, _ADAM, sent=None),
     "dense SGD, momentum 0.9": Method(_sgd, _SGD, sent=None),
-    "dense factored, beta1 = 0": Method(OURS["FactoredAdam, beta1 = 0"], _LATE, sent=None),
     "DGC-SGD": Method(_sgd, _SGD),
     "after aggregation: Adam": Method(_adam, _AFTER),
-    "late factored": factored,
-    "late factored, bf16 residual": factored.but(residual_dtype="bfloat16"),
-    "late factored, 8-bit residual": factored.but(residual_dtype="int8"),
-    "late SM3, EMA": Method(OURS["SM3Adam, beta1 = 0"], _LATE_SKETCH),
-    "late SM3, sums": Method(
-        _sm3_sum, {"digits": (0.03, 0.1), "cifar": (0.1,), "words": (0.3, 1.0)}
-    ),
-    "late count-min": Method(OURS["CMS, beta1 = 0"], _LATE_SKETCH),
-    "late full": Method(_full, _LATE),
+    "late factored": late(FACTORED),
+    "late factored, bf16 residual": factored,
+    "late factored, 8-bit residual": late(FACTORED, residual_dtype="int8"),
+    "late SM3, EMA": late("SM3Adam, beta1 = 0"),
+    "late SM3, sums": Method(_sm3_sum, _SUMS, sent=SCALED),
+    "late count-min": late("CMS, beta1 = 0"),
+    "late full": Method(_full, _ONE, sent=SCALED),
 }
 ABLATIONS: dict[str, Method] = {
-    "early factored": factored.but(preconditioning="early"),
-    "late factored, shared": factored.but(share_statistics=0.5),
-    "late factored, shared in every step": factored.but(share_statistics=math.inf),
+    "statistics of each worker": factored.but(share_statistics=0.0),
+    "statistics shared in every step": factored.but(share_statistics=math.inf),
+    "statistics shared for a tenth of the bytes": factored.but(share_statistics=0.1),
+    "update_scale 1": factored.but(_LATE, update_scale=1.0),
+    "update_scale 2": factored.but(update_scale=2.0),
+    "update_scale 8": factored.but(update_scale=8.0),
+    "early": factored.but(preconditioning="early"),
     "by preconditioned magnitude": factored.but(select_by="preconditioned"),
     "no density warm-up": factored.but(density_warmup_epochs=0),
     "global clip": factored.but(clip_scope="global"),
     "no clip": factored.but(clip_norm=None),
-    "velocity 0.9": factored.but(momentum=0.9),
-    "first moment 0.9, of what arrives": Method(OURS["FactoredAdam"], _LATE),
+    "velocity 0.9": factored.but(momentum=0.9, update_scale=1.0),
+    "first moment 0.9, of what arrives": Method(OURS["FactoredAdam"], _ONE, sent=factored.sent),
     "fp16 values": factored.but(value_dtype="float16"),
     "DGC-SGD, bf16 residual and velocity": Method(_sgd, _SGD).but(
         residual_dtype="bfloat16", velocity_dtype="bfloat16"

@@ -56,11 +56,13 @@ def outcome(optim, dgc):
 # optimizer of configs/optim -> files of configs/dgc that it refuses; all others it goes with.
 # adam is torch's, and warmup_cooldown keeps the model's SGD: they hand no second moment over.
 REFUSED = {
+    "parsimony": ["after"],
     "adam": ["early", "select_preconditioned", "shared_statistics"],
     "warmup_cooldown": ["early", "select_preconditioned", "shared_statistics"],
     "sketch_momentum": ["early", "select_preconditioned", "shared_statistics"],
 }
 REASONS = {  # the setting, its value, why not, the remedy
+    "after": "update_scale is 4.0, .*divides it out again; leave it at 1",
     "early": "preconditioning is 'early', .* no second moment .*; use an optimizer of optim",
     "select_preconditioned": "select_by is 'preconditioned', .*: leave it at 'raw'",
     "shared_statistics": "share_statistics is 1.0, .*: leave it at 0.0",
