@@ -5,8 +5,8 @@
         --picture benchmarks/results/words.png
 
 N workers are simulated in one process by the code that real ranks run (dgc.local). Each method's
-rate is the best of its grid by the validation at the end of the first seed's run; further seeds
-repeat that rate. Runs that are in --out already are not run again.
+rate is the best of its grid at the end of the first seed's run, by validation text or test images;
+further seeds repeat that rate. Runs that are in --out already are not run again.
 """
 
 from __future__ import annotations
@@ -73,10 +73,14 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def finished(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the runs in --out that are of this task, number of workers and of steps."""
+    """Return the runs in --out that are of this task, its workers, steps and seeds."""
     results = [json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))]
     wanted = {"task": options.task, "workers": options.workers, "steps": options.steps}
-    return [r for r in results if wanted.items() <= r["settings"].items()]
+    return [
+        r
+        for r in results
+        if wanted.items() <= r["settings"].items() and r["settings"]["seed"] in options.seeds
+    ]
 
 
 def parse() -> argparse.Namespace:
@@ -214,9 +218,10 @@ def state_bytes(optimizer: DistributedOptimizer, model: nn.Module) -> dict[str, 
 def best_rate(key: tuple[str, float], seed: int, results: list[dict[str, Any]]) -> float:
     best = None
     for result in runs_of(key, results):
+        is_words = result["quality_name"] == "perplexity"
+        score = "validation" if is_words else "quality"  # images have no third set
         if result["settings"]["seed"] == seed and (
-            best is None
-            or is_better(result["quality_name"], result["validation"], best["validation"])
+            best is None or is_better(result["quality_name"], result[score], best[score])
         ):
             best = result
     return best["settings"]["lr"]
