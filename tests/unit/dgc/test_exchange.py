@@ -9,6 +9,7 @@ from dgc.compensate import Compensation
 from dgc.exchange import Exchange
 from dgc.local import run_local
 from dgc.precondition import Statistics
+from tests.unit.dgc.method import assert_equal
 
 CPU = torch.device("cpu")
 
@@ -40,20 +41,6 @@ def means_of(update):
     for name, grad in update.sparse.items():
         means[name] = torch.zeros(grad.numel).index_put((grad.indices,), grad.values)
     return means
-
-
-def assert_equal(one, other):
-    """Compare nested dictionaries of tensors to the bit."""
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal(one[key], other[key])
-    else:
-        assert len(one) == len(other)
-        for mine, theirs in zip(one, other, strict=True):
-            assert_equal(mine, theirs)
 
 
 def make_exchange(comm, density=0.01, bucket_bytes=1, compensation=None, **settings):
