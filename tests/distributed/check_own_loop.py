@@ -12,8 +12,9 @@ hvd.init()
 torch.manual_seed(hvd.rank())
 model = nn.Sequential(nn.Linear(40, 300), nn.ReLU(), nn.Linear(300, 10))
 optimizer = DistributedOptimizer(
-    FactoredAdam(model.parameters(), lr=3e-3, betas=(0.0, 0.999)), model.named_parameters(),
-    comm=HorovodComm(), compression=Compression(density=0.01, residual_dtype="bfloat16"),
+    FactoredAdam(model.parameters(), lr=1e-3, betas=(0.0, 0.999)), model.named_parameters(),
+    comm=HorovodComm(), compression=Compression(density=0.01, residual_dtype="bfloat16",
+                                                update_scale=4.0, share_statistics=0.5),
 )  # fmt: skip
 losses = []
 for _ in range(200):
