@@ -25,7 +25,6 @@ class Method:
     make: MakeOptimizer
     rates: Mapping[str, tuple[float, ...]]
     sent: Mapping[str, Any] | None = field(default_factory=dict)
-    groups: Mapping[str, Any] = field(default_factory=dict)
 
     def but(self, rates: Mapping[str, tuple[float, ...]] | None = None, **settings: Any) -> Method:
         """Return the method with other settings of Compression."""

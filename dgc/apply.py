@@ -7,7 +7,6 @@ included, in `p.grad`: a first moment moves parameters also where nothing arrive
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,11 +26,12 @@ Elements = dict[Tensor, tuple[Tensor, Tensor]]
 def hand_over(optimizer: Optimizer, named: Mapping[str, Tensor], update: Update) -> Elements:
     """Put what must be dense into `p.grad`; return parameter -> (indices, values) of the rest."""
     elements: Elements = {}
+    wants_entries = _wants_entries(optimizer)
     for name, mean_N in update.dense.items():
         _put_grad(named[name], mean_N)
     for name, mean in update.sparse.items():
         parameter = named[name]
-        if _takes_elements(optimizer, parameter):
+        if wants_entries and parameter.dtype in PARAMETER_DTYPES:
             elements[parameter] = (mean.indices, mean.values)
             parameter.grad = None  # of an earlier step, if it was not set to none
         else:
@@ -53,16 +53,14 @@ def step(optimizer: Optimizer, elements: Elements) -> None:
 
 
 def takes_elements(optimizer: Optimizer) -> bool:
-    """Tell whether an optimizer is one of `optim`, whose step has that argument."""
-    return "elements" in inspect.signature(optimizer.step).parameters
+    """Tell whether an optimizer is one of `optim`, whose `step` has that argument."""
+    return hasattr(optimizer, "delegate_second_moment")
 
 
-def _takes_elements(optimizer: Optimizer, parameter: Tensor) -> bool:
+def _wants_entries(optimizer: Optimizer) -> bool:
     if takes_elements(optimizer):
         return not optimizer.has_first_moment
-    if type(optimizer) is not SGD or parameter.dtype not in PARAMETER_DTYPES:
-        return False
-    return not any(group["momentum"] for group in optimizer.param_groups)
+    return type(optimizer) is SGD and not any(g["momentum"] for g in optimizer.param_groups)
 
 
 def _step_sgd(

@@ -12,8 +12,6 @@ Shapes: N elements of a flattened tensor, K selected of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -26,6 +24,7 @@ from kernels.operands import (
     Correction,
 )
 from kernels.ops import check_shape, check_tensor, implementing_module
+from kernels.reference_buffers import decode as decode
 from kernels.reference_buffers import round_bfloat16, round_codes
 
 DTYPES = ("float32", "bfloat16", "int8")
@@ -55,13 +54,6 @@ def dtype_of(buffer: Buffer) -> str:
 
 def numel(buffer: Buffer) -> int:
     return tensors(buffer)[0].numel()
-
-
-def decode(buffer: Buffer) -> Tensor:
-    """Return all values (N,) float32; of a float32 buffer, the buffer itself."""
-    if not isinstance(buffer, Blocks):
-        return buffer.float()
-    return buffer.codes * buffer.scales.repeat_interleave(BLOCK)[: buffer.codes.numel()]
 
 
 def take(buffer: Buffer, indices_K: Tensor) -> Tensor:
@@ -111,16 +103,10 @@ def accumulate(
     """
     n, device = grad_N.numel(), grad_N.device
     check_tensor("grad", grad_N, device, PARAMETER_DTYPES, 1)
-    for name, buffer in (
-        ("residual", residual),
-        ("old_residual", old_residual),
-        ("velocity", velocity),
-        ("old_velocity", old_velocity),
-    ):
-        for part, size in _parts(name, buffer, n):
-            check_tensor(part[0], part[1], device, part[2], 1)
-            if part[1].numel() != size:
-                raise ValueError(f"{part[0]} has {part[1].numel()} elements; allowed: {size}")
+    _check_buffer("residual", residual, n, device)
+    _check_buffer("old_residual", old_residual, n, device)
+    _check_buffer("velocity", velocity, n, device)
+    _check_buffer("old_velocity", old_velocity, n, device)
     if scale is not None:
         check_shape("scale", scale, (1,), device)
     if velocity is None and (old_velocity is not None or correction.v_from_u):
@@ -134,19 +120,24 @@ def accumulate(
 
 def select_above(buffer: Buffer, threshold: float) -> Tensor:
     """Return the ascending indices (K,) int64 of values with |v| >= threshold and v not 0."""
-    for part, size in _parts("buffer", buffer, numel(buffer)):
-        check_tensor(part[0], part[1], part[1].device, part[2], 1)
-        if part[1].numel() != size:
-            raise ValueError(f"{part[0]} has {part[1].numel()} elements; allowed: {size}")
     device = tensors(buffer)[0].device
+    _check_buffer("buffer", buffer, numel(buffer), device)
     if numel(buffer) == 0:
         return torch.zeros(0, dtype=torch.int64, device=device)
     return implementing_module("_buffers", device.type).select_above(buffer, threshold)
 
 
-def _parts(name: str, buffer: Buffer | None, n: int) -> Iterator[tuple[tuple, int]]:
+def _check_buffer(name: str, buffer: Buffer | None, n: int, device: torch.device) -> None:
     if isinstance(buffer, Blocks):
-        yield (f"{name}.codes", buffer.codes, (torch.int8,)), n
-        yield (f"{name}.scales", buffer.scales, (torch.float32,)), -(-n // BLOCK)
+        _check_part(f"{name}.codes", buffer.codes, (torch.int8,), n, device)
+        _check_part(f"{name}.scales", buffer.scales, (torch.float32,), -(-n // BLOCK), device)
     elif buffer is not None:
-        yield (name, buffer, STORED_DTYPES), n
+        _check_part(name, buffer, STORED_DTYPES, n, device)
+
+
+def _check_part(
+    name: str, part: Tensor, dtypes: tuple[torch.dtype, ...], size: int, device: torch.device
+) -> None:
+    check_tensor(name, part, device, dtypes, 1)
+    if part.numel() != size:
+        raise ValueError(f"{name} has {part.numel()} elements; allowed: {size}")

@@ -80,9 +80,8 @@ def step_elements(
 def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> None:
     scaled = Rule.from_buffer_copy(rule)
     scaled.sign, scaled.weight_decay = 1.0 if scale is None else float(scale), 0.0
-    args = _step_args(
-        grad, grad, None, scaled, None, second
-    )  # without weight decay none reads param
+    # grad stands for param, too: without weight decay nothing reads it
+    args = _step_args(grad, grad, None, scaled, None, second)
     _check(_library().parsimony_observe(ctypes.byref(args)))
 
 

@@ -40,9 +40,8 @@ def round_codes(values: Tensor, scales: Tensor, indices: Tensor, key: int) -> Te
     return (values / scales + random).floor().clamp(-_LEVELS, _LEVELS).to(torch.int8)
 
 
-def _decode(buffer: Buffer | None, like: Tensor) -> Tensor:
-    if buffer is None:
-        return torch.zeros_like(like)
+def decode(buffer: Buffer) -> Tensor:
+    """Return all values (N,) float32; of a float32 buffer, the buffer itself."""
     if not isinstance(buffer, Blocks):
         return buffer.float()
     return buffer.codes.float() * _spread(buffer.scales, buffer.codes.numel())
@@ -82,13 +81,15 @@ def accumulate(
         x = x * scale
     change = x * correction.v_gain
     if velocity is not None:
-        u = _decode(old_velocity, x) * correction.u_decay + x * correction.u_gain
+        before = torch.zeros_like(x) if old_velocity is None else decode(old_velocity)
+        u = before * correction.u_decay + x * correction.u_gain
         change = u * correction.v_from_u + change
         _store(u, velocity, key ^ VELOCITY_KEY)
-    _store(_decode(old_residual, x) + change, residual, key)
+    before = torch.zeros_like(x) if old_residual is None else decode(old_residual)
+    _store(before + change, residual, key)
     return x.abs().amax().view(1)
 
 
 def select_above(buffer: Buffer, threshold: float) -> Tensor:
-    magnitude = _decode(buffer, torch.empty(0)).abs()
+    magnitude = decode(buffer).abs()
     return ((magnitude >= threshold) & (magnitude > 0)).nonzero().view(-1)

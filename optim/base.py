@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from kernels import ops
 from optim import options
 from optim.gradients import Gradient, check_parameter, read_gradient
-from optim.moments import STRUCTURES, Moment, Sketch, Spec, balanced_split, fit_state, matrix_shape
+from optim.moments import STRUCTURES, Moment, Spec, balanced_split, fit_state, matrix_shape
 from optim.preconditioner import Preconditioner
 
 Group = dict[str, Any]
@@ -117,9 +117,8 @@ class MomentOptimizer(Optimizer):
         if gradient.values.numel():
             self._launch(p, gradient, rule, moments)
         self.state[p]["step"] += 1
-        second, interval = moments[1], group.get("clean_interval")
-        if isinstance(second, Sketch) and interval and step % interval == 0:
-            second.sketch.clean(group["clean_factor"])
+        if moments[1] is not None:
+            moments[1].end_step(step, group)
 
     def _launch(
         self, p: Tensor, gradient: Gradient, rule: ops.Rule, moments: tuple[Moment | None, ...]
@@ -188,8 +187,10 @@ class MomentOptimizer(Optimizer):
             self._moments(position, group, p)
         moment = self._moment(position, group, p, {}, _SECOND)
 
+        number = next(k for k, g in enumerate(self.param_groups) if g is group)
+
         def options() -> Group:  # loading a checkpoint replaces the groups
-            return next(g for i, g, _ in self._places() if i == position)
+            return self.param_groups[number]
 
         return Preconditioner(moment, lambda step: self._scalars(options(), step), options)
 

@@ -76,6 +76,9 @@ class Moment(ABC):
     def write_back(self, operand: Any, split: int, *, is_dense: bool) -> None:  # noqa: B027
         """Bring what a step did to `operand` into the tensors, where it is not a view of them."""
 
+    def end_step(self, step: int, options: Mapping[str, Any]) -> None:  # noqa: B027
+        """Do what is due after the parameter's `step`-th step, from 1."""
+
     @abstractmethod
     def estimate(self) -> Tensor:
         """Return the moment of every element, in the parameter's shape."""
@@ -224,6 +227,11 @@ class Sketch(Moment):
 
     def operand(self, split: int) -> ops.Table:
         return self.sketch.table
+
+    def end_step(self, step: int, options: Mapping[str, Any]) -> None:
+        interval = options.get("clean_interval")
+        if interval and step % interval == 0:
+            self.sketch.clean(options["clean_factor"])
 
     def estimate(self) -> Tensor:
         rows = torch.arange(self.spec.shape[0], device=self.spec.device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import ops
-from optim.moments import SEEDS, Moment, Sketch, balanced_split, matrix_shape
+from optim.moments import SEEDS, Moment, balanced_split, matrix_shape
 
 Scalars = dict[str, float]
 
@@ -45,7 +45,8 @@ class Preconditioner:
         Args: scale: (1,) float32 that multiplies the gradient, or None. is_first: of the step.
         """
         if is_first:
-            self._clean()
+            if step := int(self.tensors["step"]):
+                self._moment.end_step(step, self._options())
             self.tensors["step"] += 1
         scalars = self._scalars()
         rule = ops.Rule(
@@ -69,13 +70,6 @@ class Preconditioner:
         scalars = self._scalars()
         nu.mul_(scalars.get("second_scale", 1.0)).add_(scalars.get("eps_inside", 0.0))
         return nu.sqrt_().add_(scalars.get("eps_outside", 0.0))
-
-    def _clean(self) -> None:
-        """Clean a sketch when its turn came with the step before."""
-        step, options = int(self.tensors["step"]), self._options()
-        interval = options.get("clean_interval")
-        if isinstance(self._moment, Sketch) and interval and step and step % interval == 0:
-            self._moment.sketch.clean(options["clean_factor"])
 
     def _scalars(self) -> Scalars:
         return self._scalars_of(int(self.tensors["step"]))
