@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.checks import check_shape, check_tensor
 from kernels.operands import (
     BLOCK,
     PARAMETER_DTYPES,
@@ -23,7 +24,7 @@ from kernels.operands import (
     Buffer,
     Correction,
 )
-from kernels.ops import check_shape, check_tensor, implementing_module
+from kernels.ops import implementing_module
 from kernels.reference_buffers import decode as decode
 from kernels.reference_buffers import round_bfloat16, round_codes
 

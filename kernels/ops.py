@@ -1,4 +1,4 @@
-"""Operations on tensors and their compressed state: what each takes, checked here and only here.
+"""Operations on tensors and their compressed state: what each takes; checks.py checks it, once.
 
 Three implementations stand behind every operation and agree: `kernels.reference` (plain torch, the
 specification), `kernels.host` (C++, for CPU tensors) and `kernels.device` (CUDA). "native", the
@@ -17,22 +17,20 @@ import os
 from collections.abc import Iterator
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
-from kernels.operands import (
-    MAX_DEPTH,
-    MAX_ROWS,
-    PARAMETER_DTYPES,
-    Cover,
-    Factored,
-    First,
-    Full,
-    Rule,
-    Second,
-    Table,
-    Velocity,
+from kernels.checks import (
+    check_elements,
+    check_first,
+    check_num_rows,
+    check_parameter,
+    check_rows,
+    check_second,
+    check_shape,
+    check_table,
+    check_tensor,
 )
+from kernels.operands import PARAMETER_DTYPES, First, Rule, Second, Table
 
 IMPLEMENTATIONS = ("native", "reference")
 
@@ -63,16 +61,16 @@ def sketch_insert(table: Table, rows: Tensor, values: Tensor) -> None:
     A bucket's values are summed in the order of `rows` before they are added to it, so that the
     result does not depend on threads or devices.
     """
-    _check_table(table, values.shape[-1], values.device)
-    _check_rows(rows, values)
+    check_table(table, values.shape[-1], values.device)
+    check_rows(rows, values)
     if values.numel() > 0:
         _run(table.values).sketch_insert(table, rows, values)
 
 
 def sketch_query(table: Table, rows: Tensor) -> Tensor:
     """Return the estimates (k, m) float32 for rows (k,) int64."""
-    _check_table(table, table.values.shape[-1], rows.device)
-    _check_rows(rows, None)
+    check_table(table, table.values.shape[-1], rows.device)
+    check_rows(rows, None)
     return _run(table.values).sketch_query(table, rows)
 
 
@@ -81,8 +79,8 @@ def sketch_query_elements(table: Table, rows: Tensor, columns: Tensor) -> Tensor
 
     Plain torch everywhere: for few elements.
     """
-    _check_table(table, table.values.shape[-1], rows.device)
-    _check_rows(rows, None)
+    check_table(table, table.values.shape[-1], rows.device)
+    check_rows(rows, None)
     return importlib.import_module("kernels.reference").sketch_query_elements(table, rows, columns)
 
 
@@ -97,8 +95,8 @@ def sketch_update(
     count-min bucket could fall below 0, which would make the next step infinite, and a momentum of
     0.9 in a count-sketch of 5% of the size grows to infinity in a hundred steps.
     """
-    _check_table(table, values.shape[-1], values.device)
-    _check_rows(rows, values)
+    check_table(table, values.shape[-1], values.device)
+    check_rows(rows, values)
     if values.numel() > 0:
         _run(table.values).sketch_update(table, rows, values, gain, decay)
 
@@ -122,11 +120,11 @@ def step(
     columns change by what the arriving rows change, (1/n) sum (gain g^2 - decay nu); sketches
     query, then insert.
     """
-    _check_parameter(param, grad, rows)
+    check_parameter(param, grad, rows)
     if grad.dtype != param.dtype:
         raise ValueError(f"grad is {grad.dtype}; allowed: the parameter's dtype, {param.dtype}")
-    _check_first(first, param)
-    _check_second(second, param)
+    check_first(first, param)
+    check_second(second, param)
     if grad.numel() > 0:
         _run(param).step(param, grad, rule, first, second, rows)
 
@@ -147,10 +145,10 @@ def step_elements(
     elements change; a sketch is queried and fed in the columns that arrived.
     """
     check_tensor("param", param, param.device, PARAMETER_DTYPES, 2)
-    _check_num_rows(param)
+    check_num_rows(param)
     check_elements(values, indices, param)
-    _check_first(first, param)
-    _check_second(second, param)
+    check_first(first, param)
+    check_second(second, param)
     if values.numel() > 0:
         _run(param).step_elements(param, values, indices, rule, first, second)
 
@@ -162,10 +160,10 @@ def observe(grad: Tensor, rule: Rule, second: Second, *, scale: Tensor | None = 
     float32 multiplies the gradient; the product, rounded to float32, is what is fed.
     """
     check_tensor("grad", grad, grad.device, PARAMETER_DTYPES, 2)
-    _check_num_rows(grad)
+    check_num_rows(grad)
     if second is None:
         raise ValueError("second is None; allowed: a second moment to feed")
-    _check_second(second, grad)
+    check_second(second, grad)
     if scale is not None:
         check_shape("scale", scale, (1,), grad.device)
     if grad.numel() > 0:
@@ -203,123 +201,3 @@ def _module(chosen: str, suffix: str, device_type: str) -> ModuleType:
             "PARSIMONY_KERNELS=reference, or kernels.ops.use('reference'), runs on any"
         )
     return importlib.import_module(modules[device_type])
-
-
-# ---- checks --------------------------------------------------------------------------------------
-
-
-def check_tensor(
-    name: str, tensor: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], dim: int
-) -> None:
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} is {tensor.dtype}; allowed: {', '.join(map(str, dtypes))}")
-    if tensor.dim() != dim:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {dim} dimensions")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device}; allowed: {device}, as the other tensors")
-    if tensor.numel() and tensor.device.type in ("cpu", "cuda") and tensor.data_ptr() == 0:
-        raise ValueError(f"{name} is a {type(tensor).__name__} without memory of its own; allowed: "
-                         "plain tensors (of a DTensor, its local part)")  # fmt: skip
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} has strides {tensor.stride()}; allowed: contiguous (.contiguous())"
-        )
-
-
-def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    check_tensor(name, tensor, device, (torch.float32,), len(shape))
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {shape}")
-
-
-def _check_parameter(param: Tensor, grad: Tensor, rows: Tensor | None) -> None:
-    check_tensor("param", param, param.device, PARAMETER_DTYPES, 2)
-    check_tensor("grad", grad, param.device, PARAMETER_DTYPES, 2)
-    num_rows = param.shape[0]
-    _check_num_rows(param)
-    if rows is not None:
-        num_rows = rows.shape[0]
-        _check_positions("rows", rows, num_rows, param.shape[0], param.device)
-    if tuple(grad.shape) != (num_rows, param.shape[1]):
-        allowed = (num_rows, param.shape[1])
-        raise ValueError(f"grad has shape {tuple(grad.shape)}; allowed: {allowed}")
-
-
-def _check_num_rows(param: Tensor) -> None:
-    if param.shape[0] > MAX_ROWS:
-        raise ValueError(f"param has {param.shape[0]} rows; allowed: up to {MAX_ROWS}")
-
-
-def check_elements(values: Tensor, indices: Tensor, param: Tensor) -> None:
-    """Raise ValueError unless these are elements of a parameter of any shape: see step_elements."""
-    check_tensor("values", values, param.device, (torch.float32,), 1)
-    _check_positions("indices", indices, values.shape[0], param.numel(), param.device)
-
-
-def _check_positions(
-    name: str, positions: Tensor, length: int, bound: int, device: torch.device
-) -> None:
-    """Ascending, unique and in range; on a GPU this waits for the device."""
-    check_tensor(name, positions, device, (torch.int64,), 1)
-    if positions.shape[0] != length:
-        raise ValueError(f"{name} has {positions.shape[0]} entries for {length} values")
-    if length == 0:
-        return
-    if int(positions[0]) < 0 or int(positions[-1]) >= bound:
-        raise ValueError(f"{name} lie in {int(positions[0])}..{int(positions[-1])}; allowed: "
-                         f"0..{bound - 1}")  # fmt: skip
-    if not bool((positions[1:] > positions[:-1]).all()):
-        raise ValueError(f"{name} are not ascending and unique; coalesce the gradient first")
-
-
-def _check_rows(rows: Tensor, values: Tensor | None) -> None:
-    """Rows of a sketch: any order, repeats allowed."""
-    check_tensor("rows", rows, rows.device, (torch.int64,), 1)
-    if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= MAX_ROWS):
-        raise ValueError(f"rows lie in {int(rows.min())}..{int(rows.max())}; allowed: "
-                         f"0..{MAX_ROWS - 1}")  # fmt: skip
-    if values is not None:
-        check_tensor("values", values, rows.device, (torch.float32,), 2)
-        if values.shape[0] != rows.shape[0]:
-            raise ValueError(f"{rows.shape[0]} rows for {values.shape[0]} rows of values")
-
-
-def _check_table(table: Table, num_columns: int, device: torch.device) -> None:
-    check_tensor("table", table.values, device, (torch.float32,), 3)
-    depth, width, dim = table.values.shape
-    if not 1 <= depth <= MAX_DEPTH:
-        raise ValueError(f"the sketch has depth {depth}; allowed: 1 to {MAX_DEPTH}")
-    if not 1 <= width < MAX_ROWS:
-        raise ValueError(f"the sketch has width {width}; allowed: 1 to {MAX_ROWS - 1}")
-    if dim != num_columns:
-        raise ValueError(f"the sketch has dim {dim}; allowed: {num_columns}, as the rows")
-    check_tensor("seeds", table.seeds, torch.device("cpu"), (torch.int64,), 1)
-    if table.seeds.shape[0] != depth:
-        raise ValueError(
-            f"the sketch has {table.seeds.shape[0]} seeds; allowed: its depth, {depth}"
-        )
-
-
-def _check_first(first: First, param: Tensor) -> None:
-    match first:
-        case Full() | Velocity():
-            check_shape("first moment", first.values, tuple(param.shape), param.device)
-        case Table():
-            _check_table(first, param.shape[1], param.device)
-            if not first.signed:
-                raise ValueError("a first moment has both signs; its sketch must be signed")
-
-
-def _check_second(second: Second, param: Tensor) -> None:
-    match second:
-        case Full():
-            check_shape("second moment", second.values, tuple(param.shape), param.device)
-        case Cover() | Factored():
-            check_shape("row", second.row, (param.shape[0],), param.device)
-            check_shape("col", second.col, (param.shape[1],), param.device)
-            if isinstance(second, Cover) and second.variant not in ("I", "II"):
-                raise ValueError(f"SM3 variant {second.variant!r}; allowed: I, II")
-        case Table():
-            _check_table(second, param.shape[1], param.device)
-            if second.signed:
-                raise ValueError("a second moment's sketch is a count-min sketch, without signs")

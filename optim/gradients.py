@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.checks import check_elements
 from kernels.operands import PARAMETER_DTYPES
-from kernels.ops import check_elements
 
 
 @dataclass(frozen=True)

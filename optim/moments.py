@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kernels import ops
+from kernels import operands, ops
 from optim.sketch import CountMinSketch, CountSketch, hash_seeds, width_for
 
 SEEDS = "_seeds"  # what the names of the tensors end in that stay on the CPU
@@ -104,8 +104,8 @@ class Full(Moment):
     def zeros(self) -> dict[str, Tensor]:
         return {self.spec.name: self._zeros(*self.spec.shape)}
 
-    def operand(self, split: int) -> ops.Full | ops.Velocity:
-        kind = ops.Velocity if self.spec.follows_update else ops.Full
+    def operand(self, split: int) -> operands.Full | operands.Velocity:
+        kind = operands.Velocity if self.spec.follows_update else operands.Full
         return kind(self.tensors[self.spec.name].view(matrix_shape(self.spec.shape, split)))
 
     def estimate(self) -> Tensor:
@@ -139,11 +139,11 @@ class Cover(Moment):
         shapes = [[n if a <= k < b else 1 for k, n in enumerate(shape)] for a, b in axes]
         return {n: self._zeros(*shape) for n, shape in zip(self.names(), shapes, strict=True)}
 
-    def operand(self, split: int) -> ops.Cover:
+    def operand(self, split: int) -> operands.Cover:
         (row, _), (col, _) = self._sides(split)
-        return ops.Cover(_merged(row).view(-1), _merged(col).view(-1), self.variant)
+        return operands.Cover(_merged(row).view(-1), _merged(col).view(-1), self.variant)
 
-    def write_back(self, operand: ops.Cover, split: int, *, is_dense: bool) -> None:
+    def write_back(self, operand: operands.Cover, split: int, *, is_dense: bool) -> None:
         sides = zip(self._sides(split), (operand.row, operand.col), strict=True)
         for (views, shape), merged in sides:
             if len(views) == 1:
@@ -188,8 +188,8 @@ class Factored(Moment):
         sizes = matrix_shape(self.spec.shape, 1)
         return {name: self._zeros(size) for name, size in zip(self.names(), sizes, strict=True)}
 
-    def operand(self, split: int) -> ops.Factored:
-        return ops.Factored(*self.tensors.values())
+    def operand(self, split: int) -> operands.Factored:
+        return operands.Factored(*self.tensors.values())
 
     def estimate(self) -> Tensor:
         row, col = self.tensors.values()
@@ -225,7 +225,7 @@ class Sketch(Moment):
         kind = CountSketch if self.spec.is_first else CountMinSketch
         return kind.wrap(*self.tensors.values())
 
-    def operand(self, split: int) -> ops.Table:
+    def operand(self, split: int) -> operands.Table:
         return self.sketch.table
 
     def end_step(self, step: int, options: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from kernels import ops
+from kernels import operands, ops
 from optim import options
 
 
@@ -77,9 +77,9 @@ class _RowSketch:
         return sketch
 
     @property
-    def table(self) -> ops.Table:
+    def table(self) -> operands.Table:
         """The operand that kernels.ops takes."""
-        return ops.Table(self.values, self.seeds, self.signed)
+        return operands.Table(self.values, self.seeds, self.signed)
 
     def insert(self, rows: Tensor, values: Tensor) -> None:
         """Add values (k, dim) float32 to rows (k,) int64, in any order; rows may repeat."""

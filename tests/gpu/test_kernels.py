@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from kernels import buffers, device, ops
-from kernels.operands import Correction
-from kernels.ops import Rule
+from kernels.operands import Correction, Rule
 from tests.unit.kernels import cases, test_buffers, test_device_buffers, test_device_observe
 from tests.unit.kernels.cases import Case
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels import build, host, ops
-from kernels.ops import Rule
+from kernels.operands import Rule
 
 ROOT = Path(__file__).parents[3]
 
@@ -50,9 +50,9 @@ def test_a_compiler_that_is_named_and_missing_is_not_replaced(fresh, monkeypatch
 def test_too_little_memory_is_an_error_that_python_sees():
     code = (
         "import resource, torch\n"
-        "from kernels import ops\n"
+        "from kernels import operands, ops\n"
         "p, g = torch.zeros(64, 400_000), torch.zeros(64, 400_000)\n"
-        "second = ops.Factored(torch.zeros(64), torch.zeros(400_000))\n"
+        "second = operands.Factored(torch.zeros(64), torch.zeros(400_000))\n"
         "ops.step(p[:1, :9].contiguous(), g[:1, :9].contiguous(), ops.Rule(lr=0.1))\n"
         "pages = int(open('/proc/self/statm').read().split()[0])\n"
         "limit = pages * resource.getpagesize() + 2**20\n"
@@ -114,13 +114,13 @@ def test_torch_and_the_kernels_share_their_threads():
     """A second OpenMP would keep a team of threads of its own, spinning beside torch's."""
     code = (
         "import torch\n"
-        "from kernels import ops\n"
+        "from kernels import operands, ops\n"
         "torch.set_num_threads(2)\n"
         "torch.ones(10**6).add_(1).sum()\n"
         "count = lambda: len(__import__('os').listdir('/proc/self/task'))\n"
         "before = count()\n"
         "p, g = torch.zeros(1000, 1000), torch.ones(1000, 1000)\n"
-        "ops.step(p, g, ops.Rule(lr=0.1), second=ops.Full(torch.zeros(1000, 1000)))\n"
+        "ops.step(p, g, ops.Rule(lr=0.1), second=operands.Full(torch.zeros(1000, 1000)))\n"
         "assert count() == before, (before, count())\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=200)

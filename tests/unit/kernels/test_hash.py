@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import host, reference
-from kernels.ops import Table
+from kernels.operands import Table
 
 
 def mix(x):

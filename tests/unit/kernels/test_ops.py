@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import ops
-from kernels.ops import Cover, Factored, Full, Rule, Table, Velocity
+from kernels.operands import Cover, Factored, Full, Rule, Table, Velocity
 
 N, M = 6, 4
 
