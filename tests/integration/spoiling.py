@@ -3,27 +3,15 @@
 import fiddle as fdl
 
 from configs.schema import Run
-from tests.integration.failing import my_rank
-from workloads.datasets import digits
+from tests.integration.failing import Failing, failing_digits, my_rank
 
 
-class _Spoiling:
-    def __init__(self, dataset, after: int) -> None:
-        self._dataset, self._left = dataset, after
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
+class Spoiling(Failing):
     def __getitem__(self, index: int):
         self._left -= 1
         image, label = self._dataset[index]
         return (image * float("nan") if self._left == 0 and my_rank() == "1" else image), label
 
 
-def spoiled_digits(after: int):
-    splits = digits()
-    return {"train": _Spoiling(splits["train"], after), "test": splits["test"]}
-
-
 def configure(run: fdl.Config[Run]) -> None:
-    run.dataset = fdl.Partial(spoiled_digits, after=100)
+    run.dataset = fdl.Partial(failing_digits, after=100, kind=Spoiling)

@@ -16,8 +16,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.operands import Cover, Factored, First, Full, Rule, Second, Table, Velocity
+from kernels import buffers, reference
+from kernels.operands import Buffer, Cover, Factored, First, Full, Rule, Second, Table, Velocity
 
 CPU = torch.device("cpu")
 PADDING = 33
@@ -103,13 +103,19 @@ class Guarded:
     _made: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def copy(self, tensor: Tensor) -> Tensor:
-        sentinel = torch.iinfo(torch.int64).min if tensor.dtype == torch.int64 else float("nan")
+        is_float = tensor.is_floating_point()
+        sentinel = float("nan") if is_float else torch.iinfo(tensor.dtype).min
         length = tensor.numel() + 2 * PADDING
         buffer = torch.full((length,), sentinel, dtype=tensor.dtype, device=self.device)
         inner = buffer[PADDING : PADDING + tensor.numel()].view(tensor.shape)
         inner.copy_(tensor)
         self._made.append((buffer, buffer.clone()))
         return inner
+
+    def buffer(self, buffer: Buffer | None) -> Buffer | None:
+        if buffer is None:
+            return None
+        return buffers.from_tensors(tuple(map(self.copy, buffers.tensors(buffer))))
 
     def check(self) -> None:
         for buffer, before in self._made:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kernels import buffers, host_buffers, ops, reference_buffers
 from kernels.operands import BLOCK, MIN_SCALE, Blocks, Buffer, Correction
+from tests.unit.kernels.cases import CPU, Guarded
 
-CPU = torch.device("cpu")
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 31, 255, 256, 257, 1000, 4097, 70001)
 OLD = (*buffers.DTYPES, "none", "in place")
@@ -61,28 +61,6 @@ def threads():
 # ---- making and comparing ------------------------------------------------------------------------
 
 
-class Guarded:
-    """Makes copies between sentinels, aligned for nothing but their own numbers."""
-
-    def __init__(self) -> None:
-        self._made: list[Tensor] = []
-
-    def tensor(self, tensor: Tensor) -> Tensor:
-        around = torch.full((tensor.numel() + 66,), 77, dtype=tensor.dtype)
-        inner = around[33:-33].copy_(tensor)
-        self._made.append(around)
-        return inner
-
-    def buffer(self, buffer: Buffer | None) -> Buffer | None:
-        if buffer is None:
-            return None
-        return buffers.from_tensors(tuple(map(self.tensor, buffers.tensors(buffer))))
-
-    def check(self) -> None:
-        for around in self._made:
-            assert (around[:33] == 77).all() and (around[-33:] == 77).all(), "written outside"
-
-
 def numbers(n: int, seed: int = 0) -> Tensor:
     """Numbers of many sizes, some of them 0."""
     generator = torch.Generator().manual_seed(seed)
@@ -109,7 +87,7 @@ def old_and_new(dtype: str | None, old: str, n: int, seed: int) -> tuple[Buffer 
 
 def run(case: Case, implementation) -> tuple[Tensor, ...]:
     """Return all that one accumulation leaves: maximum, new buffers, old buffers."""
-    guarded, kept = Guarded(), []
+    guarded, kept = Guarded(CPU), []
     for seed, dtype, old in (
         (1, case.residual, case.old_residual),
         (3, case.velocity, case.old_velocity),
@@ -117,8 +95,8 @@ def run(case: Case, implementation) -> tuple[Tensor, ...]:
         before, after = old_and_new(dtype, old, case.n, seed)
         after = guarded.buffer(after)
         kept += [after, after if old == "in place" else guarded.buffer(before)]
-    grad = guarded.tensor(numbers(case.n, 5).clamp(-6e4, 6e4).to(case.grad))
-    scale = guarded.tensor(torch.tensor([0.37])) if case.scaled else None
+    grad = guarded.copy(numbers(case.n, 5).clamp(-6e4, 6e4).to(case.grad))
+    scale = guarded.copy(torch.tensor([0.37])) if case.scaled else None
     correction = NESTEROV if case.velocity else Correction(v_gain=1.3)
     largest = implementation.accumulate(grad, correction, *kept, scale, KEY)
     guarded.check()
@@ -148,7 +126,7 @@ def test_accumulate_equals_the_reference(case, threads):
 @pytest.mark.parametrize("num_threads", (1, 2))
 def test_select_above_equals_the_reference(n, dtype, num_threads, threads):
     threads(num_threads)
-    guarded = Guarded()
+    guarded = Guarded(CPU)
     buffer = guarded.buffer(stored(numbers(n), dtype))
     magnitude = buffers.decode(buffer).abs()
     largest = float(magnitude.max())

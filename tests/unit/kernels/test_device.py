@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from kernels import device, launch_cupy
-from tests.emulation.emulator import BACKWARD, FORWARD, Emulator
+from tests.emulation.emulator import BACKWARD, FORWARD, WATCHED
 from tests.unit.kernels import cases
 from tests.unit.kernels.cases import Case
 
 SHUFFLED = 7
-WATCHED = "PARSIMONY_TEST_UNDER_ASAN"
 ORDERED = [
     Case("none", "cover", "dense", (1025, 40)),
     Case("velocity", "cover", "rows", (100, 129), torch.bfloat16),
@@ -30,18 +29,6 @@ ORDERED = [
     Case("table", "table 2", "elements", (65, 40), width=2),
     Case("table", "cover", "dense", (33, 129)),
 ]
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    """Return a function that makes kernels.device run emulated, in an order."""
-
-    def use(order=FORWARD, flags=()):
-        watched = ("-fsanitize=address",) if os.environ.get(WATCHED) else ()
-        monkeypatch.setattr(device, "launcher", Emulator(order, (*watched, *flags)))
-        return device.launcher
-
-    return use
 
 
 @pytest.fixture

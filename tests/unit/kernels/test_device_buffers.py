@@ -2,18 +2,17 @@
 
 import ctypes
 import dataclasses
-import os
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import buffers, device, device_buffers, reference_buffers
-from kernels.operands import BLOCK, Buffer, Correction
-from tests.emulation.emulator import BACKWARD, FORWARD, WATCHED, Emulator
+from kernels import buffers, device_buffers, reference_buffers
+from kernels.operands import BLOCK, Correction
+from tests.emulation.emulator import BACKWARD, FORWARD
+from tests.unit.kernels.cases import CPU, Guarded
 from tests.unit.kernels.test_buffers import (
-    CPU,
     KEY,
     NESTEROV,
     SIZES,
@@ -25,7 +24,6 @@ from tests.unit.kernels.test_buffers import (
     stored,
 )
 
-PADDING = 33
 SHUFFLED = 7
 THRESHOLDS = (0.0, 0.3, 2.5, float("inf"), float("nan"))
 SIZE_CASES = [
@@ -35,49 +33,14 @@ SIZE_CASES = [
 ]
 
 
-@pytest.fixture
-def emulated(monkeypatch):
-    """Return a function that makes kernels.device_buffers run emulated, in an order."""
-
-    def use(order=FORWARD):
-        watched = ("-fsanitize=address",) if os.environ.get(WATCHED) else ()
-        monkeypatch.setattr(device, "launcher", Emulator(order, watched))
-        return device.launcher
-
-    return use
-
-
 # ---- the checks, also of tests/gpu ---------------------------------------------------------------
-
-
-class _Guarded:
-    """Copies tensors to a device, between sentinels, aligned for nothing but their own numbers."""
-
-    def __init__(self, where: torch.device) -> None:
-        self._where, self._made = where, []
-
-    def tensor(self, tensor: Tensor) -> Tensor:
-        size = tensor.numel() + 2 * PADDING
-        around = torch.full((size,), 77, dtype=tensor.dtype, device=self._where)
-        self._made.append(around)
-        return around[PADDING:-PADDING].copy_(tensor)
-
-    def buffer(self, buffer: Buffer | None) -> Buffer | None:
-        if buffer is None:
-            return None
-        return buffers.from_tensors(tuple(map(self.tensor, buffers.tensors(buffer))))
-
-    def check(self) -> None:
-        for around in self._made:
-            outside = torch.cat((around[:PADDING], around[-PADDING:]))
-            assert (outside == 77).all(), "written outside a tensor"
 
 
 def accumulated(
     case: Case, implementation: ModuleType, where: torch.device, grad: Tensor | None = None
 ) -> list[Tensor]:
     """Return all that one accumulation leaves: the maximum, buffers, and the old ones."""
-    guarded, kept = _Guarded(where), []
+    guarded, kept = Guarded(where), []
     for seed, dtype, old in (
         (1, case.residual, case.old_residual),
         (3, case.velocity, case.old_velocity),
@@ -87,9 +50,9 @@ def accumulated(
         kept += [after, after if old == "in place" else guarded.buffer(before)]
     if grad is None:
         grad = numbers(case.n, 5).clamp(-6e4, 6e4).to(case.grad)
-    scale = guarded.tensor(torch.tensor([0.37])) if case.scaled else None
+    scale = guarded.copy(torch.tensor([0.37])) if case.scaled else None
     correction = NESTEROV if case.velocity else Correction(v_gain=1.3)
-    largest = implementation.accumulate(guarded.tensor(grad), correction, *kept, scale, KEY)
+    largest = implementation.accumulate(guarded.copy(grad), correction, *kept, scale, KEY)
     guarded.check()
     parts = [part for buffer in kept if buffer is not None for part in buffers.tensors(buffer)]
     return [part.cpu() for part in (largest, *parts)]
@@ -102,7 +65,7 @@ def check_accumulate(case: Case, where: torch.device = CPU) -> None:
 
 
 def check_select(dtype: str, n: int, where: torch.device = CPU) -> None:
-    here, guarded = stored(numbers(n), dtype), _Guarded(where)
+    here, guarded = stored(numbers(n), dtype), Guarded(where)
     there = guarded.buffer(here)
     largest = float(buffers.decode(here).abs().max())
     for threshold in (*THRESHOLDS, largest):

@@ -1,7 +1,6 @@
 """Feeding a second moment without a step in CUDA, run on the CPU by tests/emulation."""
 
 import itertools
-import os
 from types import ModuleType
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 from kernels import device, reference
 from kernels.operands import Rule
-from tests.emulation.emulator import BACKWARD, FORWARD, WATCHED, Emulator
+from tests.emulation.emulator import BACKWARD, FORWARD
 from tests.tolerances import assert_close
 from tests.unit.kernels import cases
 from tests.unit.kernels.cases import CPU, Case, Guarded
@@ -25,18 +24,6 @@ def observe_cases() -> list[Case]:
     turns = itertools.cycle(itertools.product(cases.DTYPES, cases.RULES))
     return [Case("none", second, "dense", size, *turn)
             for (second, size), turn in zip(kinds, turns, strict=False)]  # fmt: skip
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    """Return a function that makes kernels.device run emulated, in an order."""
-
-    def use(order=FORWARD):
-        watched = ("-fsanitize=address",) if os.environ.get(WATCHED) else ()
-        monkeypatch.setattr(device, "launcher", Emulator(order, watched))
-        return device.launcher
-
-    return use
 
 
 def observed(
