@@ -1,6 +1,6 @@
 """What a worker has not sent yet: velocity and residual, one pair a tensor, never shared.
 
-Owns: momentum correction, momentum factor masking, the bookkeeping of what was sent, and a step's
+Owns: momentum correction, momentum factor masking, what is taken out and put back, and a step's
 way back: until `commit`, what was there before the step is kept beside what it made, so that
 `roll_back` leaves no trace of it. The state is per rank and stays out of `optimizer.state`, which
 Horovod would overwrite with rank 0's.
@@ -9,8 +9,10 @@ Source: Lin et al. 2018 (arXiv:1712.01887), momentum correction and momentum fac
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +20,21 @@ from torch import Tensor
 
 from kernels import buffers
 from kernels.buffers import tensors
-from kernels.operands import Blocks, Buffer, Correction
+from kernels.operands import VELOCITY_KEY, Blocks, Buffer, Correction, Found, Selection
 
 _KINDS = ("velocity", "residual")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Entries that are out of a residual, and of the velocity if that is masked.
+
+    indices_K (K,) int64, ascending and unique; values_K, velocities_K (K,) float32.
+    """
+
+    indices_K: Tensor
+    values_K: Tensor
+    velocities_K: Tensor | None
 
 
 class Compensation:
@@ -52,25 +66,70 @@ class Compensation:
         self.num_steps = 0
         self._seed, self._num_writes = seed, 0
         self._before: dict[tuple[str, str], Buffer | None] = {}
+        self._keys: dict[str, int] = {}  # of this step's last gradient: what puts entries back
 
     def accumulate(
-        self, name: str, grad_N: Tensor, *, scale: Tensor | None = None, is_sent_whole: bool = False
-    ) -> Tensor:
-        """Add a gradient, times scale (1,), to velocity and residual; return the largest |scale g|.
+        self,
+        name: str,
+        grad_N: Tensor,
+        *,
+        scale: Tensor | None = None,
+        is_sent_whole: bool = False,
+        selection: Selection | None = None,
+    ) -> Found:
+        """Add a gradient, times scale (1,), to velocity and residual; take large entries out.
 
-        Returns: (1,) float32; infinite or NaN if an entry is.
+        Args: selection: of the residual, in the same pass, and with a step's last gradient only;
+                whether velocities are masked is this compensation's `mask_velocity`.
         """
         is_first = ("residual", name) not in self._before
         old_residual, residual = self._renew("residual", name, grad_N, is_sent_whole)
         old_velocity, velocity = None, None
         if self.momentum:
             old_velocity, velocity = self._renew("velocity", name, grad_N)
+        self._keys[name] = self._key(name)
         return buffers.accumulate(
             grad_N, self._correction(is_first),
             residual=residual, old_residual=old_residual,
             velocity=velocity, old_velocity=old_velocity,
-            scale=scale, key=self._key(name),
+            scale=scale, key=self._keys[name], selection=self._masking(selection),
         )  # fmt: skip
+
+    def select_again(self, name: str, selection: Selection) -> Found:
+        """Take more out of the residual after this step's last gradient, in a pass of its own."""
+        self._key_of(name)
+        residual, velocity = self.residual[name], self.velocity.get(name)
+        return buffers.accumulate(
+            None, Correction(), residual=residual, old_residual=residual,
+            velocity=velocity, selection=self._masking(selection),
+        )  # fmt: skip
+
+    def take_exactly(self, name: str, indices_K: Tensor) -> Taken:
+        """Take these entries out, as a selection would."""
+        key, velocities_K = self._key_of(name), None
+        values_K = buffers.take(self.residual[name], indices_K)
+        buffers.put(self.residual[name], indices_K, 0.0, key)
+        if self.mask_velocity and name in self.velocity:
+            velocities_K = buffers.take(self.velocity[name], indices_K)
+            buffers.put(self.velocity[name], indices_K, 0.0, key)
+        return Taken(indices_K, values_K, velocities_K)
+
+    def put_back(
+        self, name: str, indices_K: Tensor, values_K: Tensor, velocities_K: Tensor | None
+    ) -> None:
+        """Undo, to the bit, that entries were taken out in this step: any of them, by any pass."""
+        key = self._key_of(name)
+        buffers.put(self.residual[name], indices_K, values_K, key)
+        if velocities_K is not None:
+            buffers.put(self.velocity[name], indices_K, velocities_K, key ^ VELOCITY_KEY)
+
+    def keep_lost(self, name: str, indices_K: Tensor, lost_K: Tensor) -> None:
+        """Leave in the residual what coding lost of entries that were taken out and sent."""
+        buffers.put(self.residual[name], indices_K, lost_K, self._key(name))
+
+    def add(self, name: str, indices_K: Tensor, values_K: Tensor) -> None:
+        """Add to entries of the residual: what is to be sent another time. Indices are unique."""
+        buffers.add(self.residual[name], indices_K, values_K, self._key(name))
 
     def drain(self, name: str) -> Tensor:
         """Return all there is to send, (N,) float32, leaving no residual. The velocity stays.
@@ -79,18 +138,10 @@ class Compensation:
         """
         return buffers.decode(self.residual.pop(name))
 
-    def remove_sent(self, name: str, indices_K: Tensor, lost_K: Tensor | None) -> None:
-        """Take what was sent out of the residual; what coding lost, if anything, stays in."""
-        lost = 0.0 if lost_K is None else lost_K
-        buffers.put(self.residual[name], indices_K, lost, self._key(name))
-        if self.mask_velocity and name in self.velocity:
-            buffers.put(self.velocity[name], indices_K, 0.0, self._key(name))
-
     def commit(self) -> None:
         """Make the step's changes final."""
-        self._before.clear()
         self.num_steps += 1
-        self._num_writes = 0
+        self._end_step()
 
     def roll_back(self) -> None:
         """Undo the step, to the bit."""
@@ -99,7 +150,11 @@ class Compensation:
             kept.pop(name, None)
             if buffer is not None:
                 kept[name] = buffer
+        self._end_step()
+
+    def _end_step(self) -> None:
         self._before.clear()
+        self._keys.clear()
         self._num_writes = 0
 
     def _renew(
@@ -122,6 +177,19 @@ class Compensation:
         if is_first:
             return Correction(m, m, 1, 1) if self.nesterov else Correction(m, 1, 1, 0)
         return Correction(1, m, 0, 1 + m) if self.nesterov else Correction(1, 1, 0, 1)
+
+    def _masking(self, selection: Selection | None) -> Selection | None:
+        if selection is None:
+            return None
+        return dataclasses.replace(selection, mask_velocity=self.mask_velocity)
+
+    def _key_of(self, name: str) -> int:
+        if name not in self._keys:
+            raise ValueError(
+                f"{name} has no gradient in this step; entries are taken out, or put back, only "
+                "between accumulate and the end of its step"
+            )
+        return self._keys[name]
 
     def _key(self, name: str) -> int:
         """Return 64 bits that differ in every write of a step, every step and every rank."""
@@ -178,7 +246,7 @@ class Compensation:
                 loaded[kind][name] = buffer
         self.velocity, self.residual = loaded["velocity"], loaded["residual"]
         self.num_steps = int(state.get("num_steps", 0))
-        self._before.clear()
+        self._end_step()
 
 
 _64_BITS = 2**64 - 1

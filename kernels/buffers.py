@@ -4,9 +4,9 @@ A buffer is float32, bfloat16 or 8-bit blocks of 256 (operands.Blocks). Writing 
 rounds stochastically: up or down, with the odds that make the mean exact. The odds come from a hash
 of a key and the element's number, so that every implementation rounds alike and nothing is stored.
 
-`accumulate` and `select_above` pass over whole tensors, and have three implementations like the
-operations in ops.py. The rest is plain torch: `take` and `put` are for few elements, `decode` for
-tests and for what is sent whole.
+`accumulate` passes over whole tensors, and has three implementations like the operations in ops.py.
+The rest is plain torch: `take`, `put` and `add` are for few elements, `decode` for tests and for
+what is sent whole.
 Shapes: N elements of a flattened tensor, K selected of them.
 """
 
@@ -17,16 +17,21 @@ from torch import Tensor
 
 from kernels.checks import check_shape, check_tensor
 from kernels.operands import (
+    BINS,
     BLOCK,
     PARAMETER_DTYPES,
     STORED_DTYPES,
     Blocks,
     Buffer,
     Correction,
+    Found,
+    Selection,
 )
+from kernels.operands import Report as Report
+from kernels.operands import read_reports as read_reports
 from kernels.ops import implementing_module
+from kernels.reference_buffers import LEVELS, round_bfloat16, round_codes
 from kernels.reference_buffers import decode as decode
-from kernels.reference_buffers import round_bfloat16, round_codes
 
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -67,7 +72,8 @@ def take(buffer: Buffer, indices_K: Tensor) -> Tensor:
 def put(buffer: Buffer, indices_K: Tensor, values_K: Tensor | float, key: int) -> None:
     """Write values (K,) float32, or one for all, at indices; 0 is written exactly.
 
-    In blocks the scale stays as it is: no value may be beyond the largest of its block.
+    What was taken from the buffer goes back as it was, whatever the key. In blocks the scale stays
+    as it is: no value may be beyond the largest of its block.
     """
     if not isinstance(values_K, Tensor):
         values_K = torch.full(indices_K.shape, values_K, device=indices_K.device)
@@ -80,8 +86,30 @@ def put(buffer: Buffer, indices_K: Tensor, values_K: Tensor | float, key: int) -
         buffer[indices_K] = values_K
 
 
+def add(buffer: Buffer, indices_K: Tensor, values_K: Tensor, key: int) -> None:
+    """Add values (K,) float32 at unique indices, however large: a block's scale grows if it must.
+
+    What was taken out of a block whose scale has grown no longer goes back to the bit.
+    """
+    sums_K = take(buffer, indices_K) + values_K
+    if isinstance(buffer, Blocks):
+        _make_room(buffer, indices_K, sums_K, key)
+    put(buffer, indices_K, sums_K, key)
+
+
+def _make_room(buffer: Blocks, indices_K: Tensor, values_K: Tensor, key: int) -> None:
+    needed_K = values_K.abs() / LEVELS
+    scales = buffer.scales.scatter_reduce(0, indices_K // BLOCK, needed_K, "amax")
+    blocks = (scales > buffer.scales).nonzero()
+    elements = (blocks * BLOCK + torch.arange(BLOCK, device=blocks.device)).view(-1)
+    elements = elements[elements < buffer.codes.numel()]
+    before = take(buffer, elements)
+    buffer.scales.copy_(scales)
+    buffer.codes[elements] = round_codes(before, scales[elements // BLOCK], elements, key)
+
+
 def accumulate(
-    grad_N: Tensor,
+    grad_N: Tensor | None,
     correction: Correction,
     *,
     residual: Buffer,
@@ -90,42 +118,71 @@ def accumulate(
     old_velocity: Buffer | None = None,
     scale: Tensor | None = None,
     key: int = 0,
-) -> Tensor:
-    """Add a gradient to velocity and residual, in one pass; write them anew; return the largest.
+    selection: Selection | None = None,
+) -> Found:
+    """Add a gradient to velocity and residual and take large entries out, in one pass.
 
     With x = scale * grad:  u = u_decay old_velocity + u_gain x;  v = old_residual + (v_from_u u +
     v_gain x), from the u that rounding has not touched. All in float32, rounded by operation.
-    Args: grad_N: (N,) float32, bfloat16 or float16.
+    What `selection` takes out is listed, v and u as they are before rounding, and is exactly 0 in
+    the buffers. A block's scale is that of all its values, so what was taken out always fits in:
+    `put(residual, indices, values, key)` and `put(velocity, indices, velocities, key ^
+    VELOCITY_KEY)`, with this pass's key, leave to the bit what the pass would have left without a
+    selection, however many entries are put back, and after however many selections.
+    Args: grad_N: (N,) float32, bfloat16 or float16. None: nothing is added, the selection is from
+            what is stored, and neither scales nor what is not selected is written; the old buffers
+            are then the same as the new, or None.
         residual, velocity: written; the old ones, if other than they, are not. Old ones that are
             None count as zeros; they may be stored otherwise than the new.
         scale: (1,) float32, or None for 1.
         key: 64 bits; of the stochastic rounding.
-    Returns: (1,) float32: max |x|; infinite or NaN if an x is.
+    Returns: what was found; `largest` is max |x|, infinite or NaN if an x is.
+    Cost:    every buffer is read and written once. Nothing waits for a GPU.
+    Example: residual [1, -3, 0], grad [1, 0, 0], threshold 2 -> residual [0, 0, 0], listed
+        {0: 2, 1: -3}.
     """
-    n, device = grad_N.numel(), grad_N.device
-    check_tensor("grad", grad_N, device, PARAMETER_DTYPES, 1)
+    values = tensors(residual)[0] if grad_N is None else grad_N
+    n, device = values.numel(), values.device
     _check_buffer("residual", residual, n, device)
     _check_buffer("old_residual", old_residual, n, device)
     _check_buffer("velocity", velocity, n, device)
     _check_buffer("old_velocity", old_velocity, n, device)
+    if grad_N is None:
+        _check_in_place(residual, old_residual, velocity, old_velocity, selection)
+    else:
+        check_tensor("grad", grad_N, device, PARAMETER_DTYPES, 1)
     if scale is not None:
         check_shape("scale", scale, (1,), device)
     if velocity is None and (old_velocity is not None or correction.v_from_u):
         raise ValueError("old_velocity or v_from_u without a velocity to write")
     if n == 0:
-        return torch.zeros(1, device=device)
+        return _nothing(device, selection)
     return implementing_module("_buffers", device.type).accumulate(
-        grad_N, correction, residual, old_residual, velocity, old_velocity, scale, key
+        grad_N, correction, residual, old_residual, velocity, old_velocity, scale, key, selection
     )
 
 
-def select_above(buffer: Buffer, threshold: float) -> Tensor:
-    """Return the ascending indices (K,) int64 of values with |v| >= threshold and v not 0."""
-    device = tensors(buffer)[0].device
-    _check_buffer("buffer", buffer, numel(buffer), device)
-    if numel(buffer) == 0:
-        return torch.zeros(0, dtype=torch.int64, device=device)
-    return implementing_module("_buffers", device.type).select_above(buffer, threshold)
+def _check_in_place(
+    residual: Buffer,
+    old_residual: Buffer | None,
+    velocity: Buffer | None,
+    old_velocity: Buffer | None,
+    selection: Selection | None,
+) -> None:
+    for name, new, old in (
+        ("old_residual", residual, old_residual),
+        ("old_velocity", velocity, old_velocity),
+    ):
+        if old is not None and (new is None or tensors(new)[0] is not tensors(old)[0]):
+            raise ValueError(f"{name} is another buffer; allowed without a gradient: the same")
+    if selection is None:
+        raise ValueError("neither a gradient nor a selection; give one")
+
+
+def _nothing(device: torch.device, selection: Selection | None) -> Found:
+    report = torch.zeros(2 + (BINS if selection else 0), dtype=torch.int32, device=device)
+    indices = torch.zeros(0, dtype=torch.int64, device=device)
+    return Found(report, indices, indices.float(), None)
 
 
 def _check_buffer(name: str, buffer: Buffer | None, n: int, device: torch.device) -> None:

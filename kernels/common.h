@@ -192,8 +192,9 @@ FN bf16 stochastic_bf16(float x, u32 random) {
 }
 
 // x / scale to one of the two neighbouring integers. NaN becomes -127: its conversion is not defined.
+// What is an integer times scale, to the rounding of a float, becomes that integer whatever is drawn.
 FN signed char stochastic_code(float x, float scale, u32 random) {
-    float drawn = (float)(int)(random >> 8) * 5.9604644775390625e-8f;  // 24 bits: [0, 1)
+    float drawn = (float)(int)(random >> 17) * 3.0517578125e-5f + 1.52587890625e-5f;  // (k + 1/2) / 2^15
     float code = floorf(x / scale + drawn);
     return (signed char)(int)smaller(larger(code, -127.0f), 127.0f);
 }

@@ -1,20 +1,28 @@
 """The passes of buffers.py in CUDA, by device_buffers.cu. Arguments were checked there.
 
-Work goes to torch's current stream of the tensors' device. `accumulate` does not wait for it and
-has no temporaries; `select_above` waits once, for the count, and has 12 bytes for each 256
-elements.
+Work goes to torch's current stream of the tensors' device, and nothing here waits for it. There
+are no temporaries but the lists, of a selection's capacity, and the report.
 """
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int, c_int64, c_void_p
+from ctypes import Structure, c_float, c_int, c_int64, c_uint32, c_void_p
 
 import torch
 from torch import Tensor
 
 from kernels import device
 from kernels.launch_cupy import THREADS
-from kernels.operands import BLOCK, VELOCITY_KEY, Blocks, Buffer, Correction
+from kernels.operands import (
+    BINS,
+    BLOCK,
+    VELOCITY_KEY,
+    Blocks,
+    Buffer,
+    Correction,
+    Found,
+    Selection,
+)
 
 # Enough to fill a GPU; few, because each of their warps ends in an atomic on one number.
 MAX_BLOCKS = 4096
@@ -38,23 +46,16 @@ class Accumulation(device.Argument):
         *((name, _Stored) for name in ("grad", "residual", "old_residual")),
         *((name, _Stored) for name in ("velocity", "old_velocity")),
         *((name, c_int64) for name in ("numel", "residual_key", "velocity_key")),
-        ("scale", c_void_p),
-        ("largest", c_void_p),
+        *((name, c_void_p) for name in ("scale", "report", "indices", "values", "velocities")),
+        ("capacity", c_int64),
+        *((name, c_uint32) for name in ("sample_every", "sample_first")),
+        ("threshold", c_float),
         ("correction", Correction),
     )
 
 
-class Selection(device.Argument):
-    _fields_ = (
-        ("buffer", _Stored),
-        ("numel", c_int64),
-        *((name, c_void_p) for name in ("counts", "ends", "indices")),
-        ("threshold", c_float),
-    )
-
-
 def accumulate(
-    grad_N: Tensor,
+    grad_N: Tensor | None,
     correction: Correction,
     residual: Buffer,
     old_residual: Buffer | None,
@@ -62,33 +63,46 @@ def accumulate(
     old_velocity: Buffer | None,
     scale: Tensor | None,
     key: int,
-) -> Tensor:
-    buffers = (grad_N, residual, old_residual, velocity, old_velocity)
-    work = Accumulation(*map(_Stored, buffers), grad_N.numel(), key, key ^ VELOCITY_KEY)
-    work.correction = correction
+    selection: Selection | None = None,
+) -> Found:
+    values = residual.codes if isinstance(residual, Blocks) else residual
+    stored = map(_Stored, (grad_N, residual, old_residual, velocity, old_velocity))
+    work = Accumulation(*stored, values.numel(), key, key ^ VELOCITY_KEY, correction=correction)
     if scale is not None:
         work.point(scale=scale)
-    largest = torch.zeros(1, device=grad_N.device)
-    work.point(largest=largest)
-    _launch("accumulate", work, grad_N.device)
-    return largest
+    size = 2 if selection is None else 2 + BINS
+    work.point(report=torch.zeros(size, dtype=torch.int32, device=values.device))
+    kernel = "accumulate"
+    if selection is not None:
+        _make_room(work, selection, velocity, values.device)
+        kernel = "select_stored" if grad_N is None else "accumulate_select"
+    _launch(kernel, work, values.device)
+    nothing = torch.zeros(0, dtype=torch.int64, device=values.device)
+    return Found(
+        work.kept["report"],
+        work.kept.get("indices", nothing),
+        work.kept.get("values", nothing.float()),
+        work.kept.get("velocities"),
+        is_sorted=False,
+    )
 
 
-def select_above(buffer: Buffer, threshold: float) -> Tensor:
-    values = buffer.codes if isinstance(buffer, Blocks) else buffer
-    work = Selection(_Stored(buffer), values.numel(), threshold=threshold)
-    counts = values.new_empty(-(-values.numel() // BLOCK), dtype=torch.int32)
-    work.point(counts=counts)
-    _launch("select_count", work, values.device)
-    ends = counts.cumsum(0)
-    indices = values.new_empty(int(ends[-1]), dtype=torch.int64)
-    if len(indices) > 0:
-        work.point(ends=ends, indices=indices)
-        _launch("select_write", work, values.device)
-    return indices
+def _make_room(
+    work: Accumulation, selection: Selection, velocity: Buffer | None, where: torch.device
+) -> None:
+    """Let a pass select: hand over the settings, and where to list."""
+    room = min(selection.capacity, work.numel)
+    work.capacity, work.threshold = room, selection.limit
+    work.sample_every, work.sample_first = selection.sample_every, selection.sample_first
+    work.point(
+        indices=torch.empty(room, dtype=torch.int64, device=where),
+        values=torch.empty(room, device=where),
+    )
+    if velocity is not None and selection.mask_velocity:
+        work.point(velocities=torch.empty(room, device=where))
 
 
-def _launch(name: str, work: Accumulation | Selection, where: torch.device) -> None:
+def _launch(name: str, work: Accumulation, where: torch.device) -> None:
     """Launch a warp for each block of the buffer."""
     blocks = -(-work.numel // (THREADS // _LANES * BLOCK))
     device.launcher.launch(name, min(blocks, MAX_BLOCKS), work, where)

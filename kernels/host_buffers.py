@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kernels.build import host_library
 from kernels.operands import (
-    BLOCK,
+    BINS,
     PARAMETER_DTYPES,
     STORED_DTYPES,
     VELOCITY_KEY,
     Blocks,
     Buffer,
     Correction,
+    Found,
+    Selection,
 )
 
+PARALLEL_FROM = 1 << 15  # elements; below, starting threads costs more than it saves
 _pointer, _i64, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
@@ -31,13 +35,16 @@ class _AccumulateArgs(ctypes.Structure):
         *((name, _pointer) for name in ("grad", "scale")),
         *((name, _BufferArgs) for name in ("residual", "old_residual", "velocity", "old_velocity")),
         *((name, _i64) for name in ("n", "residual_key", "velocity_key")),
-        *((name, _int) for name in ("dtype", "threads")),
+        *((name, _pointer) for name in ("report", "indices", "values", "velocities")),
+        ("capacity", _i64),
+        *((name, _int) for name in ("sample_every", "sample_first", "dtype", "threads")),
+        ("threshold", _float),
         ("correction", Correction),
     ]
 
 
 def accumulate(
-    grad_N: Tensor,
+    grad_N: Tensor | None,
     correction: Correction,
     residual: Buffer,
     old_residual: Buffer | None,
@@ -45,35 +52,48 @@ def accumulate(
     old_velocity: Buffer | None,
     scale: Tensor | None,
     key: int,
-) -> Tensor:
+    selection: Selection | None = None,
+) -> Found:
+    n = (residual.codes if isinstance(residual, Blocks) else residual).numel()
     args = _AccumulateArgs(
-        grad=grad_N.data_ptr(), scale=None if scale is None else scale.data_ptr(),
+        grad=None if grad_N is None else grad_N.data_ptr(),
+        scale=None if scale is None else scale.data_ptr(),
         residual=_buffer_args(residual), old_residual=_buffer_args(old_residual),
         velocity=_buffer_args(velocity), old_velocity=_buffer_args(old_velocity),
-        n=grad_N.numel(), residual_key=key, velocity_key=key ^ VELOCITY_KEY,
-        dtype=PARAMETER_DTYPES.index(grad_N.dtype), threads=torch.get_num_threads(),
+        n=n, residual_key=key, velocity_key=key ^ VELOCITY_KEY,
+        dtype=0 if grad_N is None else PARAMETER_DTYPES.index(grad_N.dtype),
+        threads=torch.get_num_threads() if n >= PARALLEL_FROM else 1,
         correction=correction,
     )  # fmt: skip
-    largest = _library().parsimony_accumulate(ctypes.byref(args))
-    return torch.tensor([largest], dtype=torch.float32)
+    room = 0 if selection is None else min(selection.capacity, n)
+    places = args.threads * room  # most of them are never touched, and so take no memory
+    indices, values = torch.empty(places, dtype=torch.int64), torch.empty(places)
+    report = torch.zeros(2 if selection is None else 2 + BINS, dtype=torch.int32)
+    args.report, velocities = report.data_ptr(), None
+    if selection is not None:
+        args.indices, args.values, args.capacity = indices.data_ptr(), values.data_ptr(), room
+        args.sample_every, args.sample_first = selection.sample_every, selection.sample_first
+        args.threshold = selection.limit
+        if velocity is not None and selection.mask_velocity:
+            velocities = torch.empty(places)
+            args.velocities = velocities.data_ptr()
+    listed = (_i64 * args.threads)()
+    _library().parsimony_accumulate(ctypes.byref(args), listed)
+    joined = (_join(places, room, listed) for places in (indices, values, velocities))
+    return Found(report, *joined)
 
 
-def select_above(buffer: Buffer, threshold: float) -> Tensor:
-    args = _buffer_args(buffer)
-    n = (buffer.codes if isinstance(buffer, Blocks) else buffer).numel()
-    starts = torch.empty(-(-n // BLOCK) + 1, dtype=torch.int64)
-    what = ctypes.byref(args), _i64(n), _float(threshold), _pointer(starts.data_ptr())
-    threads = _int(torch.get_num_threads())
-    _library().parsimony_count_above(*what, threads)
-    indices = torch.empty(int(starts[-1]), dtype=torch.int64)
-    _library().parsimony_list_above(*what, _pointer(indices.data_ptr()), threads)
-    return indices
+def _join(places: Tensor | None, room: int, listed: Sequence[int]) -> Tensor | None:
+    """Return what each thread has written at the begin of its places, in their order."""
+    if places is None:
+        return None
+    return torch.cat([places[i * room : i * room + count] for i, count in enumerate(listed)])
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = host_library()
-    library.parsimony_accumulate.restype = _float
+    library.parsimony_accumulate.restype = None
     library.parsimony_buffer_sizes.restype = _i64
     for which, ours in enumerate((_AccumulateArgs, _BufferArgs)):
         assert library.parsimony_buffer_sizes(which) == ctypes.sizeof(ours)

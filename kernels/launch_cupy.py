@@ -27,7 +27,8 @@ DEFINES = (f"-DTHREADS={THREADS}", f"-DCOLUMNS={COLUMNS}")
 ARITHMETIC = ("--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 OPTIONS = ("--std=c++14", *DEFINES, *ARITHMETIC)
 
-SOURCES = ("device_buffers.cu", "device.cu", "common.h")  # each includes the next
+# The first includes the second and the third, and so on: each is included once.
+SOURCES = ("device_packing.cu", "packing.h", "device_buffers.cu", "device.cu", "common.h")
 
 _FOLDER = Path(__file__).parent
 _REMEDY = (

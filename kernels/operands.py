@@ -1,11 +1,14 @@
-"""What an operation is given: the scalars of its rule, and the ways to keep a moment.
+"""What an operation is given, and what a selecting pass returns.
 
-Shapes: n rows of m columns make the parameter's 2-D view.
+Shapes: n rows of m columns make the parameter's 2-D view; N elements of a flattened tensor, K
+selected of them.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -167,3 +170,105 @@ class Correction(ctypes.Structure):
         v_gain: float = 1.0,
     ) -> None:
         super().__init__(u_decay, u_gain, v_from_u, v_gain)
+
+
+# ---- selecting in that pass ----------------------------------------------------------------------
+
+BIN_SHIFT = 20  # of a magnitude's 31 bits: 8 bins an octave, each 7 to 12.5% wide
+BINS = 1 << (31 - BIN_SHIFT)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which entries of a residual v a pass takes out: those with |v| >= threshold, but no zeros.
+
+    threshold: 0 or more; inf takes nothing.
+    capacity: how many entries there is room for; what does not fit is counted and stays.
+    mask_velocity: the velocity is listed, and made 0, where the residual is.
+    sample_every, sample_first: the blocks of 256 elements, counted from 0, whose magnitudes enter
+        the histogram: sample_first, sample_first + sample_every, ...
+    """
+
+    threshold: float
+    capacity: int
+    mask_velocity: bool = True
+    sample_every: int = 1
+    sample_first: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise ValueError(f"threshold is {self.threshold}; allowed: 0 or more, or inf for none")
+        if self.capacity < 1:
+            raise ValueError(f"capacity is {self.capacity}; allowed: 1 or more entries")
+        if not 0 <= self.sample_first < self.sample_every:
+            raise ValueError(
+                f"sample_first is {self.sample_first}; allowed: 0 to sample_every - 1, which is "
+                f"{self.sample_every - 1}"
+            )
+
+    @property
+    def limit(self) -> float:
+        """The threshold as it is compared: by one that is NaN, infinity is not above either."""
+        return self.threshold if self.threshold < math.inf else math.nan
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a pass saw: the largest |gradient|, how many entries reach the threshold, and of the
+    sampled blocks a histogram of |v|, before anything was taken out: (BINS,) int32 on the CPU, by
+    the upper bits of the float; None from a pass without a selection.
+    """
+
+    largest: float
+    count: int
+    histogram: Tensor | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a pass leaves beside the buffers, all on their device; nothing here has waited for it.
+
+    report: (2 + BINS,) int32, or (2,) without a selection: the bits of the largest |gradient|, the
+        count (32 bits without sign; at least 2^31 where it is more), and the histogram.
+    indices, values, velocities: what was taken out, in the order in which it was listed, where that
+        is `is_sorted` by index; maybe with unused room behind.
+    """
+
+    report: Tensor
+    indices: Tensor
+    values: Tensor
+    velocities: Tensor | None
+    is_sorted: bool = True
+
+    @property
+    def largest(self) -> Tensor:
+        """(1,) float32: max |x| of the gradient; infinite or NaN if an x is; 0 without one."""
+        return self.report[:1].view(torch.float32)
+
+    def entries(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what was taken out: indices (K,) int64 ascending, values and velocities (K,).
+
+        Args: count: the report's. Beyond the capacity fewer are here, and which is not specified.
+        """
+        kept = (self.indices, self.values, self.velocities)
+        indices_K, values_K, velocities_K = (x if x is None else x[:count] for x in kept)
+        if self.is_sorted:
+            return indices_K, values_K, velocities_K
+        indices_K, order = indices_K.sort()
+        return indices_K, values_K[order], None if velocities_K is None else velocities_K[order]
+
+
+def read_reports(found: Sequence[Found]) -> list[Report]:
+    """Read what several passes on one device saw, with one transfer, which waits for them."""
+    if not found:
+        return []
+    sizes = [each.report.numel() for each in found]
+    reports = torch.cat([each.report for each in found]).cpu().split(sizes)
+    return [
+        Report(
+            largest=report[:1].view(torch.float32).item(),
+            count=report[1].item() & 0xFFFFFFFF,
+            histogram=report[2:] if report.numel() > 2 else None,
+        )
+        for report in reports
+    ]

@@ -8,10 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.operands import BLOCK, MIN_SCALE, VELOCITY_KEY, Blocks, Buffer, Correction
+from kernels.operands import (
+    BIN_SHIFT,
+    BINS,
+    BLOCK,
+    MIN_SCALE,
+    VELOCITY_KEY,
+    Blocks,
+    Buffer,
+    Correction,
+    Found,
+    Selection,
+)
 from kernels.reference import mix
 
-_LEVELS = 127
+LEVELS = 127
 
 
 def random_bits(indices: Tensor, key: int) -> Tensor:
@@ -35,9 +46,13 @@ def round_bfloat16(values: Tensor, indices: Tensor, key: int) -> Tensor:
 
 
 def round_codes(values: Tensor, scales: Tensor, indices: Tensor, key: int) -> Tensor:
-    """Round values / scales to one of the two neighbouring integers, within -127..127."""
-    random = (random_bits(indices, key) >> 8).float() * 2.0**-24
-    return (values / scales + random).floor().clamp(-_LEVELS, _LEVELS).to(torch.int8)
+    """Round values / scales to one of the two neighbouring integers, within -127..127.
+
+    A value that is an integer times its scale, to the rounding of float32, becomes that integer
+    whatever the key: the odds are drawn from 15 bits, and never as close to 0 or 1 as 2^-16.
+    """
+    random = (random_bits(indices, key) >> 17).float() * 2.0**-15 + 2.0**-16
+    return (values / scales + random).floor().clamp(-LEVELS, LEVELS).to(torch.int8)
 
 
 def decode(buffer: Buffer) -> Tensor:
@@ -58,7 +73,7 @@ def _store(values: Tensor, buffer: Buffer, key: int) -> None:
         padded = values.new_zeros(buffer.scales.numel() * BLOCK)
         padded[:n] = values.abs()
         largest = padded.view(-1, BLOCK).amax(1)
-        buffer.scales.copy_((largest / _LEVELS).clamp_min(MIN_SCALE))
+        buffer.scales.copy_((largest / LEVELS).clamp_min(MIN_SCALE))
         buffer.codes.copy_(round_codes(values, _spread(buffer.scales, n), indices, key))
     elif buffer.dtype == torch.bfloat16:
         buffer.copy_(round_bfloat16(values, indices, key))
@@ -67,7 +82,7 @@ def _store(values: Tensor, buffer: Buffer, key: int) -> None:
 
 
 def accumulate(
-    grad_N: Tensor,
+    grad_N: Tensor | None,
     correction: Correction,
     residual: Buffer,
     old_residual: Buffer | None,
@@ -75,21 +90,54 @@ def accumulate(
     old_velocity: Buffer | None,
     scale: Tensor | None,
     key: int,
-) -> Tensor:
+    selection: Selection | None = None,
+) -> Found:
+    if grad_N is None:
+        u = None if velocity is None else decode(velocity)
+        found = _find(torch.zeros(1), decode(residual), u, selection)
+        _mask(found, residual, velocity)
+        return found
     x = grad_N.float()
     if scale is not None:
         x = x * scale
-    change = x * correction.v_gain
+    change, u = x * correction.v_gain, None
     if velocity is not None:
         before = torch.zeros_like(x) if old_velocity is None else decode(old_velocity)
         u = before * correction.u_decay + x * correction.u_gain
         change = u * correction.v_from_u + change
         _store(u, velocity, key ^ VELOCITY_KEY)
     before = torch.zeros_like(x) if old_residual is None else decode(old_residual)
-    _store(before + change, residual, key)
-    return x.abs().amax().view(1)
+    v = before + change
+    _store(v, residual, key)
+    found = _find(x, v, u, selection)
+    _mask(found, residual, velocity)
+    return found
 
 
-def select_above(buffer: Buffer, threshold: float) -> Tensor:
-    magnitude = decode(buffer).abs()
-    return ((magnitude >= threshold) & (magnitude > 0)).nonzero().view(-1)
+def _magnitude_bits(x: Tensor) -> Tensor:
+    """Return |x| as integers, which order as the magnitudes do; infinity and NaN are above all."""
+    return x.contiguous().view(torch.int32) & 0x7FFFFFFF
+
+
+def _find(x: Tensor, v: Tensor, u: Tensor | None, selection: Selection | None) -> Found:
+    largest = _magnitude_bits(x).amax().view(1)
+    if selection is None:
+        nothing = torch.zeros(0, dtype=torch.int64, device=v.device)
+        return Found(torch.cat([largest, largest.new_zeros(1)]), nothing, nothing.float(), None)
+    is_above = (v.abs() >= torch.tensor(selection.limit, dtype=torch.float32)) & (v != 0)
+    indices = is_above.nonzero().view(-1)
+    blocks = torch.arange(v.numel(), device=v.device) // BLOCK
+    sampled = v[blocks % selection.sample_every == selection.sample_first]
+    bins = (_magnitude_bits(sampled) >> BIN_SHIFT).bincount(minlength=BINS)
+    count = largest.new_tensor([indices.numel()])
+    indices = indices[: selection.capacity]
+    velocities = u[indices] if u is not None and selection.mask_velocity else None
+    return Found(torch.cat([largest, count, bins.int()]), indices, v[indices], velocities)
+
+
+def _mask(found: Found, residual: Buffer, velocity: Buffer | None) -> None:
+    """Write zeros where entries were taken out; scales stay, so that these can be put back."""
+    for buffer, taken in ((residual, found.values), (velocity, found.velocities)):
+        if taken is not None:
+            values = buffer.codes if isinstance(buffer, Blocks) else buffer
+            values[found.indices] = 0

@@ -1,4 +1,4 @@
-// As much of CUDA as kernels/device.cu and device_buffers.cu use, for a CPU: emulation.cpp compiles
+// As much of CUDA as kernels/device*.cu use, for a CPU: emulation.cpp compiles
 // them after this.
 #pragma once
 
@@ -51,5 +51,17 @@ inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline uint32_t atomicMax(uint32_t *address, uint32_t value) {
     uint32_t old = *address;
     if (value > old) *address = value;
+    return old;
+}
+
+inline uint32_t atomicAdd(uint32_t *address, uint32_t value) {
+    uint32_t old = *address;
+    *address = old + value;
+    return old;
+}
+
+inline uint32_t atomicOr(uint32_t *address, uint32_t value) {
+    uint32_t old = *address;
+    *address = old | value;
     return old;
 }

@@ -4,7 +4,7 @@
 // shows as a difference. Threads that wait where others have left are an error, with a message.
 #include "cuda.h"
 
-#include "device_buffers.cu"  // and device.cu in it
+#include "device_packing.cu"  // and device_buffers.cu and device.cu in it
 
 #include <csetjmp>
 #include <cstdlib>
@@ -195,4 +195,5 @@ extern "C" const char *emulate(Kernel run, const void *with, unsigned grid, unsi
 extern "C" uint64_t size_of_feeding() { return sizeof(Feeding); }
 extern "C" uint64_t size_of_stepping() { return sizeof(Stepping); }
 extern "C" uint64_t size_of_accumulation() { return sizeof(Accumulation); }
-extern "C" uint64_t size_of_selection() { return sizeof(Selection); }
+extern "C" uint64_t size_of_packing() { return sizeof(Packing); }
+extern "C" uint64_t size_of_merging() { return sizeof(Merging); }

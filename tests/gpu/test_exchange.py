@@ -28,7 +28,7 @@ def train_on(device, optimizer, settings):
                  for name, shape in SHAPES.items()}  # fmt: skip
         mine = DistributedOptimizer(
             OPTIMIZERS[optimizer](named.values()), named.items(), comm=comm, bucket_bytes=10**6,
-            compression=Compression(density=0.01, sample_ratio=1.0, **settings),
+            compression=Compression(density=0.01, **settings),
         )  # fmt: skip
         generator = torch.Generator().manual_seed(comm.rank)
         for step in range(6):

@@ -1,5 +1,6 @@
 """The CUDA kernels on a GPU against the specification on the CPU; tests/unit emulates the same."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from kernels import buffers, device, ops
-from kernels.operands import Correction, Rule
+from kernels.buffers import read_reports
+from kernels.operands import Correction, Rule, Selection
 from tests.unit.kernels import cases, test_buffers, test_device_buffers, test_device_observe
 from tests.unit.kernels.cases import Case
 
@@ -57,8 +59,13 @@ def test_accumulate_equals_the_reference(case):
 
 @pytest.mark.parametrize("n", (*test_buffers.SIZES, 3_000_017))
 @pytest.mark.parametrize("dtype", buffers.DTYPES)
-def test_select_above_equals_the_reference(dtype, n):
+def test_selecting_equals_the_reference(dtype, n):
     test_device_buffers.check_select(dtype, n, GPU)
+
+
+@pytest.mark.parametrize("dtype", buffers.DTYPES)
+def test_what_there_is_no_room_for_stays(dtype):
+    test_device_buffers.check_overflow(dtype, 100_003, GPU)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
@@ -105,11 +112,12 @@ def test_nothing_waits_while_gradients_are_taken_in(second, waiting_is_an_error)
         if is_compiled:
             waiting_is_an_error()
         ops.observe(grad, Rule(lr=0.1), run.second, scale=scale)
-        largest = buffers.accumulate(
-            grad.view(-1), Correction(), residual=residual, old_residual=residual, scale=scale
-        )
+        found = buffers.accumulate(
+            grad.view(-1), Correction(), residual=residual, old_residual=residual, scale=scale,
+            selection=Selection(math.inf, 10),
+        )  # fmt: skip
     torch.cuda.set_sync_debug_mode("default")
-    assert largest.item() == 1.0 and (residual == 2.0).all()
+    assert found.largest.item() == 1.0 and (residual == 2.0).all()
 
 
 def test_ops_choose_cuda_for_tensors_on_a_gpu():
@@ -138,8 +146,10 @@ def test_buffers_beyond_32_bits():
     grad = torch.zeros(n, dtype=torch.bfloat16, device=GPU)
     grad[places] = 1.0
     residual = buffers.empty(n, "int8", GPU)
-    buffers.accumulate(grad, Correction(), residual=residual, old_residual=None)
-    assert torch.equal(buffers.select_above(residual, 0.5), places)
+    found = buffers.accumulate(
+        grad, Correction(), residual=residual, old_residual=None, selection=Selection(0.5, 10)
+    )
+    assert torch.equal(found.entries(read_reports([found])[0].count)[0], places)
 
 
 def test_compute_sanitizer_finds_nothing():

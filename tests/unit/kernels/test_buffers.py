@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels import buffers, host_buffers, ops, reference_buffers
-from kernels.operands import BLOCK, MIN_SCALE, Blocks, Buffer, Correction
+from kernels.buffers import read_reports
+from kernels.operands import BLOCK, MIN_SCALE, Blocks, Buffer, Correction, Found, Selection
 from tests.unit.kernels.cases import CPU, Guarded
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,8 +86,8 @@ def old_and_new(dtype: str | None, old: str, n: int, seed: int) -> tuple[Buffer 
     return before, stored(numbers(n, seed + 1), dtype)
 
 
-def run(case: Case, implementation) -> tuple[Tensor, ...]:
-    """Return all that one accumulation leaves: maximum, new buffers, old buffers."""
+def run(case: Case, implementation, selection: Selection | None = None) -> tuple[Tensor, ...]:
+    """Return all that one accumulation leaves: report, lists, new buffers, old buffers."""
     guarded, kept = Guarded(CPU), []
     for seed, dtype, old in (
         (1, case.residual, case.old_residual),
@@ -98,9 +99,17 @@ def run(case: Case, implementation) -> tuple[Tensor, ...]:
     grad = guarded.copy(numbers(case.n, 5).clamp(-6e4, 6e4).to(case.grad))
     scale = guarded.copy(torch.tensor([0.37])) if case.scaled else None
     correction = NESTEROV if case.velocity else Correction(v_gain=1.3)
-    largest = implementation.accumulate(grad, correction, *kept, scale, KEY)
+    found = implementation.accumulate(grad, correction, *kept, scale, KEY, selection)
     guarded.check()
-    return largest, *(part for b in kept if b is not None for part in buffers.tensors(b))
+    parts = (part for b in kept if b is not None for part in buffers.tensors(b))
+    return *found_parts(found), *parts
+
+
+def found_parts(found: Found) -> tuple[Tensor, ...]:
+    """Return all that is found, on the CPU; absent velocities as none listed."""
+    indices, values, velocities = found.entries(read_reports([found])[0].count)
+    velocities = values[:0] if velocities is None else velocities
+    return tuple(part.cpu() for part in (found.report, indices, values, velocities))
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
@@ -121,34 +130,10 @@ def test_accumulate_equals_the_reference(case, threads):
         assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize("dtype", buffers.DTYPES)
-@pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("num_threads", (1, 2))
-def test_select_above_equals_the_reference(n, dtype, num_threads, threads):
-    threads(num_threads)
-    guarded = Guarded(CPU)
-    buffer = guarded.buffer(stored(numbers(n), dtype))
-    magnitude = buffers.decode(buffer).abs()
-    largest = float(magnitude.max())
-    for threshold in (0.0, float(magnitude.median()), largest, largest * 1.01, float("nan")):
-        actual = host_buffers.select_above(buffer, threshold)
-        assert_same_bits(actual, reference_buffers.select_above(buffer, threshold))
-        chosen = (magnitude >= threshold) & (magnitude > 0)
-        assert torch.equal(actual, chosen.nonzero().view(-1))
-    guarded.check()
-
-
-def test_nothing_is_above_in_zeros_or_in_nothing():
-    for dtype in buffers.DTYPES:
-        for buffer in (stored(torch.zeros(1000), dtype), buffers.empty(0, dtype, CPU)):
-            indices = buffers.select_above(buffer, 0.0)
-            assert indices.dtype == torch.int64 and indices.numel() == 0
-
-
 def test_an_empty_gradient_is_no_error():
     buffer = buffers.empty(0, "int8", CPU)
-    largest = buffers.accumulate(torch.zeros(0), Correction(), residual=buffer, old_residual=None)
-    assert torch.equal(largest, torch.zeros(1))
+    found = buffers.accumulate(torch.zeros(0), Correction(), residual=buffer, old_residual=None)
+    assert torch.equal(found.largest, torch.zeros(1))
 
 
 # ---- the rounding --------------------------------------------------------------------------------
@@ -229,9 +214,10 @@ def test_the_maximum_tells_of_what_is_not_finite(dtype, grad, implementation):
         x = torch.ones(1000, dtype=grad)
         x[500 : 500 + len(bad)] = torch.tensor(bad)
         with ops.use(implementation):
-            largest = buffers.accumulate(
+            found = buffers.accumulate(
                 x, NESTEROV, residual=buffer, old_residual=None, velocity=velocity
             )
+        largest = found.largest
         torch.testing.assert_close(largest, torch.tensor([expected]), equal_nan=True)
 
 
@@ -243,9 +229,9 @@ def test_nothing_is_lost_in_float32():
     generator = torch.Generator().manual_seed(0)
     before, grad = (torch.randint(-99, 99, (4097,), generator=generator).float() for _ in "12")
     residual = before.clone()
-    largest = buffers.accumulate(grad, Correction(), residual=residual, old_residual=residual)
+    found = buffers.accumulate(grad, Correction(), residual=residual, old_residual=residual)
     assert torch.equal(residual, before + grad)
-    assert torch.equal(largest, grad.abs().max().view(1))
+    assert torch.equal(found.largest, grad.abs().max().view(1))
 
 
 @pytest.mark.parametrize("dtype", buffers.DTYPES)
@@ -295,7 +281,3 @@ def test_what_does_not_fit_is_named():
         arguments |= {"old_residual": None} | changes
         with pytest.raises(ValueError, match=message):
             buffers.accumulate(**arguments)
-    with pytest.raises(ValueError, match="buffer is torch.float64"):
-        buffers.select_above(grad.double(), 0.0)
-    with pytest.raises(ValueError, match="buffer.scales has 1 elements"):
-        buffers.select_above(Blocks(blocks.codes, blocks.scales[:1]), 0.0)

@@ -1,0 +1,220 @@
+"""How long do accumulating, selecting and masking take, in one pass and as usually written?
+
+    OMP_NUM_THREADS=1 python benchmarks/selection_speed.py --json benchmarks/results/selection.json
+
+One tensor, 8.4 million elements, of which a thousandth is taken out. In each round every contender
+makes one step, in turn, and ratios are taken within the round, so that what else the machine does
+falls on all of them; the median of the rounds is given. "Fused": the pass of kernels/buffers.py
+with the right threshold, from the old buffers into new ones, as a step that can be undone needs it.
+"Torch operations": the predecessors' way, in float32 and in place: threshold from a sample of 1%,
+adapted, indices by `nonzero`. Before anything is timed, the fused pass is compared with plain torch
+to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks import tables
+from benchmarks.contenders import milliseconds
+from dgc.sparsify import plan_sparsity
+from kernels import buffers, ops
+from kernels.operands import Correction, Selection
+
+COPY = "copy of the tensor"
+MOMENTUM = 0.9
+SAMPLE_RATIO, LOWERED, MOST_TRIES = 0.01, 0.8, 10
+
+
+def main() -> None:
+    options = parse()
+    rows = measure(options)
+    tables.print_table(rows, COLUMNS)
+    tables.write_json(rows, options.json)
+
+
+def parse() -> argparse.Namespace:
+    parser = tables.parser(__doc__)
+    parser.add_argument("--numel", type=int, default=2**23)
+    parser.add_argument("--density", type=float, default=0.001)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args()
+
+
+# ---- the fused pass ------------------------------------------------------------------------------
+
+
+class Fused:
+    """The pass from old buffers to new ones; every call does the same."""
+
+    def __init__(self, grad_N: Tensor, dtype: str, with_velocity: bool, k: int) -> None:
+        n, device = grad_N.numel(), grad_N.device
+        self.grad_N, self.with_velocity = grad_N, with_velocity
+        self.correction = Correction(MOMENTUM, 1, 1, 0) if with_velocity else Correction()
+        self.old = [filled(n, dtype, device, seed) for seed in range(1 + with_velocity)]
+        self.new = [buffers.empty(n, dtype, device) for _ in self.old]
+        plan = plan_sparsity(n, k / n)
+        self.run(None)
+        threshold = buffers.decode(self.new[0]).abs().topk(k).values.min().item()
+        self.selection = Selection(threshold, plan.capacity, sample_every=plan.sample_every)
+
+    def run(self, selection: Selection | None) -> buffers.Found:
+        velocity, old_velocity = (self.new[1], self.old[1]) if self.with_velocity else (None, None)
+        return buffers.accumulate(
+            self.grad_N, self.correction, residual=self.new[0], old_residual=self.old[0],
+            velocity=velocity, old_velocity=old_velocity, key=7, selection=selection,
+        )  # fmt: skip
+
+    def step(self) -> None:
+        found = self.run(self.selection)
+        (report,) = buffers.read_reports([found])
+        found.entries(report.count)
+
+    def results(self) -> list[Tensor]:
+        found = self.run(self.selection)
+        (report,) = buffers.read_reports([found])
+        entries = [part for part in found.entries(report.count) if part is not None]
+        kept = [part.clone() for buffer in self.new for part in buffers.tensors(buffer)]
+        return [found.report, *entries, *kept]
+
+    def check(self) -> None:
+        with ops.use("reference"):
+            expected = self.results()
+        for a, b in zip(self.results(), expected, strict=True):
+            assert torch.equal(a, b), "the fused pass differs from plain torch"
+
+
+def filled(n: int, dtype: str, device: torch.device, seed: int) -> buffers.Buffer:
+    buffer = buffers.empty(n, dtype, device)
+    values_N = torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(device)
+    buffers.accumulate(values_N, Correction(), residual=buffer, old_residual=None)
+    return buffer
+
+
+# ---- as usually written --------------------------------------------------------------------------
+
+
+class TorchOperations:
+    """DGC's rule, one torch operation after another; momentum correction in place."""
+
+    def __init__(self, grad_N: Tensor, with_velocity: bool, k: int) -> None:
+        n = grad_N.numel()
+        self.grad_N, self.k = grad_N, k
+        self.start = [filled(n, "float32", grad_N.device, s) for s in range(1 + with_velocity)]
+        self.kept = [each.clone() for each in self.start]
+        self.generator = torch.Generator(grad_N.device).manual_seed(0)
+
+    def reset(self) -> None:
+        for kept, start in zip(self.kept, self.start, strict=True):
+            kept.copy_(start)
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        residual, *velocity = self.kept
+        if velocity:
+            velocity[0].mul_(MOMENTUM).add_(self.grad_N)
+        residual.add_(velocity[0] if velocity else self.grad_N)
+        magnitude_N = residual.abs()
+        indices_K = self.select(magnitude_N)
+        values_K = residual[indices_K]
+        for kept in self.kept:
+            kept.index_fill_(0, indices_K, 0.0)
+        return indices_K, values_K
+
+    def select(self, magnitude_N: Tensor) -> Tensor:
+        n = magnitude_N.numel()
+        num_samples = int(n * SAMPLE_RATIO)
+        positions = torch.randint(
+            n, (num_samples,), generator=self.generator, device=magnitude_N.device
+        )
+        rank = max(1, round(num_samples * self.k / n))
+        threshold = magnitude_N[positions].topk(rank, sorted=False).values.min()
+        for _ in range(MOST_TRIES):
+            indices_K = (magnitude_N >= threshold).nonzero().view(-1)
+            if indices_K.numel() > 1.3 * self.k:
+                kept = magnitude_N[indices_K].topk(self.k, sorted=False).indices
+                return indices_K[kept]
+            if indices_K.numel() >= 0.8 * self.k:
+                break
+            threshold = threshold * LOWERED
+        return indices_K
+
+    def check(self) -> None:
+        self.reset()
+        indices_K, values_K = self.step()
+        assert 0.8 * self.k <= indices_K.numel() <= 1.3 * self.k
+        assert values_K.abs().min() >= self.kept[0].abs().max()
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    device = torch.device(options.device)
+    generator = torch.Generator().manual_seed(9)
+    grad_N = 0.1 * torch.randn(options.numel, generator=generator).to(device)
+    k = round(options.numel * options.density)
+    work: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
+    target_N = torch.zeros_like(grad_N)
+    work[COPY] = (lambda: None, lambda: target_N.copy_(grad_N))
+    for with_velocity in (False, True):
+        usual = TorchOperations(grad_N, with_velocity, k)
+        usual.check()
+        work[f"torch operations{velocity_name(with_velocity)}"] = (usual.reset, usual.step)
+        for dtype in buffers.DTYPES:
+            fused = Fused(grad_N, dtype, with_velocity, k)
+            fused.check()
+            work[f"fused, {dtype}{velocity_name(with_velocity)}"] = (lambda: None, fused.step)
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(-2, options.rounds):
+        for name, (prepare, step) in work.items():
+            prepare()
+            time = milliseconds(step, device)
+            if number >= 0:  # the first rounds warm up
+                times[name].append(time)
+    return [row(name, times, options) for name in work]
+
+
+def velocity_name(with_velocity: bool) -> str:
+    return ", velocity" if with_velocity else ""
+
+
+def row(name: str, times: dict[str, list[float]], options: argparse.Namespace) -> dict[str, Any]:
+    def ratio(above: str, below: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
+
+    usual = f"torch operations{velocity_name(name.endswith('velocity'))}"
+    return {
+        "way": name,
+        "ms": statistics.median(times[name]),
+        "of_copy": ratio(name, COPY),
+        "faster_than_torch_operations": ratio(usual, name),
+        "numel": options.numel,
+        "density": options.density,
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+        "rounds": options.rounds,
+        "torch": torch.__version__,
+    }
+
+
+COLUMNS: tables.Columns = {
+    "way": lambda row: row["way"],
+    "ms": lambda row: f"{row['ms']:.1f}",
+    "× copy": lambda row: f"{row['of_copy']:.2f}",
+    "× faster than torch operations": lambda row: f"{row['faster_than_torch_operations']:.1f}",
+}
+
+
+if __name__ == "__main__":
+    main()
