@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from configs import load
 from configs.schema import Run
-from dgc import DistributedOptimizer
+from dgc import DistributedOptimizer, row_sparse_names
 from dgc.comm import HorovodComm, horovod_job
 from engine import report
 from engine.checkpoint import CheckpointError
@@ -171,6 +171,7 @@ def build_trainer(
         bucket_bytes=int(train.bucket_mib * 2**20),
         seed=run.seed,
         grad_scaler=grad_scaler,
+        row_sparse=row_sparse_names(model),
     )
     steps_per_epoch = len(train_loader) // train.micro_batches_per_step
     workers = comm.world_size * train.micro_batches_per_step

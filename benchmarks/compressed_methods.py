@@ -89,6 +89,9 @@ def late(name: str, **settings: Any) -> Method:
 FACTORED = "FactoredAdam, beta1 = 0"
 factored = late(FACTORED, residual_dtype="bfloat16")
 
+MXFP8 = {"value_dtype": "mxfp8", "index_coding": "elias_fano"}
+MXFP4 = {"value_dtype": "mxfp4", "index_coding": "elias_fano"}
+
 METHODS: dict[str, Method] = {
     "dense Adam": Method(_adam, _ADAM, sent=None),
     "dense SGD, momentum 0.9": Method(_sgd, _SGD, sent=None),
@@ -117,6 +120,12 @@ ABLATIONS: dict[str, Method] = {
     "velocity 0.9": factored.but(momentum=0.9, update_scale=1.0),
     "first moment 0.9, of what arrives": Method(OURS["FactoredAdam"], _ONE, sent=factored.sent),
     "fp16 values": factored.but(value_dtype="float16"),
+    "mxfp8 values": factored.but(**MXFP8),
+    "mxfp4 values": factored.but(**MXFP4),
+    "sparse all-reduce, mxfp8": factored.but(protocol="sparse_all_reduce", **MXFP8),
+    "two levels of 2, mxfp8": factored.but(ranks_per_island=2, two_level=True, **MXFP8),
+    "DGC-SGD, mxfp8": Method(_sgd, _SGD).but(**MXFP8),
+    "DGC-SGD, mxfp4": Method(_sgd, _SGD).but(**MXFP4),
     "DGC-SGD, bf16 residual and velocity": Method(_sgd, _SGD).but(
         residual_dtype="bfloat16", velocity_dtype="bfloat16"
     ),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from dgc.exchange import Update
+from dgc.protocols import Update
 from dgc.sparsify import SparseGrad
 from kernels import ops
 from kernels.operands import PARAMETER_DTYPES
@@ -29,6 +29,12 @@ def hand_over(optimizer: Optimizer, named: Mapping[str, Tensor], update: Update)
     wants_entries = _wants_entries(optimizer)
     for name, mean_N in update.dense.items():
         _put_grad(named[name], mean_N)
+    for name, (rows_K, means_KM) in update.rows.items():
+        parameter = named[name]
+        values = means_KM.view(-1, *parameter.shape[1:]).to(parameter.dtype)
+        parameter.grad = torch.sparse_coo_tensor(
+            rows_K[None], values, parameter.shape, is_coalesced=True, check_invariants=False
+        )
     for name, mean in update.sparse.items():
         parameter = named[name]
         if wants_entries and parameter.dtype in PARAMETER_DTYPES:

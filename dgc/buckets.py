@@ -1,4 +1,4 @@
-"""Buckets: which tensors leave together, in which order, and whether sparsely or densely.
+"""Buckets: which tensors leave together, in which order, and by which protocol.
 
 Depends on nothing but shapes and settings, so that all ranks plan the same.
 """
@@ -6,49 +6,59 @@ Depends on nothing but shapes and settings, so that all ranks plan the same.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from dgc.codec import Codec
 from dgc.compression import Compression
+from dgc.cost import DENSE_BYTES, Cost, cheapest, dense_cost, gather_cost, sparse_all_reduce_cost
 from dgc.sparsify import SparsityPlan, plan_sparsity
-
-DENSE_BYTES = 4  # an all-reduce is float32, whatever the parameters are
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor to exchange. `compressible`: it may be sent sparsely."""
+    """One tensor to exchange.
+
+    numel: the elements whose exchange is this rank's affair: all, or in two levels its share of
+    them, of which the last is padded. whole: all. compressible: it may be sent sparsely.
+    row_size: elements of a row if its gradient is row-sparse, else 0.
+    """
 
     name: str
     numel: int
     device: torch.device
     compressible: bool
+    whole: int = 0
+    row_size: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "whole", self.whole or self.numel)
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors that leave in one collective. A sparse bucket has a codec and a plan a tensor."""
+    """Tensors that leave together. protocol: one of cost.PROTOCOLS, or `rows`.
+
+    A bucket that is sent sparsely has a codec, and a plan a tensor. costs: what the protocols would
+    cost, by name.
+    """
 
     name: str
     specs: tuple[TensorSpec, ...]
+    protocol: str
     codec: Codec | None = None
     plans: tuple[SparsityPlan, ...] = ()
+    costs: dict[str, Cost] = field(default_factory=dict, compare=False)
 
     @property
     def is_sparse(self) -> bool:
-        return self.codec is not None
+        return self.protocol in ("gather", "sparse_all_reduce")
 
-
-def dense_is_cheaper(numel: int, k: int, entry_bytes: int, world_size: int) -> bool:
-    """Tell whether an all-reduce of float32 moves no more bytes than a gather of k entries.
-
-    On a ring of P ranks, each sends 2 (P - 1) / P * 4 numel bytes in the one and
-    (P - 1) k entry_bytes in the other. (PEERS.md, finding 2.)
-    Example: numel=1000, entries of 8 bytes -> 4 ranks: dense from k=250; 2 ranks: from k=500.
-    """
-    return 2 * DENSE_BYTES * numel <= world_size * k * entry_bytes
+    @property
+    def num_entries(self) -> int:
+        """Entries that a rank aims at."""
+        return sum(plan.k for plan in self.plans)
 
 
 def plan_buckets(
@@ -60,54 +70,80 @@ def plan_buckets(
 ) -> list[Bucket]:
     """Group tensors into buckets of at least `bucket_bytes` of gradient, but for the last ones.
 
-    Sparse and dense tensors fill buckets of their own. Buckets are ordered by their last tensor,
-    so that given tensors in the order in which backward finishes them, none waits for a later one.
-    Depends on nothing but its arguments: all ranks plan the same.
+    Tensors that may be sent sparsely and others fill buckets of their own; a row-sparse one has a
+    bucket to itself. Buckets are ordered by their last tensor, so that given tensors in the order
+    in which backward finishes them, none waits for a later one.
     """
-    plans = {spec.name: _plan_tensor(spec, compression, density, world_size) for spec in specs}
     groups: list[list[TensorSpec]] = []
     filling: dict[tuple[bool, torch.device], list[TensorSpec]] = {}
     for spec in specs:
-        key = (plans[spec.name] is not None, spec.device)
-        group = filling.setdefault(key, [])
+        key = (spec.compressible and density < 1, spec.device)
+        group = [] if spec.row_size else filling.setdefault(key, [])
         group.append(spec)
-        if sum(member.numel for member in group) * DENSE_BYTES >= bucket_bytes:
+        if spec.row_size:
+            groups.append(group)
+        elif sum(member.numel for member in group) * DENSE_BYTES >= bucket_bytes:
             groups.append(filling.pop(key))
     position = {spec.name: place for place, spec in enumerate(specs)}
     groups += sorted(filling.values(), key=lambda group: position[group[-1].name])
     return [
-        _make_bucket(f"bucket{index}", group, plans, compression)
+        _plan_bucket(f"bucket{index}", tuple(group), compression, density, world_size)
         for index, group in enumerate(groups)
     ]
 
 
-def _plan_tensor(
-    spec: TensorSpec, compression: Compression, density: float, world_size: int
-) -> SparsityPlan | None:
-    """Return how to select from a tensor, or None if it is to be sent densely."""
-    if not spec.compressible or density >= 1:
-        return None
-    plan = plan_sparsity(
-        spec.numel,
-        density,
-        sample_ratio=compression.sample_ratio,
-        k_tolerance=compression.k_tolerance,
-        max_adaptations=compression.max_adaptations,
-    )
-    if dense_is_cheaper(spec.numel, plan.k, compression.entry_bytes, world_size):
-        return None
-    return plan
-
-
-def _make_bucket(
+def _plan_bucket(
     name: str,
-    specs: list[TensorSpec],
-    plans: dict[str, SparsityPlan | None],
+    specs: tuple[TensorSpec, ...],
     compression: Compression,
+    density: float,
+    world_size: int,
 ) -> Bucket:
-    chosen = tuple(plan for spec in specs if (plan := plans[spec.name]) is not None)
-    if not chosen:
-        return Bucket(f"{name}.dense", tuple(specs))
-    names, numels = tuple(spec.name for spec in specs), tuple(spec.numel for spec in specs)
-    codec = Codec(names, numels, compression.value_dtype, compression.index_dtype)
-    return Bucket(f"{name}.sparse", tuple(specs), codec, chosen)
+    names = tuple(spec.name for spec in specs)
+    if specs[0].row_size:
+        (spec,) = specs
+        codec = Codec(names, (spec.whole // spec.row_size,), dim=spec.row_size,
+                      value_dtype="float32", index_coding=compression.index_coding)  # fmt: skip
+        return Bucket(f"{name}.rows", specs, "rows", codec)
+    numel = sum(spec.numel for spec in specs)
+    costs = {"dense": dense_cost(numel, world_size, compression.network)}
+    if density >= 1 or not specs[0].compressible:
+        return Bucket(f"{name}.dense", specs, "dense", costs=costs)
+    plans = tuple(
+        plan_sparsity(spec.numel, density, k_tolerance=compression.k_tolerance) for spec in specs
+    )
+    codec = Codec(
+        names, tuple(spec.numel for spec in specs), value_dtype=compression.value_dtype,
+        index_coding=compression.index_coding,
+    )  # fmt: skip
+    num_entries = sum(plan.k for plan in plans)
+    costs["gather"] = gather_cost(codec.message_bytes(num_entries), world_size, compression.network)
+    costs["sparse_all_reduce"] = sparse_all_reduce_cost(
+        numel, num_entries, compression.merged_factor, codec.share(0, world_size).message_bytes,
+        world_size, compression.network,
+    )  # fmt: skip
+    protocol = compression.protocol
+    if protocol == "auto":
+        protocol = "gather" if world_size == 1 else cheapest(costs)
+    if protocol == "dense":
+        return Bucket(f"{name}.dense", specs, "dense", costs=costs)
+    return Bucket(f"{name}.{protocol}", specs, protocol, codec, plans, costs)
+
+
+def explain(buckets: Sequence[Bucket], world_size: int) -> str:
+    """Return a table of what leaves how, and of what the cost model says of each way."""
+    lines = [
+        f"{'bucket':30} {'tensors':>7} {'elements':>12} {'entries':>9}  way, and bytes sent / ms"
+    ]
+    for bucket in buckets:
+        ways = "  ".join(
+            f"{'*' if name == bucket.protocol else ''}{name} "
+            f"{cost.num_bytes:,.0f} / {1e3 * cost.seconds:.2f}"
+            for name, cost in bucket.costs.items()
+        )
+        elements = sum(spec.numel for spec in bucket.specs)
+        lines.append(
+            f"{bucket.name:30} {len(bucket.specs):7} {elements:12,} {bucket.num_entries:9,}  "
+            f"{ways or 'rows as they come'}"
+        )
+    return "\n".join([f"{world_size} ranks exchange; * is taken", *lines])

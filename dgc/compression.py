@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dgc.codec import INDEX_DTYPES, VALUE_DTYPES
+from dgc.codec import INDEX_CODINGS, VALUE_DTYPES, entry_bits
+from dgc.cost import PROTOCOLS, Network
 from kernels import buffers
 
 
@@ -64,16 +65,30 @@ class Compression:
     gradient at clip_norm / sqrt(N T A), so that nothing waits and no gradient is kept."""
     min_numel: int = 1024
     """Smaller tensors, and all with fewer than two axes, are sent densely."""
-    sample_ratio: float = 0.01
-    """Least fraction of a tensor that is looked at for its threshold; 1 selects exactly."""
     k_tolerance: tuple[float, float] = (0.8, 1.3)
-    """Counts within these multiples of the target are sent as they are."""
-    max_adaptations: int = 10
-    """Times that a threshold may be lowered before the exact selection decides."""
-    value_dtype: Literal["float32", "float16"] = "float32"
-    """Type of the values sent; what rounding takes off stays in the residual."""
-    index_dtype: Literal["int32", "int64"] = "int32"
-    """Type of the indices sent; int64 is for tensors beyond 2**31 elements."""
+    """Counts within these multiples of the target are sent as they are; a larger one is reduced to
+    the largest, and for a smaller one the residual is looked through again."""
+    value_dtype: Literal["float32", "float16", "mxfp8", "mxfp4"] = "float32"
+    """Type of the values sent: 32, 16, 8.25 or 4.25 bits (the last two in groups of 32 with a
+    common power of two); what rounding takes off stays in the residual."""
+    index_coding: Literal["int32", "int64", "elias_fano"] = "int32"
+    """How positions are sent: 32 or 64 bits, or about 2 + log2(1 / density), 12 at 0.1%."""
+    protocol: Literal["auto", "gather", "sparse_all_reduce", "dense"] = "auto"
+    """How entries reach the others: as they are, at all ranks (gather); summed by owners of slices,
+    so that what a rank sends does not grow with their number (sparse_all_reduce); or with all
+    others (dense). auto: what the cost model (dgc.cost) finds fastest, bucket by bucket."""
+    merged_factor: float = 4.0
+    """A sparse all-reduce returns at most this many times the entries that one rank selects: those
+    of largest sums. The others stay with who selected them."""
+    two_level: bool | None = None
+    """Sum densely within each node, and exchange sparsely between nodes, each local rank carrying
+    its share of the tensors. None: yes, if there are several nodes of several ranks."""
+    ranks_per_island: int | None = None
+    """Ranks that count as one node in two levels; None: those of a node."""
+    link_gbit_per_s: float = 1.0
+    """For the cost model: what a rank can send in a second."""
+    link_latency_us: float = 50.0
+    """For the cost model: microseconds until a message arrives, however short."""
 
     def __post_init__(self) -> None:
         low, high = self.k_tolerance
@@ -111,19 +126,34 @@ class Compression:
             ("clip_norm", "None or above 0", self.clip_norm is None or self.clip_norm > 0),
             ("clip_scope", "global, tensor", self.clip_scope in ("global", "tensor")),
             ("min_numel", "1 or more", self.min_numel >= 1),
-            ("sample_ratio", "above 0 and at most 1", 0 < self.sample_ratio <= 1),
             ("k_tolerance", "two multiples around 1", 0 < low <= 1 <= high),
-            ("max_adaptations", "1 or more", self.max_adaptations >= 1),
             ("value_dtype", ", ".join(VALUE_DTYPES), self.value_dtype in VALUE_DTYPES),
-            ("index_dtype", ", ".join(INDEX_DTYPES), self.index_dtype in INDEX_DTYPES),
+            ("index_coding", ", ".join(INDEX_CODINGS), self.index_coding in INDEX_CODINGS),
+            (
+                "protocol",
+                ", ".join(("auto", *PROTOCOLS)),
+                self.protocol in ("auto", *PROTOCOLS),
+            ),
+            ("merged_factor", "1 or more", 1 <= self.merged_factor < math.inf),
+            (
+                "ranks_per_island",
+                "None or 1 or more",
+                self.ranks_per_island is None or self.ranks_per_island >= 1,
+            ),
+            ("link_gbit_per_s", "above 0", self.link_gbit_per_s > 0),
+            ("link_latency_us", "0 or more", self.link_latency_us >= 0),
         ):
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
 
     @property
-    def entry_bytes(self) -> int:
-        """Bytes of one entry on the wire."""
-        return VALUE_DTYPES[self.value_dtype].itemsize + INDEX_DTYPES[self.index_dtype].itemsize
+    def entry_bytes(self) -> float:
+        """Bytes of one entry on the wire, about."""
+        return entry_bits(self.density, self.value_dtype, self.index_coding) / 8
+
+    @property
+    def network(self) -> Network:
+        return Network(self.link_latency_us, self.link_gbit_per_s)
 
     def density_at(self, epoch: int) -> float:
         """Return the density of an epoch, counted from 0.

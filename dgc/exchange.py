@@ -1,38 +1,34 @@
 """The exchange: gradients in as they come, what the ranks agreed on out, or nothing of a bad step.
 
-Owns: one collective a bucket, the fixed order of buckets, the merge in rank order, and the verdict:
-a step in which any rank's gradient was infinite or NaN is undone on all, to the bit.
-Shapes: N elements of one flattened tensor, K selected of them.
+Owns: the order in which buckets leave, their way from one collective to the next (protocols.py is
+what the way is), and the verdict: a step in which any rank's gradient was infinite or NaN is undone
+on all, to the bit.
+Shapes: N elements of one flattened tensor, or of this rank's share of it.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from dgc.buckets import DENSE_BYTES, Bucket, TensorSpec, plan_buckets
-from dgc.comm import Comm, Handle
+from dgc import protocols
+from dgc.buckets import Bucket, TensorSpec, plan_buckets
+from dgc.comm import Comm, Group, Handle
 from dgc.compensate import Compensation
 from dgc.compression import Compression
+from dgc.outgoing import Outgoing, Outlet
 from dgc.precondition import Statistics, divide
-from dgc.sparsify import SparseGrad, SparsityPlan, select_largest
+from dgc.protocols import Update
 from dgc.stats import StepStats
 from kernels import buffers
+from kernels.operands import Found, Report
 
 # What is larger counts as infinite: sums of such squares would soon be, and spoil a statistic.
 LARGEST_GRADIENT = 2.0**40
-
-
-@dataclass
-class Update:
-    """What the ranks agreed on, by tensor: means (N,), or some entries of them."""
-
-    dense: dict[str, Tensor] = field(default_factory=dict)
-    sparse: dict[str, SparseGrad] = field(default_factory=dict)
 
 
 class Exchange:
@@ -40,7 +36,11 @@ class Exchange:
 
     A step is: `add` for every gradient of every tensor, `close` for every tensor, in any order,
     then `finish`. A bucket leaves when its last tensor is closed and all buckets before it have
-    left, so every rank starts them in one order.
+    left.
+
+    island: the ranks with whom gradients are summed densely first; None in one level. group: those
+    with whom sums, or gradients, are exchanged: all ranks, or those in the same place of the other
+    islands.
     """
 
     def __init__(
@@ -49,67 +49,83 @@ class Exchange:
         compression: Compression,
         compensation: Compensation,
         statistics: Statistics,
-        seed: int,
+        islands: tuple[Group, Group] | None = None,
     ) -> None:
         self.comm, self.compression = comm, compression
         self.compensation, self.statistics = compensation, statistics
+        self.island, self.group = islands or (None, comm)
+        self.num_shares = 1 if self.island is None else self.island.world_size
+        self.outlet = Outlet(compression, compensation, statistics)
         self.buckets: list[Bucket] = []
         self.stats = StepStats()
-        self._seed = seed
         self._scope = comm.unique_name("exchange")  # two optimizers' buckets must not be confused
         self._bucket_of: dict[str, Bucket] = {}
         self._specs: dict[str, TensorSpec] = {}
         self._reset()
 
     def plan(self, specs: Sequence[TensorSpec], density: float, bucket_bytes: int) -> None:
-        """Lay out the buckets for a density. Between steps only; on all ranks alike."""
+        """Lay out the buckets for a density. Between steps only; on all ranks alike.
+
+        specs: numel is that of this rank's share (`share_numel`).
+        """
         if self.is_under_way:
             raise RuntimeError("the density can change only between steps; finish this one first")
         self.buckets = plan_buckets(
-            specs, self.compression, density, self.comm.world_size, bucket_bytes
+            specs, self.compression, density, self.group.world_size, bucket_bytes
         )
+        self.outlet.plan(self.buckets)
         self._bucket_of = {spec.name: bucket for bucket in self.buckets for spec in bucket.specs}
         self._specs = {spec.name: spec for spec in specs}
 
+    def share_numel(self, whole: int) -> int:
+        """Return the elements of a tensor whose exchange is this rank's affair, with padding."""
+        return -(-whole // self.num_shares)
+
     @property
     def is_under_way(self) -> bool:
-        return bool(self._largest)
+        return bool(self._seen)
 
-    # ---- out -------------------------------------------------------------------------------------
+    # ---- in --------------------------------------------------------------------------------------
 
     def add(
-        self, name: str, grad_N: Tensor, scale: Tensor | None = None, num_parts: int = 1
+        self,
+        name: str,
+        grad_N: Tensor,
+        scale: Tensor | None = None,
+        num_parts: int = 1,
+        is_last: bool = True,
     ) -> None:
-        """Take one of the `num_parts` gradients of a tensor in this step, times scale (1,)."""
-        if not self.is_under_way:
-            self._begin()
+        """Take one of the `num_parts` gradients of a tensor in this step, times scale (1,).
+
+        is_last: no other follows in this step; entries are then selected in the same pass.
+        """
+        self._begin(name)
         with self.stats.timed("compensate"):
             self.statistics.observe(name, grad_N, scale, num_parts)
             if self.compression.preconditioning == "early":
                 grad_N, scale = self._divide_early(name, grad_N, scale), None
-            is_whole = not self._bucket_of[name].is_sparse
-            largest = self.compensation.accumulate(
-                name, grad_N, scale=scale, is_sent_whole=is_whole
-            )
-            self._note_largest(name, largest)
+            if self.island is None:
+                self.accumulate(name, grad_N, scale, is_last)
+            else:
+                self._hold(name, grad_N, scale)
 
-    def _divide_early(self, name: str, grad_N: Tensor, scale: Tensor | None) -> Tensor:
-        grad_N = grad_N.float() if scale is None else grad_N * scale
-        self._note_largest(name, grad_N.abs().amax().view(1))  # a quotient can hide an infinity
-        root_N = self.statistics.root(name)
-        return grad_N if root_N is None else divide(grad_N, root_N)
-
-    def _note_largest(self, name: str, largest: Tensor) -> None:
-        before = self._largest.get(name)
-        self._largest[name] = largest if before is None else torch.maximum(before, largest)
+    def add_rows(
+        self, name: str, rows_K: Tensor, values_KM: Tensor, scale: Tensor | None = None
+    ) -> None:
+        """Take a row-sparse gradient: row numbers, which may repeat, and rows, times scale (1,)."""
+        self._begin(name)
+        values_KM = values_KM.float() if scale is None else values_KM * scale
+        self._rows.setdefault(name, []).append((rows_K, values_KM))
 
     def close(self, name: str) -> None:
         """Take no more gradients of a tensor in this step; start what can now be sent."""
         if name in self._closed:
             raise RuntimeError(f"{name} has already given its gradient in this step")
-        if name not in self._largest:
-            spec = self._specs[name]
-            self.add(name, torch.zeros(spec.numel, device=spec.device))
+        spec = self._specs[name]
+        if name not in self._seen:
+            self._begin(name)
+            if not spec.row_size:
+                self.add(name, torch.zeros(spec.whole, device=spec.device))
         self._closed.add(name)
         self._start_ready_buckets()
 
@@ -117,138 +133,133 @@ class Exchange:
         """Names of the tensors that are not closed in this step."""
         return [name for name in self._bucket_of if name not in self._closed]
 
-    def _begin(self) -> None:
-        self.stats = StepStats()
-        step = self.compensation.num_steps
-        for device in {spec.device for spec in self._specs.values()}:
-            seed = (self._seed + self.comm.rank) * 1_000_003 + step
-            self._generators[device] = Generator(device).manual_seed(seed)
+    def accumulate(self, name: str, grad_N: Tensor, scale: Tensor | None, is_last: bool) -> None:
+        """Add a gradient, or a share of an island's sum, to the residual; select if it is last."""
+        bucket = self._bucket_of[name]
+        selection = None
+        if bucket.is_sparse and is_last and self.compression.select_by == "raw":
+            selection = self.outlet.selectors[name].begin(self.compensation.num_steps)
+            self._is_selected.add(name)
+        found = self.compensation.accumulate(
+            name, grad_N, scale=scale, is_sent_whole=not bucket.is_sparse, selection=selection
+        )
+        self._founds[name] = found
+        self._note_largest(name, found.report[:1])
 
-    def _reset(self) -> None:
-        self._largest: dict[str, Tensor] = {}
-        self._closed: set[str] = set()
-        self._started: list[tuple[Bucket, Handle]] = []
-        self._generators: dict[torch.device, Generator] = {}
+    def read(self, bucket: Bucket) -> tuple[list[Found], list[Report]]:
+        """Return what the passes over a bucket's tensors found. On a GPU this waits for them."""
+        for spec in bucket.specs:
+            is_open = bucket.is_sparse and spec.name not in self._is_selected
+            if is_open and self.compression.select_by == "raw":
+                selection = self.outlet.selectors[spec.name].begin(self.compensation.num_steps)
+                if selection is not None:  # the last micro-batch had no gradient for this tensor
+                    found = self.compensation.select_again(spec.name, selection)
+                    self._founds[spec.name] = found
+            self._founds[spec.name].report[:1] = self._largest[spec.name]
+        founds = [self._founds.pop(spec.name) for spec in bucket.specs]
+        return founds, buffers.read_reports(founds)
+
+    def overflown(self, reports: Sequence[Report]) -> set[int]:
+        """Return the places of tensors whose gradient cannot be used."""
+        return {n for n, found in enumerate(reports) if not found.largest <= LARGEST_GRADIENT}
+
+    def note_selected(self, bucket: Bucket, outgoing: Outgoing) -> None:
+        self.stats.num_selected += outgoing.positions_K.numel()
+        self.stats.num_selectable += sum(spec.numel for spec in bucket.specs)
+        for spec in bucket.specs:
+            self.stats.thresholds[spec.name] = self.outlet.selectors[spec.name].threshold
+
+    def release(self, name: str) -> Tensor:
+        """Return, and forget, a tensor's gradient in this step."""
+        return self._held.pop(name)
+
+    def release_rows(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+        """Return, and forget, a row-sparse gradient: ascending rows (K,), their sums (K, M)."""
+        parts = self._rows.pop(spec.name, [])
+        none = torch.zeros(0, dtype=torch.int64, device=spec.device)
+        rows = torch.cat([none, *(rows for rows, _ in parts)])
+        values = torch.cat([none.view(0, spec.row_size).float(), *(values for _, values in parts)])
+        size = (spec.whole // spec.row_size, spec.row_size)
+        summed = torch.sparse_coo_tensor(rows[None], values, size, check_invariants=False)
+        summed = summed.coalesce()
+        return summed.indices()[0], summed.values()
+
+    def name_of(self, bucket: Bucket, stage: str = "") -> str:
+        """Return the name of a bucket's collective; of one stage, if it has several."""
+        return ".".join(part for part in (self._scope, bucket.name, stage) if part)
+
+    def _begin(self, name: str) -> None:
+        if not self.is_under_way:
+            self.stats = StepStats()
+        self._seen.add(name)
+
+    def _divide_early(self, name: str, grad_N: Tensor, scale: Tensor | None) -> Tensor:
+        grad_N = grad_N.float() if scale is None else grad_N * scale
+        largest = grad_N.abs().amax().view(1)  # a quotient can hide an infinity
+        self._note_largest(name, largest.view(torch.int32))
+        root_N = self.statistics.root(name)
+        return grad_N if root_N is None else divide(grad_N, root_N)
+
+    def _hold(self, name: str, grad_N: Tensor, scale: Tensor | None) -> None:
+        grad_N = grad_N.float() if scale is None else grad_N * scale
+        held_N = self._held.get(name)
+        self._held[name] = grad_N if held_N is None else held_N.add_(grad_N)
+
+    def _note_largest(self, name: str, bits: Tensor) -> None:
+        """Keep the largest magnitude, as bits, which order as magnitudes do; NaN above infinity."""
+        before = self._largest.get(name)
+        self._largest[name] = bits.clone() if before is None else torch.maximum(before, bits)
+
+    # ---- on the way ------------------------------------------------------------------------------
 
     def _start_ready_buckets(self) -> None:
-        for bucket in self.buckets[len(self._started) :]:
+        for bucket in self.buckets[self._num_started :]:
             if not all(spec.name in self._closed for spec in bucket.specs):
-                return
-            start = self._start_sparse if bucket.is_sparse else self._start_dense
-            self._started.append((bucket, start(bucket, self._overflown(bucket))))
+                break
+            self._num_started += 1
+            self._under_way.append(_Travelling(protocols.run(self, bucket)))
+            self._first_start = self._first_start or time.perf_counter()
+        self._go_on()
 
-    def _overflown(self, bucket: Bucket) -> set[str]:
-        """Return the tensors whose gradient cannot be used. On a GPU this waits for them."""
-        largest = torch.cat([self._largest[spec.name] for spec in bucket.specs]).tolist()
-        pairs = zip(bucket.specs, largest, strict=True)
-        return {spec.name for spec, value in pairs if not value <= LARGEST_GRADIENT}
-
-    def _start_dense(self, bucket: Bucket, overflown: set[str]) -> Handle:
-        with self.stats.timed("pack"):
-            parts = []
-            for spec in bucket.specs:
-                values_N = self.compensation.drain(spec.name)
-                root_N = self._late_root(spec.name)
-                if spec.name in overflown:
-                    values_N = torch.full_like(values_N, float("nan"))
-                parts.append(values_N if root_N is None else divide(values_N, root_N))
-            flat = torch.cat(parts)
-            self.stats.dense_bytes += flat.numel() * DENSE_BYTES
-        return self.comm.all_reduce_async(flat, f"{self._scope}.{bucket.name}")
-
-    def _late_root(self, name: str, indices_K: Tensor | None = None) -> Tensor | None:
-        """Return what entries are divided by before they leave; None if they are not."""
-        is_late = self.compression.preconditioning == "late"
-        return self.statistics.root(name, indices_K) if is_late else None
-
-    def _start_sparse(self, bucket: Bucket, overflown: set[str]) -> Handle:
-        with self.stats.timed("select"):
-            grads = [
-                None if spec.name in overflown else self._take_largest(spec, plan, bucket)
-                for spec, plan in zip(bucket.specs, bucket.plans, strict=True)
-            ]
-        with self.stats.timed("pack"):
-            message = bucket.codec.encode(grads)
-            self.stats.sparse_bytes += message.numel()
-        message = message.to(bucket.specs[0].device)
-        return self.comm.all_gather_async(message, f"{self._scope}.{bucket.name}")
-
-    def _take_largest(self, spec: TensorSpec, plan: SparsityPlan, bucket: Bucket) -> SparseGrad:
-        """Move the largest entries out of the residual, as the receivers will decode them."""
-        residual = self.compensation.residual[spec.name]
-        ranked = residual
-        if self.compression.select_by == "preconditioned":
-            root_N = self.statistics.root(spec.name)
-            ranked = residual if root_N is None else divide(buffers.decode(residual), root_N)
-        indices_K = select_largest(ranked, plan, generator=self._generators[spec.device])
-        root_K = self._late_root(spec.name, indices_K)
-        if root_K is not None and not root_K.all():  # of squares that underflow: not yet sendable
-            indices_K, root_K = indices_K[root_K > 0], root_K[root_K > 0]
-        values_K = buffers.take(residual, indices_K)
-        divided_K = values_K if root_K is None else divide(values_K, root_K)
-        sent_K = bucket.codec.round_values(divided_K)
-        lost_K = None
-        if sent_K is not divided_K:  # what rounding takes off, in the residual's own units
-            back_K = sent_K if root_K is None else sent_K * root_K
-            lost_K = torch.where(sent_K == divided_K, torch.zeros_like(back_K), values_K - back_K)
-        self.compensation.remove_sent(spec.name, indices_K, lost_K)
-        self.stats.num_selected += indices_K.numel()
-        self.stats.num_selectable += spec.numel
-        return SparseGrad(sent_K, indices_K, spec.numel)
-
-    # ---- in --------------------------------------------------------------------------------------
+    def _go_on(self) -> bool:
+        """Take buckets whose collective is done to their next; tell whether there were any."""
+        ready = [t for t in self._under_way if t.handle is not None and t.handle.poll()]
+        for travelling in ready:
+            travelling.go_on()
+        return bool(ready)
 
     def finish(self) -> Update | None:
-        """Wait for the buckets in order and return what to apply; None if the step was undone."""
-        update, bad = Update(), []
+        """Wait for all buckets and return what to apply; None if the step was undone."""
         sharing = self._start_sharing()
-        for bucket, handle in self._started:
-            with self.stats.timed("wait"):
-                arrived = handle.wait()
-            with self.stats.timed("merge"):
-                merge = self._merge_sparse if bucket.is_sparse else self._merge_dense
-                bad += merge(bucket, arrived, update)
+        while waiting := [t for t in self._under_way if t.handle is not None]:
+            if not self._go_on():
+                with self.stats.timed("wait"):
+                    waiting[0].arrive()
+        update = Update()
+        for travelling in self._under_way:
+            update.take_in(travelling.update)
         if sharing is not None:
-            names, handle = sharing
-            mean = handle.wait().div_(self.comm.world_size)
-            if not bad:
-                self.statistics.unpack(names, mean)
-        if bad:
-            self.stats.skipped = ", ".join(bad)
-        for part in (self.compensation, self.statistics):
-            part.roll_back() if bad else part.commit()
+            self._finish_sharing(*sharing, is_bad=bool(update.bad))
+        if self._first_start is not None:
+            self.stats.in_flight_seconds = time.perf_counter() - self._first_start
+        if update.bad:
+            self.stats.skipped = ", ".join(update.bad)
+        for part in (self.compensation, self.statistics, self.outlet):
+            part.roll_back() if update.bad else part.commit()
         self._reset()
-        return None if bad else update
+        return None if update.bad else update
 
-    def _merge_dense(self, bucket: Bucket, arrived: Tensor, update: Update) -> list[str]:
-        mean = arrived.div_(self.comm.world_size)
-        sizes = [spec.numel for spec in bucket.specs]
-        means = mean.split(sizes)
-        if not torch.isfinite(mean).all():
-            names = [spec.name for spec in bucket.specs]
-            pairs = zip(names, means, strict=True)
-            return [n for n, part in pairs if not torch.isfinite(part).all()] or names
-        for spec, mean_N in zip(bucket.specs, means, strict=True):
-            scale = self.compression.update_scale if spec.compressible else 1.0
-            update.dense[spec.name] = mean_N if scale == 1 else mean_N.mul_(scale)
-        return []
-
-    def _merge_sparse(self, bucket: Bucket, arrived: Tensor, update: Update) -> list[str]:
-        ranks = bucket.codec.decode(arrived, self.comm.world_size)
-        bad = [
-            f"{spec.name} (rank {rank})"
-            for rank, grads in enumerate(ranks)
-            for spec, grad in zip(bucket.specs, grads, strict=True)
-            if grad is None
-        ]
-        if bad:
-            return bad
-        for spec, *grads in zip(bucket.specs, *ranks, strict=True):
-            merged = merge_in_rank_order(grads)
-            if self.compression.update_scale != 1:
-                merged.values.mul_(self.compression.update_scale)
-            update.sparse[spec.name] = merged
-        return []
+    def _reset(self) -> None:
+        self._seen: set[str] = set()
+        self._closed: set[str] = set()
+        self._is_selected: set[str] = set()
+        self._founds: dict[str, Found] = {}
+        self._largest: dict[str, Tensor] = {}
+        self._held: dict[str, Tensor] = {}
+        self._rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._under_way: list[_Travelling] = []
+        self._num_started = 0
+        self._first_start: float | None = None
 
     def _start_sharing(self) -> tuple[list[str], Handle] | None:
         """Start to average those statistics whose turn it is; return their names."""
@@ -256,16 +267,23 @@ class Exchange:
         if not names:
             return None
         flat = self.statistics.pack(names)
-        self.stats.dense_bytes += flat.nbytes
+        self.stats.statistics_bytes += flat.nbytes
         return names, self.comm.all_reduce_async(flat, f"{self._scope}.statistics")
+
+    def _finish_sharing(self, names: list[str], handle: Handle, is_bad: bool) -> None:
+        with self.stats.timed("wait"):
+            mean = handle.wait().div_(self.comm.world_size)
+        if not is_bad:
+            self.statistics.unpack(names, mean)
 
     # ---- state -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's residuals, velocities and statistics; not the replica's."""
+        """This rank's residuals, velocities, statistics and thresholds; not the replica's."""
         return {
             "compensation": self.compensation.state_dict(),
             "statistics": self.statistics.state_dict(),
+            "thresholds": self.outlet.state_dict(),
         }
 
     def state_bytes(self) -> dict[str, int]:
@@ -279,16 +297,41 @@ class Exchange:
         self.statistics.check(statistics)
         self.compensation.load_state_dict(state["compensation"], devices, numels)
         self.statistics.load_state_dict(statistics)
+        self.outlet.load_state_dict(state.get("thresholds", {}))
 
 
-def merge_in_rank_order(grads: Sequence[SparseGrad]) -> SparseGrad:
-    """Return the mean of tensors that are 0 but for some entries: the same bits on every rank.
+class _Travelling:
+    """A bucket on its way: the collective that it waits for, or what came of it."""
 
-    Entries of one index are summed in rank order. Never as large as the tensor.
-    Example: {2: 1.0, 5: 3.0} and {5: 1.0} -> {2: 0.5, 5: 2.0}.
-    """
-    indices_K = torch.cat([grad.indices for grad in grads]).unique()
-    sums_K = torch.zeros(indices_K.numel(), device=indices_K.device)
-    for grad in grads:  # a rank's indices are unique
-        sums_K[torch.searchsorted(indices_K, grad.indices)] += grad.values
-    return SparseGrad(sums_K.div_(len(grads)), indices_K, grads[0].numel)
+    def __init__(self, way: protocols.Way) -> None:
+        self._way = way
+        self.handle: Handle | None = None
+        self.update: Update | None = None
+        self._send(None)
+
+    def arrive(self) -> None:
+        """Wait for the collective; `go_on` then takes what it brought."""
+        self.handle = _Done(self.handle.wait())
+
+    def go_on(self) -> None:
+        """Go on with what the collective brought."""
+        self._send(self.handle.wait())
+
+    def _send(self, arrived: Any) -> None:
+        try:
+            self.handle = self._way.send(arrived)
+        except StopIteration as end:
+            self.handle, self.update = None, end.value
+
+
+class _Done:
+    """A collective that has been waited for."""
+
+    def __init__(self, result: Any) -> None:
+        self._result = result
+
+    def poll(self) -> bool:
+        return True
+
+    def wait(self) -> Any:
+        return self._result

@@ -7,7 +7,7 @@ when some gradient is infinite or NaN. Holds the inner optimizer; makes no class
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -16,8 +16,14 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from dgc import apply
-from dgc.buckets import Bucket
-from dgc.checks import at_least_one, check_optimizer, check_same_everywhere, match_parameters
+from dgc.buckets import Bucket, explain
+from dgc.checks import (
+    at_least_one,
+    check_optimizer,
+    check_row_sparse,
+    check_same_everywhere,
+    match_parameters,
+)
 from dgc.comm import Comm
 from dgc.compensate import Compensation
 from dgc.compression import Compression
@@ -31,9 +37,12 @@ from dgc.roles import (
 )
 from dgc.scaling import Scaling
 from dgc.stats import StepStats
+from dgc.topology import choose_islands
 from kernels.operands import PARAMETER_DTYPES
 
-DENSE = Compression(density=1.0, momentum_correction=False, preconditioning="after")
+DENSE = Compression(
+    density=1.0, momentum_correction=False, preconditioning="after", two_level=False
+)
 MAX_SKIPPED_IN_A_ROW = 100
 
 _log = logging.getLogger(__name__)
@@ -52,10 +61,12 @@ class DistributedOptimizer(Optimizer):
         micro_batches_per_step: backward passes that make one step; their gradients are summed, so
             divide each loss by it.
         bucket_bytes: float32 bytes of gradient that leave together, at least.
-        seed: of the samples from which thresholds are taken, and of stochastic rounding; each rank
-            adds its own number.
+        seed: of stochastic rounding; each rank adds its own number.
         grad_scaler: the one that scales the losses, if one does. Call its `step` and `update` as
             usual; gradients are divided by its scale before anything else, also before clipping.
+        row_sparse: names of the parameters whose gradients are sparse tensors: those of embeddings
+            with sparse=True (`row_sparse_names(model)`). They travel as row numbers and rows, in
+            full, and reach the optimizer as sparse tensors.
 
     With momentum correction, plain or Nesterov, torch.optim.SGD's momentum moves into the
     correction and is 0 in SGD itself. Its weight decay, which would have gone through the momentum,
@@ -89,6 +100,7 @@ class DistributedOptimizer(Optimizer):
         bucket_bytes: int = 4 * 2**20,
         seed: int = 0,
         grad_scaler: GradScaler | None = None,
+        row_sparse: Collection[str] = (),
     ) -> None:
         # Optimizer.__init__ would build groups of its own; ours are the inner optimizer's.
         self.inner, self.comm = optimizer, comm
@@ -98,7 +110,8 @@ class DistributedOptimizer(Optimizer):
         self._exchanged = {id(parameter) for parameter in self._named.values()}
         check_optimizer(optimizer)
         self.compression = resolve(compression or DENSE, optimizer)
-        settings = (self.compression, micro_batches_per_step, bucket_bytes)
+        self._row_sparse = check_row_sparse(row_sparse, self._named)
+        settings = (self.compression, micro_batches_per_step, bucket_bytes, sorted(row_sparse))
         check_same_everywhere(comm, self._named, settings)
         for name, parameter in self._named.items():
             comm.broadcast(parameter.detach(), f"initial.{name}")
@@ -116,8 +129,10 @@ class DistributedOptimizer(Optimizer):
             self.compression.residual_dtype, self.compression.velocity_dtype, seed + comm.rank,
         )  # fmt: skip
         check_groups(optimizer, self.compression, momentum)
-        statistics = delegate_statistics(optimizer, self._named, self.compression)
-        self._exchange = Exchange(comm, self.compression, compensation, statistics, seed)
+        dense = {n: p for n, p in self._named.items() if n not in self._row_sparse}
+        statistics = delegate_statistics(optimizer, dense, self.compression)
+        islands = choose_islands(comm, self.compression)
+        self._exchange = Exchange(comm, self.compression, compensation, statistics, islands)
         self.set_density(self.compression.density_at(0))
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._make_hook(name))
@@ -172,6 +187,10 @@ class DistributedOptimizer(Optimizer):
         """What leaves together, in order; a bucket says whether it is sparse."""
         return self._exchange.buckets
 
+    def explain(self) -> str:
+        """Return a table of what leaves by which protocol, and of what the cost model says."""
+        return explain(self.buckets, self._exchange.group.world_size)
+
     @property
     def stats(self) -> StepStats:
         """What this rank sent in the last step, and where the time went."""
@@ -192,7 +211,9 @@ class DistributedOptimizer(Optimizer):
         """Send this fraction of each tensor from the next step on. Between steps only."""
         if not 0 < density <= 1:
             raise ValueError(f"density is {density}; allowed: above 0 and at most 1")
-        specs = make_specs(self._named, self.compression)
+        specs = make_specs(
+            self._named, self.compression, self._row_sparse, self._exchange.share_numel
+        )
         self._exchange.plan(specs, density, self._bucket_bytes)
         self.density = density
 
@@ -274,10 +295,12 @@ class DistributedOptimizer(Optimizer):
 
     def _make_hook(self, name: str) -> Callable[[Tensor], None]:
         def on_gradient(parameter: Tensor) -> None:
-            if parameter.grad.is_sparse:
+            if parameter.grad.is_sparse != (name in self._row_sparse):
+                kind, remedy = ("sparse", "name it") if parameter.grad.is_sparse else (
+                    "dense", "do not name it")  # fmt: skip
                 raise TypeError(
-                    f"{name} has a sparse gradient, which is not exchanged yet; "
-                    f"build its layer with sparse=False"
+                    f"{name} has a {kind} gradient; {remedy} in row_sparse of the "
+                    f"DistributedOptimizer (row_sparse_names(model) finds them)"
                 )
             self._num_backward[name] += 1
             count, parts = self._num_backward[name], self.micro_batches_per_step
@@ -287,25 +310,35 @@ class DistributedOptimizer(Optimizer):
                     f"micro_batches_per_step is {parts}"
                 )
             if not self._scaling.clips_globally:
-                self._take(name, self._scaling.of_tensor(parameter.grad), parts)
+                grad = parameter.grad
+                values = grad.coalesce().values() if grad.is_sparse else grad
+                self._take(name, self._scaling.of_tensor(values), parts, count == parts)
                 if count == parts:
                     self._exchange.close(name)
 
         return on_gradient
 
-    def _take(self, name: str, scale: Tensor | None, num_parts: int) -> None:
+    def _take(self, name: str, scale: Tensor | None, num_parts: int, is_last: bool = True) -> None:
         """Hand this rank's gradient to the exchange and give its memory up."""
         parameter = self._named[name]
-        grad_N = parameter.grad.detach().reshape(-1)
-        parameter.grad = None
+        grad, parameter.grad = parameter.grad.detach(), None
+        if grad.is_sparse:
+            grad = grad.coalesce()
+            rows, values = grad.indices()[0], grad.values()
+            self._exchange.add_rows(name, rows, values.view(rows.numel(), -1), scale)
+            return
+        grad_N = grad.reshape(-1)
+        del grad
         if grad_N.dtype not in PARAMETER_DTYPES:
             grad_N = grad_N.float()
-        self._exchange.add(name, grad_N, scale, num_parts)
+        self._exchange.add(name, grad_N, scale, num_parts, is_last)
 
     def _take_all(self) -> None:
         """Hand over all gradients, clipped by their joint norm."""
         with_grad = {name: p.grad for name, p in self._named.items() if p.grad is not None}
         if with_grad:
-            scale = self._scaling.of_all(list(with_grad.values()))
+            scale = self._scaling.of_all(
+                [g.coalesce().values() if g.is_sparse else g for g in with_grad.values()]
+            )
             for name in list(with_grad):  # each gradient is given up in its turn
                 self._take(name, scale.to(with_grad.pop(name).device), 1)

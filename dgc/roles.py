@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from dgc.apply import takes_elements
@@ -126,10 +126,28 @@ def delegate_statistics(
     return Statistics(found, intervals)
 
 
-def make_specs(named: Mapping[str, Tensor], compression: Compression) -> list[TensorSpec]:
+def row_sparse_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters whose gradients will be sparse tensors."""
+    ids = {id(m.weight) for m in model.modules() if getattr(m, "sparse", False) is True}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in ids]
+
+
+def make_specs(
+    named: Mapping[str, Tensor],
+    compression: Compression,
+    row_sparse: Collection[str],
+    share_numel: Callable[[int], int],
+) -> list[TensorSpec]:
     """Describe the tensors in the order in which backward finishes them."""
     return [
-        TensorSpec(name, p.numel(), p.device, is_compressible(p, compression))
+        TensorSpec(
+            name,
+            share_numel(p.numel()),
+            p.device,
+            is_compressible(p, compression) and name not in row_sparse,
+            p.numel(),
+            p[0].numel() if name in row_sparse else 0,
+        )
         for name, p in reversed(named.items())
     ]
 

@@ -10,20 +10,49 @@ from dataclasses import dataclass, field
 
 @dataclass
 class StepStats:
-    """What this rank's part of the last exchange came to."""
+    """What this rank's part of the last exchange came to.
+
+    Bytes are those handed to the collectives, each counted once. seconds: wall time by phase; of
+    compensate, select and pack, what happens in the hooks of backward; wait: standing still for
+    others; merge; optimizer.
+    """
 
     sparse_bytes: int = 0
     dense_bytes: int = 0
+    row_bytes: int = 0
+    """Of row-sparse gradients."""
+    statistics_bytes: int = 0
+    """Of shared second moments."""
+    island_bytes: int = 0
+    """Within an island of ranks, in two levels; not part of the payload, which is what leaves."""
     num_selected: int = 0
     num_selectable: int = 0
+    thresholds: dict[str, float] = field(default_factory=dict)
+    """By tensor: the magnitude from which entries are to be sent in the next step."""
+    in_flight_seconds: float = 0.0
+    """From the first collective's start to the last one's end."""
     skipped: str | None = None
     """Why the step was undone on all ranks; None: it was not."""
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes handed to the collectives: messages and dense buffers, each counted once."""
-        return self.sparse_bytes + self.dense_bytes
+        """Bytes that left this rank, or in two levels its island."""
+        return self.sparse_bytes + self.dense_bytes + self.row_bytes + self.statistics_bytes
+
+    @property
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Return the bytes of each kind of which there are any."""
+        kinds = ("sparse", "dense", "row", "statistics", "island")
+        found = {kind: getattr(self, f"{kind}_bytes") for kind in kinds}
+        return {kind: count for kind, count in found.items() if count}
+
+    @property
+    def hidden_share(self) -> float:
+        """Return the share of the time in flight in which this rank had other things to do."""
+        if not self.in_flight_seconds:
+            return 1.0
+        return max(0.0, 1.0 - self.seconds.get("wait", 0.0) / self.in_flight_seconds)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -30,6 +30,9 @@ class StepStats(Protocol):
     """What one rank sent in a step, and the seconds of each phase of it."""
 
     payload_bytes: int
+    bytes_by_kind: Mapping[str, int]
+    hidden_share: float
+    thresholds: Mapping[str, float]
     num_selected: int
     num_selectable: int
     skipped: str | None
@@ -46,6 +49,9 @@ class ExchangingOptimizer(Protocol):
 
     def set_epoch(self, epoch: int) -> float:
         """Set and return the density of an epoch."""
+
+    def explain(self) -> str:
+        """Return a table of what is sent how."""
 
     def zero_grad(self) -> None: ...
     def step(self) -> None: ...

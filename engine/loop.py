@@ -52,7 +52,7 @@ class Trainer:
         self.flat_config, self.reporter = flat_config, reporter
         self.checkpoints = CheckpointFolder(folder / "checkpoints", comm, run.checkpoint.keep)
         self.steps_per_epoch, self._config_changes = steps_per_epoch, config_changes
-        self.density = 1.0
+        self.density, self._told_plan = 1.0, ""
 
     def train(self) -> None:
         """Take up the newest checkpoint, run what is left of the run, write result.json."""
@@ -112,7 +112,7 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         state, progress = self.state, self.state.progress
-        self.density = state.optimizer.set_epoch(progress.epoch)
+        self._set_density()
         if progress.step_in_epoch == 0:
             state.train_sums.sums.zero_()
         per_step = self.run.train.micro_batches_per_step * self.run.train.batch_size_per_rank
@@ -127,6 +127,14 @@ class Trainer:
             state.learning_rate.step()
             if self._saves_here():
                 self._save(is_best=False)
+
+    def _set_density(self) -> None:
+        """Set the epoch's density; say how it is sent, when that changes."""
+        self.density = self.state.optimizer.set_epoch(self.state.progress.epoch)
+        plan = self.state.optimizer.explain()
+        if plan != self._told_plan:
+            self.reporter.say(f"density {self.density:.3g}, the exchange as planned:\n{plan}")
+        self._told_plan = plan
 
     def _progress_bar(self) -> Iterator[int]:
         """Iterate over the steps that are left of this epoch, with a bar on rank 0."""
@@ -197,8 +205,13 @@ class Trainer:
             values["train/skipped_steps"] = progress.skipped_steps
         else:
             values["loss/train"] = loss.item()
+        values |= {f"comm/{kind}_bytes": count for kind, count in stats.bytes_by_kind.items()}
+        values |= {f"time/{phase}_seconds": part for phase, part in stats.seconds.items()}
+        values["comm/hidden_share"] = stats.hidden_share
         if stats.num_selectable:
             values["comm/density_got"] = stats.num_selected / stats.num_selectable
+        thresholds = stats.thresholds
+        values |= {f"threshold/{name}": value for name, value in thresholds.items()}
         self.reporter.scalars(values, progress.examples)
 
     def _saves_here(self) -> bool:

@@ -6,4 +6,4 @@ from configs.schema import Run
 
 
 def configure(run: fdl.Config[Run]) -> None:
-    run.dgc.index_dtype = "int32"
+    run.dgc.index_coding = "int32"

@@ -36,6 +36,23 @@ def check_collectives(comm):
         assert comm.broadcast_object(value) == expected
 
 
+def check_groups(comm):
+    rows = torch.arange(2.0 * comm.world_size).view(-1, 2)
+    share = comm.reduce_scatter_async(rows * (comm.rank + 1), "share").wait()
+    total = comm.world_size * (comm.world_size + 1) / 2
+    assert share.tolist() == (rows[comm.rank] * total).tolist()
+    parts = [torch.full((to + 1,), comm.rank, dtype=torch.uint8) for to in range(comm.world_size)]
+    got = comm.all_to_all_async(parts, "parts").wait()
+    assert [part.tolist() for part in got] == [
+        [sender] * (comm.rank + 1) for sender in range(comm.world_size)
+    ]
+    pairs = [[rank, rank + 1] for rank in range(0, comm.world_size, 2)]
+    pair = comm.split(pairs)
+    joined = pair.all_gather_async(torch.tensor([comm.rank]), "pair").wait().tolist()
+    assert joined == pairs[comm.rank // 2] and joined[pair.rank] == comm.rank
+    assert len(set(comm.nodes())) == 1
+
+
 def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
@@ -87,6 +104,28 @@ def check_training(comm):
         (factored, Compression(**sparse, residual_dtype="int8", share_statistics=math.inf)),
         (sketched, Compression(**sparse, preconditioning="early", momentum=0.5)),
         (factored, Compression(**sparse, preconditioning="after")),
+        (
+            sgd,
+            Compression(
+                **sparse,
+                protocol="sparse_all_reduce",
+                value_dtype="mxfp8",
+                index_coding="elias_fano",
+                merged_factor=1,
+            ),
+        ),
+        (factored, Compression(**sparse, value_dtype="mxfp4", index_coding="elias_fano")),
+        (factored, Compression(**sparse, two_level=True, ranks_per_island=comm.world_size // 2)),
+        (
+            sgd,
+            Compression(
+                **sparse,
+                ranks_per_island=2,
+                two_level=True,
+                protocol="sparse_all_reduce",
+                residual_dtype="int8",
+            ),
+        ),
     ):
         vector = train(comm, model, make, compression, comm.world_size)
         for other in comm.all_gather_object(vector):
@@ -102,6 +141,7 @@ def check_training(comm):
 
 with horovod_job() as comm:
     check_collectives(comm)
+    check_groups(comm)
     check_training(comm)
     wanted = sys.argv[1]
     assert comm.controller == wanted, f"{comm.controller} carries the job, not {wanted}"

@@ -40,7 +40,7 @@ def test_the_short_names_mean_what_they_meant_to_the_predecessors():
     assert compression("wm5").density_at(0) == pytest.approx(0.001 ** (1 / 6))
     assert [compression("wm5o").density_at(e) for e in range(6)] == [1.0] * 5 + [0.001]
     assert compression("fp16").value_dtype == "float16"
-    assert compression("int32").index_dtype == "int32"
+    assert compression("int32").index_coding == "int32"
     assert compression("mm").mask_velocity
     assert not compression("nm").mask_velocity
     assert not compression("nm", "wm5").mask_velocity  # the folder's own settings apply only once

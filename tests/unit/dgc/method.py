@@ -94,7 +94,7 @@ def compression_of(choice):
     settings = {k: v for k, v in choice.items() if k not in ("clip", "micro_batches")}
     if choice["clip"]:
         settings |= {"clip_norm": 0.5, "clip_scope": choice["clip"]}
-    return Compression(**settings, min_numel=100, sample_ratio=0.2)
+    return Compression(**settings, min_numel=100)
 
 
 class Job:

@@ -44,3 +44,30 @@ def test_what_horovod_cannot_send_is_refused():
             comm.all_gather_async(torch.zeros(0), "x")
 
     run_local(1, work)
+
+
+def test_shares_of_sums_and_parts_for_each():
+    def work(comm):
+        rows = torch.arange(6.0).view(3, 2) * (comm.rank + 1)
+        share = comm.reduce_scatter_async(rows, "share").wait()
+        parts = [torch.full((to + 1,), 10 * comm.rank + to) for to in range(3)]
+        got = comm.all_to_all_async(parts, "parts").wait()
+        return share.tolist(), [part.tolist() for part in got]
+
+    for rank, (share, got) in enumerate(run_local(3, work)):
+        assert share == [6 * 2.0 * rank, 6 * (2.0 * rank + 1)]
+        assert got == [[10 * sender + rank] * (rank + 1) for sender in range(3)]
+
+
+def test_groups_talk_among_themselves_in_any_order():
+    def work(comm):
+        group = comm.split([[0, 2], [1, 3]])
+        handles = {
+            name: group.all_gather_async(torch.tensor([comm.rank]), name)
+            for name in ("ab" if comm.rank < 2 else "ba")
+        }
+        return [handles[name].wait().tolist() for name in "ab"], comm.nodes()
+
+    for rank, (joined, nodes) in enumerate(run_local(4, work, ranks_per_node=2)):
+        assert joined == [[rank % 2, rank % 2 + 2]] * 2
+        assert nodes == [0, 0, 1, 1]

@@ -70,7 +70,7 @@ def random_grads(rank, step):
 def test_late_factored_is_the_designs_listing():
     """Three workers, ten steps, against loops over the definition in float64."""
     beta2, lr, eps, density, workers = 0.9, 0.1, 1e-8, 0.01, 3
-    compression = Compression(density=density, sample_ratio=1.0, min_numel=1)
+    compression = Compression(density=density, min_numel=1)
     results = one_tensor(
         lambda p: FactoredAdam(p, lr=lr, betas=(0.0, beta2), eps=eps, min_compressed_numel=0),
         compression, random_grads, 10, workers,
@@ -149,7 +149,7 @@ def test_statistics_are_shared_as_often_as_their_bytes_allow(ratio, every):
             optimizer.step()
             optimizer.zero_grad()
             rows.append(optimizer.worker_state_dict()["statistics"]["w"]["exp_avg_sq_row"].clone())
-            sent.append(optimizer.stats.dense_bytes)
+            sent.append(optimizer.stats.statistics_bytes)
         return rows, sent
 
     (first, sent), (second, _) = run_local(2, work)
@@ -167,7 +167,7 @@ def test_selection_by_preconditioned_magnitude_picks_other_entries():
 
     sent = {}
     for by in ("raw", "preconditioned"):
-        compression = Compression(density=0.02, min_numel=1, select_by=by, sample_ratio=1.0)
+        compression = Compression(density=0.02, min_numel=1, select_by=by)
         ((weight, _),) = one_tensor(OPTIMIZERS["full"], compression, grads, 3)
         sent[by] = (weight != 0).any(1)
     assert not sent["raw"][: N // 2].any()
@@ -212,7 +212,7 @@ def test_sent_and_left_are_what_was_added(dtype):
 
 
 def test_what_float16_loses_stays_in_the_residuals_units():
-    compression = Compression(density=0.01, min_numel=1, value_dtype="float16", sample_ratio=1.0)
+    compression = Compression(density=0.01, min_numel=1, value_dtype="float16")
     ((weight, optimizer),) = one_tensor(OPTIMIZERS["full"], compression, random_grads, 1)
     sent = weight / -0.01
     root = optimizer._exchange.statistics.root("w").view(N, M)

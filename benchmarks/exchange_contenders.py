@@ -1,0 +1,216 @@
+"""Who takes part in exchange_speed.py, by name: each trains a model of its own in equal steps.
+
+A contender is made on every rank alike. Horovod's background thread asks the other ranks every
+millisecond what is ready, and MPI waits by spinning, which on fewer cores than ranks slows whoever
+else is at work: so Horovod is up only while one of its contenders is (`Contender.needs_horovod`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from dgc import Compression, DistributedOptimizer
+from dgc.comm import HorovodComm
+
+Options = Any  # exchange_speed.py's command line
+START_POWER_SGD = (
+    2  # DDP lays its buckets out anew after the first step; PowerSGD has to wait for it
+)
+
+
+class Contender:
+    """Trains alone; the others below add their exchange."""
+
+    needs_horovod = False
+
+    def __init__(self, options: Options) -> None:
+        self.model = make_model(options)
+        self.optimizer: Any = torch.optim.SGD(
+            self.model.parameters(), lr=options.lr, momentum=options.momentum
+        )
+
+    def step(self, inputs: Tensor, targets: Tensor) -> None:
+        nn.functional.mse_loss(self.model(inputs), targets).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @property
+    def payload_bytes(self) -> int:
+        """What this rank handed to collectives in the last step."""
+        return 0
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def make_model(options: Options) -> nn.Module:
+    """Linear layers that begin near the identity, so that a few steps teach them something."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [nn.Linear(options.size, options.size, bias=False) for _ in range(options.layers)]
+    for layer in layers:
+        noise = torch.randn(layer.weight.shape, generator=generator) / options.size**0.5
+        layer.weight.data = torch.eye(options.size) + 0.1 * noise
+    return nn.Sequential(*layers)
+
+
+class Ddp(Contender):
+    """torch's DistributedDataParallel over a gloo group of its own: if it stalls, others go on."""
+
+    def __init__(
+        self,
+        options: Options,
+        *,
+        hook: Callable[..., Any] | None = None,
+        rank: int = 0,
+        bucket_mb: float | None = None,
+        group_each: bool = False,
+        gloo_threads: int = 2,
+        num_bytes: int = 4,
+    ) -> None:
+        super().__init__(options)
+        self._num_bytes, self._rank, self._num_steps = num_bytes, rank, 0
+        settings = dist.ProcessGroupGloo._Options()  # what new_group's pg_options would be given
+        settings._threads = gloo_threads
+        group = dist.new_group(backend="gloo", pg_options=settings)
+        self.model = DistributedDataParallel(
+            self.model, process_group=group, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True
+        )
+        if rank and group_each:
+            groups = [dist.new_group(backend="gloo") for _ in range(options.layers)]
+            states = [PowerSGDState(group, rank, START_POWER_SGD) for group in groups]
+            self.model.register_comm_hook(states, power_sgd_in_turn)
+        elif rank:
+            state = PowerSGDState(group, rank, START_POWER_SGD)
+            self.model.register_comm_hook(state, powerSGD_hook)
+        elif hook:
+            self.model.register_comm_hook(group, hook)
+
+    def step(self, inputs: Tensor, targets: Tensor) -> None:
+        super().step(inputs, targets)
+        self._num_steps += 1
+
+    @property
+    def payload_bytes(self) -> int:
+        if self._rank and self._num_steps > START_POWER_SGD:
+            return 4 * self._rank * sum(sum(p.shape) for p in self.model.parameters())
+        return self._num_bytes * self.num_parameters
+
+
+def bf16_hook(group, bucket):
+    """torch's hook under another name: by its own DDP refuses it without CUDA; gloo can do it."""
+    return default_hooks.bf16_compress_hook(group, bucket)
+
+
+def power_sgd_in_turn(states, bucket):  # without annotations: DDP refuses those that are strings
+    """PowerSGD with a process group for each bucket.
+
+    The hook starts later collectives from callbacks, and gloo matches collectives of a group by
+    the order in which each rank starts them: with several buckets in one group, that order is left
+    to the threads, differs between ranks, and a rank waits for a collective that others never join.
+    """
+    state = states[bucket.index()]
+    if not bucket.is_last():  # the hook counts steps by the last bucket
+        state.iter += 1
+    return powerSGD_hook(state, bucket)
+
+
+class Horovod(Contender):
+    needs_horovod = True
+
+    def __init__(self, options: Options, *, compression: str = "none", num_bytes: int = 4) -> None:
+        import horovod.torch as hvd
+
+        super().__init__(options)
+        self._num_bytes = num_bytes
+        self.optimizer = hvd.DistributedOptimizer(
+            self.optimizer,
+            named_parameters=self.model.named_parameters(),
+            compression=getattr(hvd.Compression, compression),
+        )
+
+    @property
+    def payload_bytes(self) -> int:
+        return self._num_bytes * self.num_parameters
+
+
+class Ours(Contender):
+    needs_horovod = True
+
+    def __init__(
+        self, options: Options, *, bucket_bytes: int | None = None, **compression: Any
+    ) -> None:
+        super().__init__(options)
+        more = {} if bucket_bytes is None else {"bucket_bytes": bucket_bytes}
+        self.optimizer = DistributedOptimizer(
+            self.optimizer,
+            self.model.named_parameters(),
+            comm=HorovodComm(),
+            compression=Compression(**compression),
+            **more,
+        )
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.optimizer.stats.payload_bytes
+
+
+@contextlib.contextmanager
+def horovod_for(contender: type[Contender] | Contender) -> Iterator[None]:
+    """Have Horovod up within the block if the contender needs it, set up as it would be alone."""
+    if not contender.needs_horovod:
+        yield
+        return
+    import horovod.torch as hvd
+
+    is_ours = contender is Ours or isinstance(contender, Ours)
+    os.environ["HOROVOD_FUSION_THRESHOLD"] = "0" if is_ours else str(128 * 2**20)
+    hvd.init()
+    yield
+    hvd.shutdown()
+
+
+FLOAT16 = {"value_dtype": "float16"}
+ONE_BUCKET = {"bucket_mb": 4096.0}
+OURS: dict[str, dict[str, Any]] = {
+    "ours 0.1%": {"density": 0.001},
+    "ours 0.1%, float16": {"density": 0.001, **FLOAT16},
+    "ours 1%": {"density": 0.01},
+    "ours 1%, float16": {"density": 0.01, **FLOAT16},
+}
+BUCKET_MIB = (0.25, 1, 4, 16, 64)
+SWEEP = {
+    f"ours 0.1%, buckets of {size:g} MiB": {"density": 0.001, "bucket_bytes": int(size * 2**20)}
+    for size in BUCKET_MIB
+}
+ALONE, FP16 = "no communication", "DDP fp16"
+CONTENDERS: dict[str, tuple[type[Contender], dict[str, Any]]] = {
+    ALONE: (Contender, {}),
+    "DDP fp32": (Ddp, {}),
+    FP16: (Ddp, {"hook": default_hooks.fp16_compress_hook, "num_bytes": 2}),
+    "DDP bf16": (Ddp, {"hook": bf16_hook, "num_bytes": 2}),
+    "PowerSGD rank 1": (Ddp, {"rank": 1}),
+    **{
+        f"PowerSGD rank {rank}, {name}": (Ddp, {"rank": rank, **settings})
+        for rank in (1, 4)
+        for name, settings in {"one bucket": ONE_BUCKET, "group each": {"group_each": True}}.items()
+    },
+    "Horovod fp32": (Horovod, {}),
+    "Horovod fp16": (Horovod, {"compression": "fp16", "num_bytes": 2}),
+    **{name: (Ours, settings) for name, settings in OURS.items()},
+}
+EXTRA: dict[str, tuple[type[Contender], dict[str, Any]]] = {  # on request, and in the sweep
+    "PowerSGD rank 4": (Ddp, {"rank": 4}),
+    "PowerSGD rank 1, 8 threads": (Ddp, {"rank": 1, "gloo_threads": 8}),
+    **{name: (Ours, settings) for name, settings in SWEEP.items()},
+}

@@ -1,0 +1,178 @@
+"""What leaves a worker: a bucket's entries, out of the residual, divided and rounded.
+
+Owns: which entries, by which statistic they are divided, and their way back: what coding loses, and
+what does not arrive, returns to the residual in the residual's own units.
+Shapes: K entries of a bucket; positions count through its tensors as if they were joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dgc.buckets import Bucket, TensorSpec
+from dgc.compensate import Compensation
+from dgc.compression import Compression
+from dgc.precondition import Statistics, divide
+from dgc.sparsify import Selector, Taken, largest_indices
+from kernels import buffers
+from kernels.operands import Found, Report
+
+
+@dataclass
+class Outgoing:
+    """Entries of a bucket that are out of the residual.
+
+    positions_K int64 ascending; divided_K float32: what is to be sent, before rounding; roots_K:
+    what the residual's values were divided by, None for 1; taken: the entries by tensor; bad: the
+    places in the bucket of tensors that cannot be used.
+    """
+
+    positions_K: Tensor
+    divided_K: Tensor
+    roots_K: Tensor | None
+    taken: list[tuple[str, Taken]]
+    bad: tuple[int, ...]
+
+
+class Outlet:
+    """Takes entries out of one worker's residuals, and puts back what must not be lost."""
+
+    def __init__(
+        self, compression: Compression, compensation: Compensation, statistics: Statistics
+    ) -> None:
+        self.compression, self.compensation = compression, compensation
+        self.statistics = statistics
+        self.selectors: dict[str, Selector] = {}
+        self._saved: dict[str, Tensor] = {}
+
+    def plan(self, buckets: Sequence[Bucket]) -> None:
+        """Take up the plans of the sparse buckets; thresholds carry over."""
+        for bucket in buckets:
+            for spec, plan in zip(bucket.specs, bucket.plans, strict=bucket.is_sparse):
+                selector = self.selectors.setdefault(spec.name, Selector(plan))
+                selector.plan = plan
+                if spec.name in self._saved:
+                    selector.load(self._saved.pop(spec.name))
+
+    def commit(self) -> None:
+        """Make the step's thresholds final."""
+        for selector in self.selectors.values():
+            selector.commit()
+
+    def roll_back(self) -> None:
+        for selector in self.selectors.values():
+            selector.roll_back()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Thresholds, by tensor."""
+        return self._saved | {name: selector.state() for name, selector in self.selectors.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up thresholds; those of tensors that are now sent densely wait for another plan."""
+        self._saved = dict(state)
+        for name in self.selectors.keys() & state.keys():
+            self.selectors[name].load(self._saved.pop(name))
+
+    def late_root(self, name: str, indices_K: Tensor | None = None) -> Tensor | None:
+        """Return what is divided by before it leaves; None if it is not."""
+        is_late = self.compression.preconditioning == "late"
+        return self.statistics.root(name, indices_K) if is_late else None
+
+    def take(
+        self, bucket: Bucket, founds: Sequence[Found], reports: Sequence[Report], bad: set[int]
+    ) -> Outgoing:
+        """Move a bucket's entries out of the residuals; none of the tensors in `bad`."""
+        taken: list[tuple[str, Taken]] = []
+        roots: list[Tensor | None] = []
+        for place, spec in enumerate(bucket.specs):
+            if place in bad:
+                taken.append((spec.name, _nothing(spec.device)))
+                roots.append(torch.ones(0, device=spec.device))
+                continue
+            chosen = self._select(spec, founds[place], reports[place])
+            root_K = self.late_root(spec.name, chosen.indices_K)
+            if root_K is not None and not root_K.all():  # squares that underflow: not yet sendable
+                self._put_back(spec.name, chosen, root_K == 0)
+                chosen, root_K = _where(chosen, root_K > 0), root_K[root_K > 0]
+            taken.append((spec.name, chosen))
+            roots.append(torch.ones_like(chosen.values_K) if root_K is None else root_K)
+        positions_K, values_K = bucket.codec.join(
+            [(part.indices_K, part.values_K) for _, part in taken]
+        )
+        is_divided = any(self.late_root(spec.name, _none(spec.device)) is not None
+                         for spec in bucket.specs)  # fmt: skip
+        roots_K = torch.cat(roots) if is_divided else None
+        divided_K = values_K if roots_K is None else divide(values_K, roots_K)
+        return Outgoing(positions_K, divided_K, roots_K, taken, tuple(sorted(bad)))
+
+    def _select(self, spec: TensorSpec, found: Found, report: Report) -> Taken:
+        if self.compression.select_by == "raw":
+            selector = self.selectors[spec.name]
+            return selector.settle(found, report, self.compensation, spec.name)
+        magnitude_N = buffers.decode(self.compensation.residual[spec.name]).abs()
+        root_N = self.statistics.root(spec.name)
+        if root_N is not None:
+            magnitude_N = divide(magnitude_N, root_N)
+        indices_K = largest_indices(magnitude_N, self.selectors[spec.name].plan.k)
+        return self.compensation.take_exactly(spec.name, indices_K)
+
+    def keep_lost(self, outgoing: Outgoing, sent_K: Tensor) -> None:
+        """Leave in the residual what rounding took off: (divided - sent), in its own units."""
+        if sent_K is outgoing.divided_K:
+            return
+        for name, part, span in _by_tensor(outgoing):
+            sent, root = sent_K[span], None if outgoing.roots_K is None else outgoing.roots_K[span]
+            back = sent if root is None else sent * root
+            is_exact = sent == outgoing.divided_K[span]
+            lost = torch.where(is_exact, torch.zeros_like(back), part.values_K - back)
+            self.compensation.keep_lost(name, part.indices_K, lost)
+
+    def put_back(self, outgoing: Outgoing, is_back_K: Tensor) -> None:
+        """Undo the taking of some entries, to the bit."""
+        for name, part, span in _by_tensor(outgoing):
+            self._put_back(name, part, is_back_K[span])
+
+    def _put_back(self, name: str, part: Taken, mask_K: Tensor) -> None:
+        back = _where(part, mask_K)
+        self.compensation.put_back(name, back.indices_K, back.values_K, back.velocities_K)
+
+    def add(self, bucket: Bucket, positions_K: Tensor, values_K: Tensor) -> None:
+        """Give the residuals what is to be sent another time, (K,) as it would have been sent."""
+        parts = bucket.codec.split(positions_K, values_K)
+        for spec, (indices, values) in zip(bucket.specs, parts, strict=True):
+            root = self.late_root(spec.name, indices)
+            self.compensation.add(spec.name, indices, values if root is None else values * root)
+
+
+def where_delivered(outgoing: Outgoing, delivered_U: Tensor) -> Tensor:
+    """Return (K,) bool: whether each position is among the ascending delivered ones."""
+    if delivered_U.numel() == 0:
+        return torch.zeros_like(outgoing.positions_K, dtype=torch.bool)
+    at = torch.searchsorted(delivered_U, outgoing.positions_K).clamp_(max=delivered_U.numel() - 1)
+    return delivered_U[at] == outgoing.positions_K
+
+
+def _by_tensor(outgoing: Outgoing) -> Iterator[tuple[str, Taken, slice]]:
+    start = 0
+    for name, part in outgoing.taken:
+        end = start + part.indices_K.numel()
+        if end > start:
+            yield name, part, slice(start, end)
+        start = end
+
+
+def _where(part: Taken, mask_K: Tensor) -> Taken:
+    velocities = None if part.velocities_K is None else part.velocities_K[mask_K]
+    return Taken(part.indices_K[mask_K], part.values_K[mask_K], velocities)
+
+
+def _none(device: torch.device) -> Tensor:
+    return torch.zeros(0, dtype=torch.int64, device=device)
+
+
+def _nothing(device: torch.device) -> Taken:
+    return Taken(_none(device), torch.zeros(0, device=device), None)

@@ -1,0 +1,301 @@
+"""How a bucket travels: one generator a protocol, which yields collectives and ends with the means.
+
+Each starts when its bucket is complete and goes on whenever the collective that it yielded is
+done, so that backward, and other buckets, are not waited for. `run` is the whole way of a bucket:
+in two levels, gradients are first summed within the island of ranks, each rank being left with its
+share of every tensor; shares are exchanged over the bridge to the other islands by any of the
+protocols; and what arrived is passed on within the island as it is.
+Every rank decodes the same messages in the same order, so all have the same bits.
+Shapes: N elements of a rank's share of a tensor (all of it in one level), K entries of a bucket.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dgc.buckets import Bucket, TensorSpec
+from dgc.codec import Codec, Entries, from_share, to_share
+from dgc.comm import Handle
+from dgc.cost import DENSE_BYTES
+from dgc.outgoing import Outgoing, where_delivered
+from dgc.precondition import divide
+from dgc.sparsify import SparseGrad, largest_indices
+from kernels import packing
+
+if TYPE_CHECKING:
+    from dgc.exchange import Exchange
+
+Way = Generator[Handle, Any, "Update"]
+
+
+@dataclass
+class Update:
+    """What the ranks agreed on, by tensor: means (N,), some entries of them, or rows of them.
+
+    bad: the tensors, with ranks where they are known, because of which there is no update.
+    """
+
+    dense: dict[str, Tensor] = field(default_factory=dict)
+    sparse: dict[str, SparseGrad] = field(default_factory=dict)
+    rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    bad: list[str] = field(default_factory=list)
+
+    def take_in(self, other: Update) -> None:
+        self.dense |= other.dense
+        self.sparse |= other.sparse
+        self.rows |= other.rows
+        self.bad += other.bad
+
+
+def run(exchange: Exchange, bucket: Bucket) -> Way:
+    """Exchange one bucket, all of whose gradients have come."""
+    if bucket.protocol == "rows":
+        return (yield from gather_rows(exchange, bucket))
+    if exchange.island is not None:
+        yield from _sum_within_island(exchange, bucket)
+    founds, reports = exchange.read(bucket)
+    bad = exchange.overflown(reports)
+    if bucket.protocol == "dense":
+        return (yield from all_reduce(exchange, bucket, bad))
+    with exchange.stats.timed("select"):
+        outgoing = exchange.outlet.take(bucket, founds, reports, bad)
+        exchange.note_selected(bucket, outgoing)
+    protocol = gather if bucket.protocol == "gather" else sparse_all_reduce
+    arrived, num_messages = yield from protocol(exchange, bucket, outgoing)
+    return (yield from _take_in(exchange, bucket, arrived, num_messages))
+
+
+# ---- between all ranks, or islands ----
+
+
+def all_reduce(exchange: Exchange, bucket: Bucket, bad: set[int]) -> Way:
+    """Send all that there is, in float32: a ring all-reduce."""
+    with exchange.stats.timed("pack"):
+        parts = []
+        for place, spec in enumerate(bucket.specs):
+            values_N = exchange.compensation.drain(spec.name)
+            root_N = exchange.outlet.late_root(spec.name)
+            if place in bad:
+                values_N = torch.full_like(values_N, math.nan)
+            parts.append(values_N if root_N is None else divide(values_N, root_N))
+        flat = torch.cat(parts)
+        exchange.stats.dense_bytes += flat.numel() * DENSE_BYTES
+    arrived = yield exchange.group.all_reduce_async(flat, exchange.name_of(bucket))
+    if exchange.island is not None:
+        arrived = yield exchange.island.all_gather_async(arrived, exchange.name_of(bucket, "pass"))
+    with exchange.stats.timed("merge"):
+        return _split_dense(exchange, bucket, arrived.div_(exchange.comm.world_size))
+
+
+def _split_dense(exchange: Exchange, bucket: Bucket, mean: Tensor) -> Update:
+    update = Update()
+    rows = mean.view(exchange.num_shares, -1).split([spec.numel for spec in bucket.specs], dim=1)
+    if not torch.isfinite(mean).all():
+        names = [spec.name for spec in bucket.specs]
+        pairs = zip(names, rows, strict=True)
+        update.bad = [name for name, part in pairs if not torch.isfinite(part).all()]
+        return update
+    for spec, part in zip(bucket.specs, rows, strict=True):
+        mean_N = part.reshape(-1)[: spec.whole]
+        scale = exchange.compression.update_scale if spec.compressible else 1.0
+        update.dense[spec.name] = mean_N if scale == 1 else mean_N * scale
+    return update
+
+
+def gather(
+    exchange: Exchange, bucket: Bucket, outgoing: Outgoing
+) -> Generator[Handle, Any, tuple[Tensor, int]]:
+    """Send each rank's entries to all: what a rank passes on grows with the number of ranks."""
+    with exchange.stats.timed("pack"):
+        sent_K = bucket.codec.round_values(outgoing.divided_K)
+        exchange.outlet.keep_lost(outgoing, sent_K)
+        message = bucket.codec.encode(outgoing.positions_K, sent_K, outgoing.bad)
+        exchange.stats.sparse_bytes += message.numel()
+    arrived = yield exchange.group.all_gather_async(message, exchange.name_of(bucket))
+    return arrived, exchange.group.world_size
+
+
+def sparse_all_reduce(
+    exchange: Exchange, bucket: Bucket, outgoing: Outgoing
+) -> Generator[Handle, Any, tuple[Tensor, int]]:
+    """Send entries to the owners of their positions, who sum them and return the largest sums.
+
+    Rank o of P owns every P-th block of positions from the o-th on. It sums what arrives in rank
+    order and returns to all at most merged_factor * K / P sums, those of largest magnitude; so a
+    rank sends K entries and passes on merged_factor K, however many ranks there are. Entries whose
+    sum was not returned stay with those who sent them, to the bit; what rounding takes off a sum
+    stays with its owner.
+    Source: Li & Hoefler 2022 (Ok-Topk, arXiv:2201.07598), split-reduce and balance-gather.
+    Differs: positions are dealt out in turn, which balances the owners without agreeing on bounds.
+    """
+    group, codec = exchange.group, bucket.codec
+    with exchange.stats.timed("pack"):
+        parts, sent_K = _pack_shares(exchange, bucket, outgoing)
+        exchange.outlet.keep_lost(outgoing, sent_K)
+        exchange.stats.sparse_bytes += sum(part.numel() for part in parts)
+    received = yield group.all_to_all_async(parts, exchange.name_of(bucket, "shares"))
+    with exchange.stats.timed("merge"):
+        message = _merge_share(exchange, bucket, received)
+        exchange.stats.sparse_bytes += message.numel()
+    arrived = yield group.all_gather_async(message, exchange.name_of(bucket))
+    with exchange.stats.timed("merge"):
+        messages = codec.split_messages(arrived, group.world_size)
+        is_back_K = ~where_delivered(outgoing, _join_shares(codec, messages).positions_K)
+        exchange.outlet.put_back(outgoing, is_back_K)
+    return arrived, group.world_size
+
+
+def _pack_shares(
+    exchange: Exchange, bucket: Bucket, outgoing: Outgoing
+) -> tuple[list[Tensor], Tensor]:
+    """Return a message to each owner, and the values (K,) as the owners will decode them."""
+    num_owners = exchange.group.world_size
+    owner_K, local_K = to_share(outgoing.positions_K, num_owners)
+    sent_K, parts = torch.empty_like(outgoing.divided_K), []
+    by_owner = owner_K.sort(stable=True).indices
+    counts = torch.bincount(owner_K, minlength=num_owners).tolist()
+    for owner, chosen in enumerate(by_owner.split(counts)):
+        share = bucket.codec.share(owner, num_owners)
+        sent_K[chosen] = values = share.round_values(outgoing.divided_K[chosen])
+        parts.append(share.encode(local_K[chosen], values, outgoing.bad))
+    return parts, sent_K
+
+
+def _merge_share(exchange: Exchange, bucket: Bucket, received: Sequence[Tensor]) -> Tensor:
+    """Sum what the ranks sent of this rank's share; return the message of its largest sums."""
+    group = exchange.group
+    share = bucket.codec.share(group.rank, group.world_size)
+    entries = [share.decode_one(part) for part in received]
+    bad = tuple(sorted({place for part in entries for place in part.bad}))
+    local_U, sums_U = merge_in_rank_order(entries)
+    factor = exchange.compression.merged_factor
+    quota = math.ceil(factor * bucket.num_entries / group.world_size)
+    if factor < group.world_size and local_U.numel() > quota:
+        chosen = largest_indices(sums_U.abs(), quota)
+        local_U, sums_U = local_U[chosen], sums_U[chosen]
+    returned_U = share.round_values(sums_U)
+    if returned_U is not sums_U and not bad:
+        positions_U = from_share(local_U, group.rank, group.world_size)
+        exchange.outlet.add(bucket, positions_U, sums_U - returned_U)
+    return share.encode(local_U, returned_U, bad)
+
+
+def _join_shares(codec: Codec, messages: Sequence[Tensor]) -> Entries:
+    """Return the entries of all owners' messages, by position."""
+    positions, values, bad = [], [], set()
+    for owner, message in enumerate(messages):
+        part = codec.share(owner, len(messages)).decode_one(message)
+        positions.append(from_share(part.positions_K, owner, len(messages)))
+        values.append(part.values_M)
+        bad.update(part.bad)
+    order = torch.cat(positions).sort()
+    return Entries(order.values, torch.cat(values)[order.indices], tuple(sorted(bad)))
+
+
+# ---- what arrived ----
+
+
+def _take_in(exchange: Exchange, bucket: Bucket, arrived: Tensor, num_messages: int) -> Way:
+    """Decode, sum and average what arrived, here or at the other ranks of the island."""
+    if exchange.island is not None:
+        exchange.stats.island_bytes += arrived.numel()
+        name = exchange.name_of(bucket, "pass")
+        arrived = yield exchange.island.all_gather_async(arrived, name)
+    with exchange.stats.timed("merge"):
+        messages = bucket.codec.split_messages(arrived, num_messages * exchange.num_shares)
+        update, shares = Update(), []
+        for start in range(0, len(messages), num_messages):
+            mine = messages[start : start + num_messages]
+            shares.append(_sum_messages(exchange, bucket, mine, update.bad))
+        if not update.bad:
+            for spec, *parts in zip(bucket.specs, *shares, strict=True):
+                update.sparse[spec.name] = _mean(exchange, spec, parts)
+        return update
+
+
+def _sum_messages(
+    exchange: Exchange, bucket: Bucket, messages: Sequence[Tensor], bad: list[str]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return each tensor's (indices, sums over ranks); tell which tensors cannot be used."""
+    codec, names = bucket.codec, [spec.name for spec in bucket.specs]
+    if bucket.protocol == "sparse_all_reduce":
+        whole = _join_shares(codec, messages)
+        bad += [names[place] for place in whole.bad if names[place] not in bad]
+        return codec.split(whole.positions_K, whole.values_M)
+    entries = [codec.decode_one(message) for message in messages]
+    sender = "rank" if exchange.island is None else "node"
+    bad += [
+        f"{names[place]} ({sender} {number})"
+        for number, part in enumerate(entries)
+        for place in part.bad
+    ]
+    return codec.split(*merge_in_rank_order(entries))
+
+
+def merge_in_rank_order(entries: Sequence[Entries], dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Return the positions, ascending, and the sums of their values: the same bits on every rank.
+
+    Example: {2: 1.0, 5: 3.0} and {5: 1.0} -> {2: 1.0, 5: 4.0}.
+    """
+    return packing.merge([e.positions_K for e in entries], [e.values_M for e in entries], dim)
+
+
+def _mean(
+    exchange: Exchange, spec: TensorSpec, shares: Sequence[tuple[Tensor, Tensor]]
+) -> SparseGrad:
+    """Join the sums of a tensor's shares, and make them means."""
+    indices_K = torch.cat([indices + n * spec.numel for n, (indices, _) in enumerate(shares)])
+    means_K = torch.cat([sums for _, sums in shares]).div_(exchange.comm.world_size)
+    if exchange.compression.update_scale != 1:
+        means_K.mul_(exchange.compression.update_scale)
+    return SparseGrad(means_K, indices_K, spec.whole)
+
+
+def gather_rows(exchange: Exchange, bucket: Bucket) -> Way:
+    """Send the rows of a row-sparse gradient, in float32, to all; nothing of it is left behind."""
+    (spec,), codec = bucket.specs, bucket.codec
+    with exchange.stats.timed("pack"):
+        rows_K, values_KM = exchange.release_rows(spec)
+        bad = () if torch.isfinite(values_KM).all() else (0,)
+        if bad:
+            rows_K, values_KM = rows_K[:0], values_KM[:0]
+        message = codec.encode(rows_K, values_KM.reshape(-1), bad)
+        exchange.stats.row_bytes += message.numel()
+    arrived = yield exchange.comm.all_gather_async(message, exchange.name_of(bucket))
+    with exchange.stats.timed("merge"):
+        entries = codec.decode(arrived, exchange.comm.world_size)
+        update = Update()
+        update.bad = [f"{spec.name} (rank {r})" for r, part in enumerate(entries) if part.bad]
+        if not update.bad:
+            rows_U, sums = merge_in_rank_order(entries, spec.row_size)
+            means = sums.div_(exchange.comm.world_size).view(-1, spec.row_size)
+            update.rows[spec.name] = (rows_U, means)
+        return update
+
+
+# ---- within an island ----
+
+
+def _sum_within_island(exchange: Exchange, bucket: Bucket) -> Generator[Handle, Any, None]:
+    """Sum the ranks' gradients; add this rank's shares of the sums to its residuals."""
+    island = exchange.island
+    with exchange.stats.timed("pack"):
+        sizes = [spec.numel for spec in bucket.specs]
+        rows = torch.zeros(island.world_size, sum(sizes), device=bucket.specs[0].device)
+        for spec, part in zip(bucket.specs, rows.split(sizes, dim=1), strict=True):
+            held_N = exchange.release(spec.name)
+            whole_rows, rest = divmod(held_N.numel(), spec.numel)
+            part[:whole_rows] = held_N[: whole_rows * spec.numel].view(whole_rows, -1)
+            if rest:
+                part[whole_rows, :rest] = held_N[-rest:]
+        exchange.stats.island_bytes += rows.nbytes
+    mine = yield island.reduce_scatter_async(rows, exchange.name_of(bucket, "sum"))
+    with exchange.stats.timed("compensate"):
+        for spec, share_N in zip(bucket.specs, mine.split(sizes), strict=True):
+            exchange.accumulate(spec.name, share_N.contiguous(), None, is_last=True)
