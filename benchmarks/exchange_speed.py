@@ -9,8 +9,9 @@ own behind a link of the given rate: one job for each link. Contenders take turn
 in and `--steps` that are timed, in `--rounds` rounds, so that noise hits all alike, and train from
 the same weights on the same data. Time is the slowest rank's, the median over rounds; `sent` is
 what the busiest host's interface sent a step in the last round, Horovod's chatter included. Who
-does not finish within `--limit` seconds is out: its row says after how many steps, and the ranks
-print where their threads stand. At 100 Mbit/s a dense step takes 12 s or more: fewer steps there.
+does not finish within `--limit` seconds is out (or ends the job, if on Horovod): its row says after
+how many steps, and the ranks print where their threads stand. A dense step at 100 Mbit/s takes 12 s
+or more: take fewer steps there.
 """
 
 from __future__ import annotations
@@ -176,6 +177,8 @@ class Turns:
         dist.all_reduce(most, dist.ReduceOp.MAX)
         if most[2]:
             self.failure = self.failure or "failed on another rank"
+            if self.contender.needs_horovod:  # there is one Horovod, and it would not shut down
+                raise RuntimeError(f"{self.name} {self.failure}; others cannot go on without it")
         return most.tolist()
 
     def _within_limit(self, num_steps: int) -> None:

@@ -4,9 +4,11 @@
 
 Exchanges random gradients and compares the bytes that rank 0's network interface sent with what
 the run counts as payload, times what a ring sends of it: in an all-reduce over P hosts
-2 (P - 1) / P of the buffer, in a gather P - 1 times the message. Horovod's ranks also ask each
-other what is ready, by default every millisecond, busy or not: some 60 kB a second. That chatter
-is made rare here (HOROVOD_CYCLE_TIME, ms), so that it does not hide what is measured.
+2 (P - 1) / P of the buffer, in a gather P - 1 times the message. The last column but one is what
+a rank's gradient would be as float32, to what the interface sent of it to one other. Horovod's
+ranks also ask each other what is ready, by default every millisecond, busy or not: some 60 kB a
+second. That chatter is made rare here (HOROVOD_CYCLE_TIME, ms), so that it does not hide what is
+measured.
 """
 
 from __future__ import annotations
@@ -26,12 +28,15 @@ from dgc import Compression, DistributedOptimizer
 from dgc.comm import Comm, horovod_job
 
 FLOAT16 = {"value_dtype": "float16"}
+GATHER = {"density": 0.001, "protocol": "gather", "index_coding": "elias_fano"}
 CASES = {
     "dense": None,
     "density 1%": Compression(density=0.01),
     "density 1%, float16": Compression(density=0.01, **FLOAT16),
     "density 0.1%": Compression(density=0.001),
     "density 0.1%, float16": Compression(density=0.001, **FLOAT16),
+    "density 0.1%, mxfp8, Elias-Fano": Compression(value_dtype="mxfp8", **GATHER),
+    "density 0.1%, mxfp4, Elias-Fano": Compression(value_dtype="mxfp4", **GATHER),
 }
 
 
@@ -40,6 +45,7 @@ def main() -> None:
     parser.add_argument("--interface", default="eth0")
     parser.add_argument("--size", type=int, default=1024, help="side of each weight matrix")
     parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--bucket-mib", type=float, default=4.0)
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     os.environ.setdefault("HOROVOD_CYCLE_TIME", "100")
@@ -60,8 +66,9 @@ def measure(
     weights = [torch.nn.Parameter(torch.zeros(shape)) for _ in range(options.layers)]
     named = [(f"{name}.{i}", w) for i, w in enumerate(weights)]
     optimizer = DistributedOptimizer(
-        torch.optim.SGD(weights, lr=0.1, momentum=0.9), named, comm=comm, compression=compression
-    )
+        torch.optim.SGD(weights, lr=0.1, momentum=0.9), named, comm=comm, compression=compression,
+        bucket_bytes=int(options.bucket_mib * 2**20),
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(comm.rank)
     gathered = reduced = 0
     comm.barrier()
@@ -80,6 +87,7 @@ def measure(
         "payload_bytes": gathered + reduced,
         "ring_bytes": gathered * others + reduced * 2 * others / comm.world_size,
         "interface_bytes": sent,
+        "dense_bytes": 4 * options.steps * options.layers * options.size**2,
         "seconds": seconds,
     }
 
@@ -89,6 +97,9 @@ COLUMNS: tables.Columns = {
     "payload": lambda row: f"{row['payload_bytes']:,}",
     "ring volume of it": lambda row: f"{row['ring_bytes']:,.0f}",
     "interface": lambda row: f"{row['interface_bytes']:,}",
+    "dense / interface, a rank": lambda row: (
+        f"{row['dense_bytes'] * row['ring_bytes'] / row['payload_bytes'] / row['interface_bytes']:,.0f}"
+    ),
     "interface / ring volume": lambda row: f"{row['interface_bytes'] / row['ring_bytes']:.3f}",
 }
 

@@ -69,6 +69,9 @@ class Comm(Group, Protocol):
     local_rank: int
     local_size: int
 
+    can_split: bool
+    """Whether `split` may be called."""
+
     def nodes(self) -> list[int]:
         """Return the number of the node of each rank. Collective."""
 
@@ -167,9 +170,11 @@ class HorovodComm(_HorovodGroup, Names):
 
     def __init__(self) -> None:
         Names.__init__(self)
-        _prepare_environment()
         import horovod.torch as hvd
 
+        was_up = hvd.is_initialized()  # and had read its environment
+        self.can_split = not was_up or os.environ.get("HOROVOD_DYNAMIC_PROCESS_SETS") == "1"
+        _prepare_environment()
         hvd.init()
         super().__init__(hvd, hvd.global_process_set, hvd.rank(), hvd.size())
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()

@@ -56,6 +56,8 @@ class LocalComm(_LocalGroup, Names):
     Made by `run_local`. Sums go in rank order, so results do not depend on who comes first.
     """
 
+    can_split = True
+
     def __init__(self, world: _LocalWorld, rank: int) -> None:
         Names.__init__(self)
         super().__init__(world, range(world.size), rank)

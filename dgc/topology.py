@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from dgc.comm import Comm, Group
 from dgc.compression import Compression
+
+_log = logging.getLogger(__name__)
 
 
 def choose_islands(comm: Comm, compression: Compression) -> tuple[Group, Group] | None:
@@ -28,6 +31,15 @@ def choose_islands(comm: Comm, compression: Compression) -> tuple[Group, Group] 
         )
     is_worth_it = len(sizes) == 1 and sizes[0] > 1 and len(islands) > 1
     if not (wanted or is_worth_it):
+        return None
+    if not all(comm.all_gather_object(comm.can_split)):
+        remedy = (
+            "set HOROVOD_DYNAMIC_PROCESS_SETS=1 before hvd.init(), or make the HorovodComm first"
+        )
+        if wanted:
+            raise ValueError(f"two levels need groups of ranks: {remedy}, or set two_level=False")
+        if comm.rank == 0:
+            _log.warning("exchanging in one level; for two, %s", remedy)
         return None
     bridges = [list(bridge) for bridge in zip(*islands, strict=True)]
     return comm.split(islands), comm.split(bridges)

@@ -49,3 +49,14 @@ def test_two_levels_where_there_are_two(settings, ranks_per_node, expected):
 def test_islands_of_different_sizes_are_refused_if_asked_for(settings, ranks_per_node):
     with pytest.raises(ValueError, match=r"they would have \[2, 4\] ranks.*two_level=False"):
         run_local(6, lambda comm: choose_islands(comm, Compression(**settings)), ranks_per_node)
+
+
+def test_a_horovod_that_was_started_without_groups_stays_in_one_level(caplog):
+    def work(comm, **settings):
+        comm.can_split = comm.rank != 2
+        return choose_islands(comm, Compression(**settings))
+
+    assert run_local(4, work, ranks_per_node=2) == [None] * 4
+    assert caplog.text.count("set HOROVOD_DYNAMIC_PROCESS_SETS=1 before hvd.init()") == 1
+    with pytest.raises(ValueError, match="HOROVOD_DYNAMIC_PROCESS_SETS=1"):
+        run_local(4, lambda comm: work(comm, two_level=True), ranks_per_node=2)
