@@ -180,17 +180,24 @@ def horovod_for(contender: type[Contender] | Contender) -> Iterator[None]:
     hvd.shutdown()
 
 
-FLOAT16 = {"value_dtype": "float16"}
 ONE_BUCKET = {"bucket_mb": 4096.0}
+MXFP8 = {"value_dtype": "mxfp8", "index_coding": "elias_fano"}
+MXFP4 = {"value_dtype": "mxfp4", "index_coding": "elias_fano"}
 OURS: dict[str, dict[str, Any]] = {
     "ours 0.1%": {"density": 0.001},
-    "ours 0.1%, float16": {"density": 0.001, **FLOAT16},
-    "ours 1%": {"density": 0.01},
-    "ours 1%, float16": {"density": 0.01, **FLOAT16},
-}
+    "ours 0.1%, mxfp8": {"density": 0.001, **MXFP8},
+    "ours 0.1%, mxfp4, bf16 residual": {
+        "density": 0.001, **MXFP4, "residual_dtype": "bfloat16"
+    },
+    "ours 1%, mxfp8": {"density": 0.01, **MXFP8},
+}  # fmt: skip
 BUCKET_MIB = (0.25, 1, 4, 16, 64)
 SWEEP = {
-    f"ours 0.1%, buckets of {size:g} MiB": {"density": 0.001, "bucket_bytes": int(size * 2**20)}
+    f"ours 0.1%, buckets of {size:g} MiB": {
+        "density": 0.001,
+        **MXFP8,
+        "bucket_bytes": int(size * 2**20),
+    }
     for size in BUCKET_MIB
 }
 ALONE, FP16 = "no communication", "DDP fp16"

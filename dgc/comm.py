@@ -116,7 +116,7 @@ class _HorovodHandle:
     def wait(self) -> Any:
         """Wait no longer than Horovod's own limit, which under Gloo Horovod does not keep."""
         limit = float(os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"])
-        start = time.monotonic()
+        start, pause = time.monotonic(), 0.0001
         while not self._hvd.poll(self._handle):
             if time.monotonic() - start > limit > 0:
                 raise TimeoutError(
@@ -124,7 +124,8 @@ class _HorovodHandle:
                     f"they are stuck or do something else. HOROVOD_STALL_SHUTDOWN_TIME_SECONDS "
                     f"sets the limit, 0 for none"
                 )
-            time.sleep(0.0001)
+            time.sleep(pause)
+            pause = min(1.1 * pause, 0.001)  # ranks may be more than cores
         result = self._hvd.synchronize(self._handle)
         return result if self._finish is None else self._finish(result)
 

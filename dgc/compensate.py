@@ -76,14 +76,18 @@ class Compensation:
         scale: Tensor | None = None,
         is_sent_whole: bool = False,
         selection: Selection | None = None,
+        may_keep: bool = False,
     ) -> Found:
         """Add a gradient, times scale (1,), to velocity and residual; take large entries out.
 
-        Args: selection: of the residual, in the same pass, and with a step's last gradient only;
+        Args: may_keep: nobody else needs the gradient's memory, so that a float32 residual may take
+                its place.
+            selection: of the residual, in the same pass, and with a step's last gradient only;
                 whether velocities are masked is this compensation's `mask_velocity`.
         """
         is_first = ("residual", name) not in self._before
-        old_residual, residual = self._renew("residual", name, grad_N, is_sent_whole)
+        room = grad_N if may_keep and grad_N.dtype == torch.float32 else None
+        old_residual, residual = self._renew("residual", name, grad_N, is_sent_whole, room)
         old_velocity, velocity = None, None
         if self.momentum:
             old_velocity, velocity = self._renew("velocity", name, grad_N)
@@ -158,17 +162,27 @@ class Compensation:
         self._num_writes = 0
 
     def _renew(
-        self, kind: str, name: str, grad_N: Tensor, is_sent_whole: bool = False
+        self,
+        kind: str,
+        name: str,
+        grad_N: Tensor,
+        is_sent_whole: bool = False,
+        room: Tensor | None = None,
     ) -> tuple[Buffer | None, Buffer]:
-        """Return a tensor's buffer to read, and the one to write: at first another."""
+        """Return a tensor's buffer to read, and the one to write: at first another.
+
+        room: memory (N,) float32 for it, if it is float32.
+        """
         kept = getattr(self, kind)
         old = kept.get(name)
         if (kind, name) in self._before:
             return old, old
         self._before[kind, name] = old
         dtype = "float32" if is_sent_whole else self.dtypes[kind]
-        kept[name] = buffers.empty(grad_N.numel(), dtype, grad_N.device)
-        return old, kept[name]
+        if room is None or dtype != "float32":
+            room = buffers.empty(grad_N.numel(), dtype, grad_N.device)
+        kept[name] = room
+        return old, room
 
     def _correction(self, is_first: bool) -> Correction:
         m = self.momentum

@@ -94,20 +94,22 @@ class Exchange:
         scale: Tensor | None = None,
         num_parts: int = 1,
         is_last: bool = True,
+        may_keep: bool = False,
     ) -> None:
         """Take one of the `num_parts` gradients of a tensor in this step, times scale (1,).
 
         is_last: no other follows in this step; entries are then selected in the same pass.
+        may_keep: the gradient's memory is ours from now on.
         """
         self._begin(name)
         with self.stats.timed("compensate"):
             self.statistics.observe(name, grad_N, scale, num_parts)
             if self.compression.preconditioning == "early":
-                grad_N, scale = self._divide_early(name, grad_N, scale), None
+                grad_N, scale, may_keep = self._divide_early(name, grad_N, scale), None, False
             if self.island is None:
-                self.accumulate(name, grad_N, scale, is_last)
+                self.accumulate(name, grad_N, scale, is_last, may_keep)
             else:
-                self._hold(name, grad_N, scale)
+                self._hold(name, grad_N, scale, may_keep)
 
     def add_rows(
         self, name: str, rows_K: Tensor, values_KM: Tensor, scale: Tensor | None = None
@@ -133,7 +135,14 @@ class Exchange:
         """Names of the tensors that are not closed in this step."""
         return [name for name in self._bucket_of if name not in self._closed]
 
-    def accumulate(self, name: str, grad_N: Tensor, scale: Tensor | None, is_last: bool) -> None:
+    def accumulate(
+        self,
+        name: str,
+        grad_N: Tensor,
+        scale: Tensor | None = None,
+        is_last: bool = True,
+        may_keep: bool = False,
+    ) -> None:
         """Add a gradient, or a share of an island's sum, to the residual; select if it is last."""
         bucket = self._bucket_of[name]
         selection = None
@@ -141,8 +150,9 @@ class Exchange:
             selection = self.outlet.selectors[name].begin(self.compensation.num_steps)
             self._is_selected.add(name)
         found = self.compensation.accumulate(
-            name, grad_N, scale=scale, is_sent_whole=not bucket.is_sparse, selection=selection
-        )
+            name, grad_N, scale=scale, is_sent_whole=not bucket.is_sparse, selection=selection,
+            may_keep=may_keep,
+        )  # fmt: skip
         self._founds[name] = found
         self._note_largest(name, found.report[:1])
 
@@ -200,8 +210,11 @@ class Exchange:
         root_N = self.statistics.root(name)
         return grad_N if root_N is None else divide(grad_N, root_N)
 
-    def _hold(self, name: str, grad_N: Tensor, scale: Tensor | None) -> None:
-        grad_N = grad_N.float() if scale is None else grad_N * scale
+    def _hold(self, name: str, grad_N: Tensor, scale: Tensor | None, may_keep: bool) -> None:
+        if scale is not None:
+            grad_N = grad_N * scale
+        elif grad_N.dtype != torch.float32 or not may_keep:
+            grad_N = grad_N.to(torch.float32, copy=True)
         held_N = self._held.get(name)
         self._held[name] = grad_N if held_N is None else held_N.add_(grad_N)
 

@@ -28,6 +28,7 @@ from dgc.comm import Comm
 from dgc.compensate import Compensation
 from dgc.compression import Compression
 from dgc.exchange import Exchange
+from dgc.ownership import is_sole_owner
 from dgc.roles import (
     check_groups,
     delegate_statistics,
@@ -310,9 +311,8 @@ class DistributedOptimizer(Optimizer):
                     f"micro_batches_per_step is {parts}"
                 )
             if not self._scaling.clips_globally:
-                grad = parameter.grad
-                values = grad.coalesce().values() if grad.is_sparse else grad
-                self._take(name, self._scaling.of_tensor(values), parts, count == parts)
+                scale = self._scaling.of_tensor(_values(parameter.grad))
+                self._take(name, scale, parts, count == parts)
                 if count == parts:
                     self._exchange.close(name)
 
@@ -321,24 +321,28 @@ class DistributedOptimizer(Optimizer):
     def _take(self, name: str, scale: Tensor | None, num_parts: int, is_last: bool = True) -> None:
         """Hand this rank's gradient to the exchange and give its memory up."""
         parameter = self._named[name]
-        grad, parameter.grad = parameter.grad.detach(), None
+        grad, parameter.grad = parameter.grad, None
         if grad.is_sparse:
-            grad = grad.coalesce()
+            grad = grad.detach().coalesce()
             rows, values = grad.indices()[0], grad.values()
             self._exchange.add_rows(name, rows, values.view(rows.numel(), -1), scale)
             return
-        grad_N = grad.reshape(-1)
+        may_keep = is_sole_owner(grad)
+        grad_N = grad.detach().reshape(-1)
         del grad
         if grad_N.dtype not in PARAMETER_DTYPES:
             grad_N = grad_N.float()
-        self._exchange.add(name, grad_N, scale, num_parts, is_last)
+        self._exchange.add(name, grad_N, scale, num_parts, is_last, may_keep)
 
     def _take_all(self) -> None:
         """Hand over all gradients, clipped by their joint norm."""
         with_grad = {name: p.grad for name, p in self._named.items() if p.grad is not None}
         if with_grad:
-            scale = self._scaling.of_all(
-                [g.coalesce().values() if g.is_sparse else g for g in with_grad.values()]
-            )
+            scale = self._scaling.of_all([_values(grad) for grad in with_grad.values()])
             for name in list(with_grad):  # each gradient is given up in its turn
                 self._take(name, scale.to(with_grad.pop(name).device), 1)
+
+
+def _values(grad: Tensor) -> Tensor:
+    """Return what a gradient's norm is of."""
+    return grad.coalesce().values() if grad.is_sparse else grad

@@ -298,4 +298,4 @@ def _sum_within_island(exchange: Exchange, bucket: Bucket) -> Generator[Handle, 
     mine = yield island.reduce_scatter_async(rows, exchange.name_of(bucket, "sum"))
     with exchange.stats.timed("compensate"):
         for spec, share_N in zip(bucket.specs, mine.split(sizes), strict=True):
-            exchange.accumulate(spec.name, share_N.contiguous(), None, is_last=True)
+            exchange.accumulate(spec.name, share_N.clone(), may_keep=True)

@@ -220,7 +220,7 @@ template <class T> void pass_over(const AccumulateArgs &a, Part &part) {
     const float scale = a.scale ? *a.scale : 1.0f;
     const bool is_large = a.n >= STREAM_FROM;
     const bool stream_u = is_large && a.velocity.values != a.old_velocity.values;
-    const bool stream_v = is_large && a.residual.values != a.old_residual.values;
+    const bool stream_v = is_large && a.residual.values != a.old_residual.values && a.residual.values != a.grad;
     for (i64 block = part.begin; block < part.end; block++) {
         const Span s(block, a.n);
         float u[BLOCK], v[BLOCK];

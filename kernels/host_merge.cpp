@@ -66,7 +66,7 @@ class Windows {
             span = last > span ? last : span;
         }
         int bits = 12;
-        while (bits < 22 && (double)total * (1ll << bits) < 4096.0 * (double)span) bits++;
+        while (bits < 16 && (double)total * (1ll << bits) < 4096.0 * (double)span) bits++;
         return bits;
     }
 };
