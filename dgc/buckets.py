@@ -5,6 +5,7 @@ Depends on nothing but shapes and settings, so that all ranks plan the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,8 @@ from dgc.codec import Codec
 from dgc.compression import Compression
 from dgc.cost import DENSE_BYTES, Cost, cheapest, dense_cost, gather_cost, sparse_all_reduce_cost
 from dgc.sparsify import SparsityPlan, plan_sparsity
+
+ENTRIES_A_MESSAGE = 64  # with a header of some ten entries
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,14 @@ def plan_buckets(
     world_size: int,
     bucket_bytes: int,
 ) -> list[Bucket]:
-    """Group tensors into buckets of at least `bucket_bytes` of gradient, but for the last ones.
+    """Group tensors into buckets of at least `bucket_bytes` of gradient, but for the last ones; of
+    more where a sparse all-reduce would send many messages of few entries.
 
     Tensors that may be sent sparsely and others fill buckets of their own; a row-sparse one has a
     bucket to itself. Buckets are ordered by their last tensor, so that given tensors in the order
     in which backward finishes them, none waits for a later one.
     """
+    bucket_bytes = max(bucket_bytes, _least_bytes(compression, density, world_size))
     groups: list[list[TensorSpec]] = []
     filling: dict[tuple[bool, torch.device], list[TensorSpec]] = {}
     for spec in specs:
@@ -90,6 +95,14 @@ def plan_buckets(
         _plan_bucket(f"bucket{index}", tuple(group), compression, density, world_size)
         for index, group in enumerate(groups)
     ]
+
+
+def _least_bytes(compression: Compression, density: float, world_size: int) -> int:
+    """Return from how many bytes of gradient a sparse all-reduce's headers are few beside them."""
+    many = compression.protocol == "auto" and world_size > 1 + compression.merged_factor
+    if density >= 1 or not (many or compression.protocol == "sparse_all_reduce"):
+        return 0
+    return math.ceil(DENSE_BYTES * ENTRIES_A_MESSAGE * world_size / density)
 
 
 def _plan_bucket(
@@ -110,8 +123,12 @@ def _plan_bucket(
     if density >= 1 or not specs[0].compressible:
         return Bucket(f"{name}.dense", specs, "dense", costs=costs)
     plans = tuple(
-        plan_sparsity(spec.numel, density, k_tolerance=compression.k_tolerance) for spec in specs
-    )
+        plan_sparsity(
+            spec.numel, density, k_tolerance=compression.k_tolerance,
+            exact_below=compression.exact_below,
+        )
+        for spec in specs
+    )  # fmt: skip
     codec = Codec(
         names, tuple(spec.numel for spec in specs), value_dtype=compression.value_dtype,
         index_coding=compression.index_coding,

@@ -41,6 +41,7 @@ A gather joins the messages of all ranks end to end. Sources: kernels/packing.py
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -56,6 +57,7 @@ from kernels import packing
 from kernels.message import (
     GROUP,
     INDEX_CODINGS,
+    LAYOUT_WORD,
     VALUE_BITS,
     VALUE_DTYPES,
     MessageError,
@@ -162,12 +164,13 @@ class Codec:
         what = (self.names, self.numels, self.dim, self.value_dtype, self.index_coding, share)
         return zlib.crc32(repr(what).encode())
 
+    def exact(self) -> Codec:
+        """Return the codec of the same entries with values in float32."""
+        return dataclasses.replace(self, value_dtype="float32")
+
     def share(self, owner: int, num_owners: int) -> Codec:
         """Return the codec of an owner's share: see `to_share`. Messages of others are refused."""
         return _share(self, owner, num_owners)
-
-    to_share = staticmethod(to_share)
-    from_share = staticmethod(from_share)
 
     def message_bytes(self, num_entries: int) -> int:
         """Return the exact length of a message of this many entries."""
@@ -234,6 +237,18 @@ class Codec:
             raise MessageError(f"{error} (bucket of {self.names[0]}..., {self.value_dtype}, "
                                f"{self.index_coding})") from error  # fmt: skip
         return Entries(positions_K, values_M, tuple(t for t, bad in enumerate(flags) if bad))
+
+    def decode_any(self, message: Tensor) -> Entries:
+        """Read a message of this codec, or of `exact`."""
+        exact = self.exact()
+        return exact.decode_one(message) if exact.wrote(message) else self.decode_one(message)
+
+    def wrote(self, message: Tensor) -> bool:
+        """Tell whether a message says that it is of this layout."""
+        head = message[: 4 * (LAYOUT_WORD + 1)].clone()
+        return head.numel() == 4 * (LAYOUT_WORD + 1) and (
+            int(head.view(torch.int32)[LAYOUT_WORD]) & 0xFFFFFFFF == self.layout
+        )
 
     def split_messages(self, gathered: Tensor, num_messages: int) -> list[Tensor]:
         """Return the messages that are joined end to end; only their lengths are looked at.

@@ -166,6 +166,9 @@ class _HorovodGroup:
         )
 
 
+_process_sets: dict[tuple[int, ...], Any] = {}  # Horovod's, by ranks: each can be made only once
+
+
 class HorovodComm(_HorovodGroup, Names):
     """Horovod's collectives, under `horovodrun` (MPI or Gloo), `mpirun`, or alone."""
 
@@ -179,7 +182,9 @@ class HorovodComm(_HorovodGroup, Names):
         hvd.init()
         super().__init__(hvd, hvd.global_process_set, hvd.rank(), hvd.size())
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
-        self._process_sets = {tuple(range(self.world_size)): hvd.global_process_set}
+        if not was_up:
+            _process_sets.clear()
+        _process_sets[tuple(range(self.world_size))] = hvd.global_process_set
 
     @property
     def controller(self) -> str:
@@ -191,10 +196,10 @@ class HorovodComm(_HorovodGroup, Names):
 
     def split(self, groups: Sequence[Sequence[int]]) -> Group:
         for ranks in groups:  # all ranks make all process sets, in one order
-            if tuple(ranks) not in self._process_sets:
-                self._process_sets[tuple(ranks)] = self._hvd.add_process_set(list(ranks))
+            if tuple(ranks) not in _process_sets:
+                _process_sets[tuple(ranks)] = self._hvd.add_process_set(list(ranks))
         mine = next(ranks for ranks in groups if self.rank in ranks)
-        process_set = self._process_sets[tuple(mine)]
+        process_set = _process_sets[tuple(mine)]
         return _HorovodGroup(self._hvd, process_set, mine.index(self.rank), len(mine))
 
     def broadcast(self, tensor: Tensor, name: str) -> None:
@@ -263,14 +268,20 @@ def _prepare_environment() -> None:
 def horovod_job() -> Iterator[HorovodComm]:
     """Join the job; if this rank fails, print why and end the job on every rank."""
     comm = HorovodComm()
+    leaving: SystemExit | None = None
     try:
-        yield comm
+        try:
+            yield comm
+        except SystemExit as error:
+            if error.code not in (0, None):
+                raise
+            leaving = error
+        comm.close()
     except BaseException as error:
-        if not (isinstance(error, SystemExit) and error.code in (0, None)):
-            _report_failure(error, comm.rank)
-            comm.abort()
-        raise
-    comm.close()
+        _report_failure(error, comm.rank)
+        comm.abort()
+    if leaving is not None:
+        raise leaving
 
 
 def _report_failure(error: BaseException, rank: int) -> None:

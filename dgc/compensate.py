@@ -64,7 +64,8 @@ class Compensation:
         self.velocity: dict[str, Buffer] = {}
         self.residual: dict[str, Buffer] = {}
         self.num_steps = 0
-        self._seed, self._num_writes = seed, 0
+        self._seed = seed
+        self._num_writes: dict[str, int] = {}  # of each tensor in this step
         self._before: dict[tuple[str, str], Buffer | None] = {}
         self._keys: dict[str, int] = {}  # of this step's last gradient: what puts entries back
 
@@ -159,7 +160,7 @@ class Compensation:
     def _end_step(self) -> None:
         self._before.clear()
         self._keys.clear()
-        self._num_writes = 0
+        self._num_writes.clear()
 
     def _renew(
         self,
@@ -206,10 +207,13 @@ class Compensation:
         return self._keys[name]
 
     def _key(self, name: str) -> int:
-        """Return 64 bits that differ in every write of a step, every step and every rank."""
-        self._num_writes += 1
+        """Return 64 bits that differ in every write to a tensor, every step and every rank.
+
+        They do not depend on when what is said of other tensors arrives.
+        """
+        self._num_writes[name] = number = self._num_writes.get(name, 0) + 1
         key = self._seed
-        for part in (self.num_steps, self._num_writes, zlib.crc32(name.encode())):
+        for part in (self.num_steps, number, zlib.crc32(name.encode())):
             key = _mix((key ^ part) & _64_BITS)
         return key
 

@@ -65,6 +65,9 @@ class Compression:
     gradient at clip_norm / sqrt(N T A), so that nothing waits and no gradient is kept."""
     min_numel: int = 1024
     """Smaller tensors, and all with fewer than two axes, are sent densely."""
+    exact_below: int = 8192
+    """Tensors of fewer elements are ranked exactly; larger ones have a threshold that is carried
+    from step to step and steered, at a tenth of the cost."""
     k_tolerance: tuple[float, float] = (0.8, 1.3)
     """Counts within these multiples of the target are sent as they are; a larger one is reduced to
     the largest, and for a smaller one the residual is looked through again."""
@@ -126,6 +129,7 @@ class Compression:
             ("clip_norm", "None or above 0", self.clip_norm is None or self.clip_norm > 0),
             ("clip_scope", "global, tensor", self.clip_scope in ("global", "tensor")),
             ("min_numel", "1 or more", self.min_numel >= 1),
+            ("exact_below", "0 or more", self.exact_below >= 0),
             ("k_tolerance", "two multiples around 1", 0 < low <= 1 <= high),
             ("value_dtype", ", ".join(VALUE_DTYPES), self.value_dtype in VALUE_DTYPES),
             ("index_coding", ", ".join(INDEX_CODINGS), self.index_coding in INDEX_CODINGS),

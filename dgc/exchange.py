@@ -8,6 +8,7 @@ Shapes: N elements of one flattened tensor, or of this rank's share of it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,13 +23,10 @@ from dgc.compensate import Compensation
 from dgc.compression import Compression
 from dgc.outgoing import Outgoing, Outlet
 from dgc.precondition import Statistics, divide
-from dgc.protocols import Update
+from dgc.protocols import LARGEST_GRADIENT, Update
 from dgc.stats import StepStats
 from kernels import buffers
 from kernels.operands import Found, Report
-
-# What is larger counts as infinite: sums of such squares would soon be, and spoil a statistic.
-LARGEST_GRADIENT = 2.0**40
 
 
 class Exchange:
@@ -55,7 +53,8 @@ class Exchange:
         self.compensation, self.statistics = compensation, statistics
         self.island, self.group = islands or (None, comm)
         self.num_shares = 1 if self.island is None else self.island.world_size
-        self.outlet = Outlet(compression, compensation, statistics)
+        self._share = (0 if self.island is None else self.island.rank, self.num_shares)
+        self.outlet = Outlet(compression, compensation, statistics, self._share[0])
         self.buckets: list[Bucket] = []
         self.stats = StepStats()
         self._scope = comm.unique_name("exchange")  # two optimizers' buckets must not be confused
@@ -176,8 +175,9 @@ class Exchange:
     def note_selected(self, bucket: Bucket, outgoing: Outgoing) -> None:
         self.stats.num_selected += outgoing.positions_K.numel()
         self.stats.num_selectable += sum(spec.numel for spec in bucket.specs)
-        for spec in bucket.specs:
-            self.stats.thresholds[spec.name] = self.outlet.selectors[spec.name].threshold
+        for name, part in outgoing.taken:
+            if part.values_K.numel():
+                self.stats.thresholds[name] = float(part.values_K.abs().min())
 
     def release(self, name: str) -> Tensor:
         """Return, and forget, a tensor's gradient in this step."""
@@ -215,6 +215,9 @@ class Exchange:
             grad_N = grad_N * scale
         elif grad_N.dtype != torch.float32 or not may_keep:
             grad_N = grad_N.to(torch.float32, copy=True)
+        # A sum may hide what has spoilt this worker's own statistic.
+        largest = torch.linalg.vector_norm(grad_N, math.inf).view(1)
+        self._note_largest(name, largest.view(torch.int32))
         held_N = self._held.get(name)
         self._held[name] = grad_N if held_N is None else held_N.add_(grad_N)
 
@@ -294,6 +297,7 @@ class Exchange:
     def state_dict(self) -> dict[str, Any]:
         """This rank's residuals, velocities, statistics and thresholds; not the replica's."""
         return {
+            "share": torch.tensor(self._share),
             "compensation": self.compensation.state_dict(),
             "statistics": self.statistics.state_dict(),
             "thresholds": self.outlet.state_dict(),
@@ -304,6 +308,19 @@ class Exchange:
         return {**self.compensation.num_bytes(), "statistics": self.statistics.num_bytes()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned. Raises: ValueError, before anything changes, for the
+        state of another share, or of other tensors."""
+        if self.is_under_way:
+            raise RuntimeError("a state can be loaded only between steps; finish this one first")
+        share = tuple(state.get("share", torch.tensor([0, 1])).tolist())
+        if share != self._share:
+            raise ValueError(
+                f"the state is of share (number, of how many) {share} of every tensor; allowed: "
+                f"{self._share}, as ranks are placed here. Start them on the nodes as before"
+            )
+        for name, threshold in state.get("thresholds", {}).items():
+            if name not in self._specs or threshold.shape != (6,):
+                raise ValueError(f"the saved threshold of {name} is of no tensor here")
         devices = {name: spec.device for name, spec in self._specs.items()}
         numels = {name: spec.numel for name, spec in self._specs.items()}
         statistics = state.get("statistics", {})

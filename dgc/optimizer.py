@@ -124,12 +124,13 @@ class DistributedOptimizer(Optimizer):
             self.compression, grad_scaler, world_size=comm.world_size,
             num_tensors=len(self._named), micro_batches=micro_batches_per_step,
         )  # fmt: skip
-        momentum, nesterov = take_over_momentum(optimizer, self.compression)
+        rows = [self._named[name] for name in self._row_sparse]
+        momentum, nesterov = take_over_momentum(optimizer, self.compression, rows)
         compensation = Compensation(
             momentum, nesterov, self.compression.mask_velocity,
             self.compression.residual_dtype, self.compression.velocity_dtype, seed + comm.rank,
         )  # fmt: skip
-        check_groups(optimizer, self.compression, momentum)
+        check_groups(optimizer, self.compression, momentum, rows)
         dense = {n: p for n, p in self._named.items() if n not in self._row_sparse}
         statistics = delegate_statistics(optimizer, dense, self.compression)
         islands = choose_islands(comm, self.compression)
@@ -258,7 +259,8 @@ class DistributedOptimizer(Optimizer):
                 loss = closure()
         self.synchronize()
         self._is_synchronized = False
-        check_groups(self.inner, self.compression, self._exchange.compensation.momentum)
+        rows = [self._named[name] for name in self._row_sparse]
+        check_groups(self.inner, self.compression, self._exchange.compensation.momentum, rows)
         self._check_all_exchanged()
         device = next(iter(self._named.values())).device
         self._scaling.tell_scaler(self, self.stats.skipped is not None, device)
@@ -325,7 +327,7 @@ class DistributedOptimizer(Optimizer):
         if grad.is_sparse:
             grad = grad.detach().coalesce()
             rows, values = grad.indices()[0], grad.values()
-            self._exchange.add_rows(name, rows, values.view(rows.numel(), -1), scale)
+            self._exchange.add_rows(name, rows, values.reshape(-1, parameter[0].numel()), scale)
             return
         may_keep = is_sole_owner(grad)
         grad_N = grad.detach().reshape(-1)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dgc.buckets import Bucket, TensorSpec
 from dgc.compensate import Compensation
@@ -39,13 +39,20 @@ class Outgoing:
 
 
 class Outlet:
-    """Takes entries out of one worker's residuals, and puts back what must not be lost."""
+    """Takes entries out of one worker's residuals, and puts back what must not be lost.
+
+    place: which share of every tensor is this worker's, from 0; statistics are of whole tensors.
+    """
 
     def __init__(
-        self, compression: Compression, compensation: Compensation, statistics: Statistics
+        self,
+        compression: Compression,
+        compensation: Compensation,
+        statistics: Statistics,
+        place: int = 0,
     ) -> None:
         self.compression, self.compensation = compression, compensation
-        self.statistics = statistics
+        self.statistics, self._place = statistics, place
         self.selectors: dict[str, Selector] = {}
         self._saved: dict[str, Tensor] = {}
 
@@ -74,13 +81,22 @@ class Outlet:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up thresholds; those of tensors that are now sent densely wait for another plan."""
         self._saved = dict(state)
-        for name in self.selectors.keys() & state.keys():
-            self.selectors[name].load(self._saved.pop(name))
+        for name, selector in self.selectors.items():
+            selector.load(self._saved.pop(name, Selector(selector.plan).state()))
 
-    def late_root(self, name: str, indices_K: Tensor | None = None) -> Tensor | None:
-        """Return what is divided by before it leaves; None if it is not."""
-        is_late = self.compression.preconditioning == "late"
-        return self.statistics.root(name, indices_K) if is_late else None
+    def late_root(self, spec: TensorSpec, indices_K: Tensor | None = None) -> Tensor | None:
+        """Return what this share's entries, or all of it, are divided by; None if they are not."""
+        return self._root(spec, indices_K) if self.compression.preconditioning == "late" else None
+
+    def _root(self, spec: TensorSpec, indices_K: Tensor | None = None) -> Tensor | None:
+        begin = self._place * spec.numel
+        if indices_K is not None:  # entries are never of the padding
+            return self.statistics.root(spec.name, indices_K + begin if begin else indices_K)
+        root_N = self.statistics.root(spec.name)
+        if root_N is None or spec.numel == spec.whole:
+            return root_N
+        mine = root_N[begin : begin + spec.numel]
+        return nn.functional.pad(mine, (0, spec.numel - mine.numel()))
 
     def take(
         self, bucket: Bucket, founds: Sequence[Found], reports: Sequence[Report], bad: set[int]
@@ -94,7 +110,7 @@ class Outlet:
                 roots.append(torch.ones(0, device=spec.device))
                 continue
             chosen = self._select(spec, founds[place], reports[place])
-            root_K = self.late_root(spec.name, chosen.indices_K)
+            root_K = self.late_root(spec, chosen.indices_K)
             if root_K is not None and not root_K.all():  # squares that underflow: not yet sendable
                 self._put_back(spec.name, chosen, root_K == 0)
                 chosen, root_K = _where(chosen, root_K > 0), root_K[root_K > 0]
@@ -103,8 +119,8 @@ class Outlet:
         positions_K, values_K = bucket.codec.join(
             [(part.indices_K, part.values_K) for _, part in taken]
         )
-        is_divided = any(self.late_root(spec.name, _none(spec.device)) is not None
-                         for spec in bucket.specs)  # fmt: skip
+        is_divided = any(spec.name in self.statistics.preconditioners for spec in bucket.specs)
+        is_divided = is_divided and self.compression.preconditioning == "late"
         roots_K = torch.cat(roots) if is_divided else None
         divided_K = values_K if roots_K is None else divide(values_K, roots_K)
         return Outgoing(positions_K, divided_K, roots_K, taken, tuple(sorted(bad)))
@@ -114,7 +130,7 @@ class Outlet:
             selector = self.selectors[spec.name]
             return selector.settle(found, report, self.compensation, spec.name)
         magnitude_N = buffers.decode(self.compensation.residual[spec.name]).abs()
-        root_N = self.statistics.root(spec.name)
+        root_N = self._root(spec)
         if root_N is not None:
             magnitude_N = divide(magnitude_N, root_N)
         indices_K = largest_indices(magnitude_N, self.selectors[spec.name].plan.k)
@@ -140,11 +156,19 @@ class Outlet:
         back = _where(part, mask_K)
         self.compensation.put_back(name, back.indices_K, back.values_K, back.velocities_K)
 
+    def can_add(self, bucket: Bucket, positions_K: Tensor) -> bool:
+        """Tell whether `add` could keep values at all of these positions."""
+        if self.compression.preconditioning != "late":
+            return True
+        parts = bucket.codec.split(positions_K, torch.zeros_like(positions_K).float())
+        roots = [self.late_root(s, i) for s, (i, _) in zip(bucket.specs, parts, strict=True)]
+        return all(root is None or bool(root.all()) for root in roots)
+
     def add(self, bucket: Bucket, positions_K: Tensor, values_K: Tensor) -> None:
         """Give the residuals what is to be sent another time, (K,) as it would have been sent."""
         parts = bucket.codec.split(positions_K, values_K)
         for spec, (indices, values) in zip(bucket.specs, parts, strict=True):
-            root = self.late_root(spec.name, indices)
+            root = self.late_root(spec, indices)
             self.compensation.add(spec.name, indices, values if root is None else values * root)
 
 

@@ -31,6 +31,9 @@ from kernels import packing
 if TYPE_CHECKING:
     from dgc.exchange import Exchange
 
+# What is larger counts as infinite: sums of such squares would soon be, and spoil a statistic.
+LARGEST_GRADIENT = 2.0**40
+
 Way = Generator[Handle, Any, "Update"]
 
 
@@ -80,7 +83,7 @@ def all_reduce(exchange: Exchange, bucket: Bucket, bad: set[int]) -> Way:
         parts = []
         for place, spec in enumerate(bucket.specs):
             values_N = exchange.compensation.drain(spec.name)
-            root_N = exchange.outlet.late_root(spec.name)
+            root_N = exchange.outlet.late_root(spec)
             if place in bad:
                 values_N = torch.full_like(values_N, math.nan)
             parts.append(values_N if root_N is None else divide(values_N, root_N))
@@ -88,6 +91,7 @@ def all_reduce(exchange: Exchange, bucket: Bucket, bad: set[int]) -> Way:
         exchange.stats.dense_bytes += flat.numel() * DENSE_BYTES
     arrived = yield exchange.group.all_reduce_async(flat, exchange.name_of(bucket))
     if exchange.island is not None:
+        exchange.stats.island_bytes += arrived.nbytes
         arrived = yield exchange.island.all_gather_async(arrived, exchange.name_of(bucket, "pass"))
     with exchange.stats.timed("merge"):
         return _split_dense(exchange, bucket, arrived.div_(exchange.comm.world_size))
@@ -127,10 +131,11 @@ def sparse_all_reduce(
     """Send entries to the owners of their positions, who sum them and return the largest sums.
 
     Rank o of P owns every P-th block of positions from the o-th on. It sums what arrives in rank
-    order and returns to all at most merged_factor * K / P sums, those of largest magnitude; so a
-    rank sends K entries and passes on merged_factor K, however many ranks there are. Entries whose
-    sum was not returned stay with those who sent them, to the bit; what rounding takes off a sum
-    stays with its owner.
+    order and returns to all at most merged_factor * K / P sums, those of largest magnitude (all if
+    merged_factor is P or more); so a rank sends K entries and passes on merged_factor K, however
+    many ranks there are, but for a header a message. Entries whose sum was not returned stay with
+    those who sent them. What rounding takes off a sum stays with its owner; where the owner has no
+    statistic to take it back by, its message is in float32 instead.
     Source: Li & Hoefler 2022 (Ok-Topk, arXiv:2201.07598), split-reduce and balance-gather.
     Differs: positions are dealt out in turn, which balances the owners without agreeing on bounds.
     """
@@ -148,6 +153,7 @@ def sparse_all_reduce(
         messages = codec.split_messages(arrived, group.world_size)
         is_back_K = ~where_delivered(outgoing, _join_shares(codec, messages).positions_K)
         exchange.outlet.put_back(outgoing, is_back_K)
+        exchange.stats.num_selected -= int(is_back_K.sum())
     return arrived, group.world_size
 
 
@@ -180,8 +186,10 @@ def _merge_share(exchange: Exchange, bucket: Bucket, received: Sequence[Tensor])
         chosen = largest_indices(sums_U.abs(), quota)
         local_U, sums_U = local_U[chosen], sums_U[chosen]
     returned_U = share.round_values(sums_U)
+    positions_U = from_share(local_U, group.rank, group.world_size)
+    if returned_U is not sums_U and not exchange.outlet.can_add(bucket, positions_U):
+        share, returned_U = share.exact(), sums_U
     if returned_U is not sums_U and not bad:
-        positions_U = from_share(local_U, group.rank, group.world_size)
         exchange.outlet.add(bucket, positions_U, sums_U - returned_U)
     return share.encode(local_U, returned_U, bad)
 
@@ -190,7 +198,7 @@ def _join_shares(codec: Codec, messages: Sequence[Tensor]) -> Entries:
     """Return the entries of all owners' messages, by position."""
     positions, values, bad = [], [], set()
     for owner, message in enumerate(messages):
-        part = codec.share(owner, len(messages)).decode_one(message)
+        part = codec.share(owner, len(messages)).decode_any(message)
         positions.append(from_share(part.positions_K, owner, len(messages)))
         values.append(part.values_M)
         bad.update(part.bad)
@@ -262,7 +270,7 @@ def gather_rows(exchange: Exchange, bucket: Bucket) -> Way:
     (spec,), codec = bucket.specs, bucket.codec
     with exchange.stats.timed("pack"):
         rows_K, values_KM = exchange.release_rows(spec)
-        bad = () if torch.isfinite(values_KM).all() else (0,)
+        bad = () if (values_KM.abs() <= LARGEST_GRADIENT).all() else (0,)
         if bad:
             rows_K, values_KM = rows_K[:0], values_KM[:0]
         message = codec.encode(rows_K, values_KM.reshape(-1), bad)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
@@ -46,17 +46,24 @@ def resolve(compression: Compression, optimizer: Optimizer) -> Compression:
     return dataclasses.replace(compression, preconditioning=where)
 
 
-def check_groups(optimizer: Optimizer, compression: Compression, momentum: float) -> None:
+def check_groups(
+    optimizer: Optimizer,
+    compression: Compression,
+    momentum: float,
+    row_sparse: Sequence[Tensor] = (),
+) -> None:
     """Refuse options that do not go with the exchange, also where they were set since.
 
     Raises: ValueError for a momentum beside the correction's, and for weight decay that would
-        only reach what arrives.
+        only reach what arrives, or that SGD cannot apply to rows.
     """
-    if momentum and _own_momentum(optimizer):
+    _check_rows(optimizer, row_sparse)
+    mine = _own_momentum(optimizer, row_sparse)
+    if momentum and mine:
         raise ValueError(
-            f"the optimizer's momentum is {_own_momentum(optimizer)} while the correction has "
-            f"{momentum}, so it would act twice; set momentum_correction=False (or dgc.momentum to "
-            f"None), or leave the optimizer's at 0"
+            f"the optimizer's momentum is {mine} while the correction has {momentum}, so it would "
+            f"act twice; set momentum_correction=False (or dgc.momentum to None), or leave the "
+            f"optimizer's at 0"
         )
     if compression.density == 1 or not takes_elements(optimizer) or optimizer.has_first_moment:
         return
@@ -68,18 +75,44 @@ def check_groups(optimizer: Optimizer, compression: Compression, momentum: float
             )
 
 
-def _own_momentum(optimizer: Optimizer) -> float:
+def _check_rows(optimizer: Optimizer, row_sparse: Sequence[Tensor]) -> None:
+    for group in optimizer.param_groups if isinstance(optimizer, SGD) else ():
+        if group["weight_decay"] and _holds(group, row_sparse):
+            raise ValueError(
+                f"weight_decay is {group['weight_decay']} for a row-sparse parameter, to whose "
+                f"rows torch.optim.SGD cannot add it; give it a group with weight_decay=0, or take "
+                f"an optimizer of optim"
+            )
+
+
+def _holds(group: dict, parameters: Sequence[Tensor]) -> bool:
+    ids = {id(parameter) for parameter in parameters}
+    return any(id(parameter) in ids for parameter in group["params"])
+
+
+def _corrected_groups(optimizer: Optimizer, row_sparse: Sequence[Tensor]) -> list[dict]:
+    """Return the groups whose gradients go through the correction: rows do not."""
+    ids = {id(parameter) for parameter in row_sparse}
     groups = optimizer.param_groups
+    return [g for g in groups if not g["params"] or any(id(p) not in ids for p in g["params"])]
+
+
+def _own_momentum(optimizer: Optimizer, row_sparse: Sequence[Tensor] = ()) -> float:
+    groups = _corrected_groups(optimizer, row_sparse)
     return max((g.get("momentum", 0) or g.get("betas", (0,))[0] for g in groups), default=0)
 
 
-def take_over_momentum(optimizer: Optimizer, compression: Compression) -> tuple[float, bool]:
+def take_over_momentum(
+    optimizer: Optimizer, compression: Compression, row_sparse: Sequence[Tensor] = ()
+) -> tuple[float, bool]:
     """Return momentum and Nesterov of the correction; SGD's move into it.
 
-    Raises: ValueError where a momentum would act twice, or SGD's settings do not allow it.
+    Groups of row-sparse parameters alone keep theirs: rows are sent as they are.
+    Raises: ValueError where a momentum would act twice or not at all, or SGD's settings do not
+        allow it.
     """
-    groups = optimizer.param_groups
-    mine = _own_momentum(optimizer)
+    groups = _corrected_groups(optimizer, row_sparse)
+    mine = _own_momentum(optimizer, row_sparse)
     if compression.momentum:
         if mine:
             raise ValueError(
@@ -96,7 +129,13 @@ def take_over_momentum(optimizer: Optimizer, compression: Compression) -> tuple[
             f"momentum correction needs one momentum for all parameters and no dampening; "
             f"(momentum, nesterov) here: {sorted(settings)}"
         )
-    momentum, nesterov = settings.pop()
+    momentum, nesterov = settings.pop() if settings else (0.0, False)
+    if momentum and any(_holds(group, row_sparse) for group in groups):
+        raise ValueError(
+            f"SGD's momentum of {momentum} moves into the correction, through which rows do not "
+            f"go; give row-sparse parameters a group of their own, which keeps its momentum, or "
+            f"set momentum_correction=False"
+        )
     for group in groups:
         group["momentum"], group["nesterov"] = 0.0, False
         group["weight_decay"] /= 1 - momentum
@@ -128,8 +167,12 @@ def delegate_statistics(
 
 def row_sparse_names(model: nn.Module) -> list[str]:
     """Return the names of the parameters whose gradients will be sparse tensors."""
-    ids = {id(m.weight) for m in model.modules() if getattr(m, "sparse", False) is True}
-    return [name for name, parameter in model.named_parameters() if id(parameter) in ids]
+    found: dict[int, bool] = {}
+    for module in model.modules():
+        is_sparse = getattr(module, "sparse", False) is True
+        for parameter in module.parameters(recurse=False):  # a tied weight's gradient is dense
+            found[id(parameter)] = found.get(id(parameter), True) and is_sparse
+    return [n for n, p in model.named_parameters() if found.get(id(p)) and p.requires_grad]
 
 
 def make_specs(

@@ -24,7 +24,6 @@ from dgc.tail import Tail
 from kernels import buffers
 from kernels.operands import BLOCK, Found, Report, Selection
 
-EXACT_BELOW = 8192  # elements: less than a pass saves is what ranking them costs
 MAX_TRIES = 5  # passes over a residual in a step, before it is ranked
 _LEAST_CAPACITY = 1024
 _SAMPLED_ABOVE = 128  # entries above the threshold that are wanted in the sampled blocks
@@ -67,7 +66,7 @@ def plan_sparsity(
     density: float,
     *,
     k_tolerance: tuple[float, float] = (0.8, 1.3),
-    exact_below: int = EXACT_BELOW,
+    exact_below: int = 8192,
 ) -> SparsityPlan:
     """Plan the selection of `density * numel` entries, at least one.
 
@@ -98,9 +97,13 @@ class Selector:
     """
 
     def __init__(self, plan: SparsityPlan) -> None:
-        self.steering = Steering()
+        self._steering = Steering()
         self._plan = plan
         self._next: Steering | None = None
+
+    @property
+    def steering(self) -> Steering:
+        return self._steering.for_plan(self._plan)
 
     @property
     def threshold(self) -> float:
@@ -116,8 +119,6 @@ class Selector:
         """Go on with another plan, between steps; the threshold stays as what to start from."""
         if plan.numel != self._plan.numel:
             raise ValueError(f"plan is for {plan.numel} elements; allowed: {self._plan.numel}")
-        if plan.k != self._plan.k:
-            self.steering = self.steering.restarted()
         self._plan = plan
 
     def begin(self, step: int) -> Selection | None:
@@ -159,7 +160,7 @@ class Selector:
 
     def commit(self) -> None:
         """Make the step's changes final."""
-        self.steering = self._next or self.steering
+        self._steering = self._next or self._steering
         self._next = None
 
     def roll_back(self) -> None:
@@ -167,14 +168,14 @@ class Selector:
         self._next = None
 
     def state(self) -> Tensor:
-        """Return what `load` takes, between steps: (5,) float64."""
-        return self.steering.to_tensor()
+        """Return what `load` takes, between steps: (6,) float64."""
+        return self._steering.to_tensor()
 
     def load(self, state: Tensor) -> None:
         """Go on from a `state`. Raises: ValueError for a tensor of another shape."""
-        if state.shape != (5,):
-            raise ValueError(f"state has shape {tuple(state.shape)}; allowed: (5,), a state()")
-        self.steering, self._next = Steering.from_tensor(state), None
+        if state.shape != (6,):
+            raise ValueError(f"state has shape {tuple(state.shape)}; allowed: (6,), a state()")
+        self._steering, self._next = Steering.from_tensor(state), None
 
 
 _STRIDE = 7919  # a prime: the sampled blocks differ from step to step, and all have their turn
@@ -207,11 +208,14 @@ class _Search:
                 if taken.indices_K.numel() >= fewest or threshold == 0:
                     return taken, threshold
                 self.too_high = threshold
+            if self.too_high <= self.too_low * (1 + 1e-6):
+                break  # what lies between are ties
             threshold = self._next_threshold(0 if taken is None else taken.indices_K.numel())
             selection = self.selector.selection(threshold, 0)
             found = self.compensation.select_again(self.name, selection)
             count = buffers.read_reports([found])[0].count
-        self._put_back(Taken(*found.entries(count)))
+        else:
+            self._put_back(Taken(*found.entries(count)))
         if taken is not None:
             self._put_back(taken)
         taken = self.selector.take_largest(self.compensation, self.name)

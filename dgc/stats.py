@@ -26,9 +26,10 @@ class StepStats:
     island_bytes: int = 0
     """Within an island of ranks, in two levels; not part of the payload, which is what leaves."""
     num_selected: int = 0
+    """Entries that reached the others."""
     num_selectable: int = 0
     thresholds: dict[str, float] = field(default_factory=dict)
-    """By tensor: the magnitude from which entries are to be sent in the next step."""
+    """By tensor: the least magnitude that was taken out of the residual."""
     in_flight_seconds: float = 0.0
     """From the first collective's start to the last one's end."""
     skipped: str | None = None

@@ -8,7 +8,7 @@ which then arrive above this step's cut, and what lies in the residual between t
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +34,7 @@ class Steering:
 
     threshold: of the next pass. excess: what was sent beyond k a step so far, in units of k.
     cut: all above it was taken out in the last step. aim: how many are expected above `threshold`;
-    spread: the mean of |log(found / expected)|.
+    spread: the mean of |log(found / expected)|. k: of the plan that this is for.
     """
 
     threshold: float = math.inf
@@ -42,6 +42,7 @@ class Steering:
     cut: float = math.inf
     aim: float = 0.0
     spread: float = 0.0
+    k: float = 0.0
 
     def bounds(self, plan: SparsityPlan) -> tuple[int, int, int]:
         """Return the fewest and the most entries that may be sent as they are found, and between
@@ -69,14 +70,14 @@ class Steering:
         safe = min(fewest * math.exp(_SPREADS * spread), _MOST_AIM * plan.k)
         aim = max(plan.k * (1 - _MADE_UP * excess), safe)
         arriving = count if self.cut == math.inf else tail.count(self.cut, cut, count)
-        return Steering(tail.threshold(aim, cut, arriving), excess, cut, aim, spread)
+        return Steering(tail.threshold(aim, cut, arriving), excess, cut, aim, spread, plan.k)
 
-    def restarted(self) -> Steering:
-        """Return what to start from with another k: the threshold alone."""
-        return replace(Steering(), threshold=self.threshold)
+    def for_plan(self, plan: SparsityPlan) -> Steering:
+        """Return what to start from with a plan: the threshold alone if its k is another."""
+        return self if plan.k == self.k else Steering(threshold=self.threshold, k=plan.k)
 
     def to_tensor(self) -> Tensor:
-        """Return (5,) float64, what `from_tensor` takes."""
+        """Return (6,) float64, what `from_tensor` takes."""
         return torch.tensor(astuple(self), dtype=torch.float64)
 
     @staticmethod

@@ -78,10 +78,13 @@ class Tail:
 
 
 def _edge(place: int) -> float:
-    """Return the least magnitude of a bin."""
+    """Return the least magnitude of a bin: by arithmetic, as torch may make denormal floats 0."""
     if place > _LAST_FINITE:
         return _LARGEST
-    return struct.unpack("f", struct.pack("I", place << BIN_SHIFT))[0]
+    exponent, eighths = divmod(place, 8)
+    if exponent == 0:
+        return math.ldexp(eighths / 8, -126)
+    return math.ldexp(1 + eighths / 8, exponent - 127)
 
 
 def _bin_of(magnitude: float) -> int:

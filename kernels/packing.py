@@ -84,7 +84,9 @@ def pack(
     try:
         parts = sections(num_entries, universe, dim, index_coding, value_dtype, len(flags))
     except OverflowError as error:
-        raise ValueError(f"{error}; use smaller buckets or a lower density") from error
+        raise ValueError(
+            f"{error}; use smaller buckets, a lower density, or fewer rows in a batch"
+        ) from error
     words = torch.zeros(parts.end, dtype=torch.int32, device=device)
     head = [MAGIC, 4 * parts.end, layout, num_entries, 0, *_flag_words(flags)]
     words[: len(head)] = torch.tensor(list(map(_signed, head)), dtype=torch.int32)

@@ -48,7 +48,11 @@ CHOICES = {
     "momentum": (None, 0.9),
     "velocity_dtype": ("float32", "bfloat16", "int8"),
     "mask_velocity": (True, False),
-    "value_dtype": ("float32", "float16"),
+    "value_dtype": ("float32", "float16", "mxfp8", "mxfp4"),
+    "index_coding": ("int32", "elias_fano"),
+    "protocol": ("auto", "sparse_all_reduce"),
+    "two_level": (False, True),
+    "exact_below": (8192, 0),
     "clip": (None, "global", "tensor"),
     "micro_batches": (1, 3),
     "density": (0.02, 1.0),
@@ -94,7 +98,7 @@ def compression_of(choice):
     settings = {k: v for k, v in choice.items() if k not in ("clip", "micro_batches")}
     if choice["clip"]:
         settings |= {"clip_norm": 0.5, "clip_scope": choice["clip"]}
-    return Compression(**settings, min_numel=100)
+    return Compression(**settings, min_numel=100, ranks_per_island=2, merged_factor=1)
 
 
 class Job:

@@ -38,7 +38,7 @@ def test_replicas_stay_equal_to_the_bit_in_every_combination(combination):
         state = job.state()
         return state["parameters"], state["optimizer"]
 
-    first, *others = run_jobs(3, *combination, work)
+    first, *others = run_jobs(4, *combination, work)
     for parameter in first[0].values():
         assert torch.isfinite(parameter).all()
     for other in others:

@@ -524,3 +524,89 @@ def test_restored_worker_state_continues_to_the_bit():
     resumed = run_local(2, lambda comm: run(comm, 5))
     assert torch.equal(undisturbed[0], resumed[0])
     assert torch.equal(undisturbed[1], resumed[1])
+
+
+def test_a_rank_without_rows_takes_part():
+    def work(comm):
+        table = nn.Embedding(10, 4, sparse=True)
+        with torch.no_grad():
+            table.weight.zero_()
+        optimizer = DistributedOptimizer(
+            plain_sgd(table.parameters()), table.named_parameters(), comm=comm,
+            row_sparse=["weight"],
+        )  # fmt: skip
+        rows = torch.zeros(0 if comm.rank == 1 else 2, dtype=torch.int64)
+        table(rows).sum().backward()
+        optimizer.step()
+        return table.weight[0, 0].item()
+
+    assert run_local(2, work) == [-0.5] * 2  # two rows of one rank, over two ranks, times lr 0.5
+
+
+def test_only_trainable_weights_of_sparse_layers_alone_are_row_sparse():
+    model = nn.ModuleDict({
+        "plain": nn.Embedding(5, 3), "mine": nn.Embedding(5, 3, sparse=True),
+        "frozen": nn.Embedding(5, 3, sparse=True), "tied": nn.Embedding(5, 3, sparse=True),
+        "decoder": nn.Linear(3, 5, bias=False),
+    })  # fmt: skip
+    model["frozen"].weight.requires_grad_(False)
+    model["decoder"].weight = model["tied"].weight
+    assert row_sparse_names(model) == ["mine.weight"]
+
+
+def test_momentum_of_rows_is_kept_in_a_group_of_their_own_and_else_refused():
+    def work(comm, groups, **settings):
+        table, body = nn.Embedding(10, 4, sparse=True), nn.Linear(4, 3)
+        named = [("table", table.weight), *body.named_parameters()]
+        parameters = [p for _, p in named]
+        split = [{"params": parameters[:1]}, {"params": parameters[1:]}]
+        inner = torch.optim.SGD(split if groups else parameters, lr=0.1, **settings)
+        return DistributedOptimizer(
+            inner, named, comm=comm, compression=Compression(density=0.1), row_sparse=["table"]
+        )  # fmt: skip
+
+    (optimizer,) = run_local(1, lambda comm: work(comm, True, momentum=0.9))
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.0]
+    with pytest.raises(ValueError, match="give row-sparse parameters a group of their own"):
+        run_local(1, lambda comm: work(comm, False, momentum=0.9))
+    with pytest.raises(ValueError, match="weight_decay is 0.1 for a row-sparse parameter"):
+        run_local(1, lambda comm: work(comm, True, weight_decay=0.1))
+
+
+@pytest.mark.parametrize("load_first", [True, False])
+def test_a_resumed_run_goes_on_to_the_bit_where_the_density_changes(load_first):
+    compression = Compression(density=0.01, density_warmup_epochs=2, exact_below=0, min_numel=100)
+
+    def make(comm):
+        weight = nn.Parameter(torch.zeros(200, 100))
+        return weight, DistributedOptimizer(
+            torch.optim.SGD([weight], lr=0.1, momentum=0.9), [("w", weight)], comm=comm,
+            compression=compression,
+        )  # fmt: skip
+
+    def go_on(weight, optimizer, rank, epoch):
+        optimizer.set_epoch(epoch)
+        for step in range(4):
+            seed = 100 * epoch + 10 * step + rank
+            weight.backward(torch.randn(200, 100, generator=torch.Generator().manual_seed(seed)))
+            optimizer.step()
+
+    def work(comm):
+        weight, optimizer = make(comm)
+        go_on(weight, optimizer, comm.rank, 0)
+        go_on(weight, optimizer, comm.rank, 1)
+        saved, kept = copy.deepcopy(optimizer.worker_state_dict()), weight.detach().clone()
+        again, resumed = make(comm)
+        again.data.copy_(kept)
+        if load_first:
+            resumed.load_worker_state_dict(saved)
+            resumed.set_epoch(2)
+        else:
+            resumed.set_epoch(2)
+            resumed.load_worker_state_dict(saved)
+        for one, other in ((weight, optimizer), (again, resumed)):
+            go_on(one, other, comm.rank, 2)
+            go_on(one, other, comm.rank, 3)
+        assert torch.equal(weight, again)
+
+    run_local(2, work)

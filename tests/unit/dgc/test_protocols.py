@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 
-from dgc import Compression
+from dgc import Compression, DistributedOptimizer
 from dgc.buckets import TensorSpec
 from dgc.compensate import Compensation
 from dgc.exchange import Exchange
 from dgc.local import run_local
 from dgc.precondition import Statistics
 from dgc.topology import choose_islands
+from optim import FactoredAdam
 from tests.unit.dgc.method import assert_equal
 
 CPU = torch.device("cpu")
@@ -237,3 +238,104 @@ def test_a_share_of_the_time_in_flight_is_hidden():
         assert stats.payload_bytes == sum(stats.bytes_by_kind.values())
 
     run_local(2, work)
+
+
+def test_the_same_bits_whenever_messages_arrive():
+    """Rounding must not depend on which bucket's collective is done first."""
+
+    def work(comm, early):
+        exchange = make(
+            comm, protocol="sparse_all_reduce", residual_dtype="int8", value_dtype="mxfp8",
+            bucket_bytes=1, merged_factor=1.5,
+        )  # fmt: skip
+        if not early:
+            exchange._go_on = lambda: False
+        grads = gradients(comm.rank, 0)
+        for name, grad in grads.items():
+            exchange.add(name, grad.clone())
+            exchange.close(name)
+            comm.barrier()
+        if not early:
+            del exchange._go_on
+        exchange.finish()
+        return exchange.state_dict()
+
+    assert_equal(*(run_local(3, lambda comm, e=early: work(comm, e)) for early in (True, False)))
+
+
+class Half:
+    """A statistic that has seen nothing in one half of a tensor."""
+
+    def __init__(self, numel, first):
+        self.tensors, self.shared_names = {}, ()
+        self.root_N = torch.full((numel,), 2.0)
+        self.root_N[: numel // 2 if first else 0] = 0
+
+    def observe(self, *_, **__):
+        pass
+
+    def root(self, indices=None):
+        return self.root_N if indices is None else self.root_N[indices]
+
+
+@pytest.mark.parametrize("value_dtype", ["mxfp8", "mxfp4"])
+def test_a_sum_whose_owner_has_no_statistic_there_is_not_rounded(value_dtype):
+    def work(comm):
+        exchange = make(
+            comm, protocol="sparse_all_reduce", value_dtype=value_dtype, preconditioning="late",
+            index_coding="elias_fano",
+        )  # fmt: skip
+        for name in ("w1", "w2"):
+            half = Half(SHAPES[name], first=comm.rank == 0)
+            exchange.statistics.preconditioners[name] = half
+        grads = gradients(comm.rank, 0)
+        return go(exchange, grads), grads, left_on(exchange)
+
+    results = run_local(3, work)
+    for name in ("w1", "w2"):
+        given = sum(grads[name].double() for _, grads, _ in results)
+        left = sum(left[name] for _, _, left in results)
+        arrived = 3 * results[0][0][name].double() * 2.0  # divided by 2 where it was sent
+        torch.testing.assert_close(arrived + left, given, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("density", [0.02, 1.0])
+@pytest.mark.parametrize("select_by", ["raw", "preconditioned"])
+def test_in_two_levels_a_share_is_divided_by_its_own_part_of_the_statistic(density, select_by):
+    """Upper gradients are 1000 times the lower: steps of Adam are alike, wherever the share is."""
+
+    def work(comm):
+        weight = torch.nn.Parameter(torch.zeros(401, 50))
+        optimizer = DistributedOptimizer(
+            FactoredAdam([weight], lr=1.0, betas=(0.0, 0.999), min_compressed_numel=0),
+            [("w", weight)], comm=comm,
+            compression=Compression(density=density, select_by=select_by, two_level=True),
+        )  # fmt: skip
+        grad = torch.randn(401, 50, generator=torch.Generator().manual_seed(comm.rank))
+        grad[:200] *= 1000
+        for _ in range(8):
+            weight.backward(grad)
+            optimizer.step()
+        return weight.detach()
+
+    weights = run_local(4, work, ranks_per_node=2)
+    assert_equal(weights, [weights[0]] * 4)
+    upper, lower = (part[part != 0].abs() for part in (weights[0][:200], weights[0][201:]))
+    assert 0.3 < upper.mean() / lower.mean() < 3
+
+
+def test_a_state_of_another_share_is_refused_and_nothing_changes():
+    def work(comm, place):
+        exchange = make(comm)
+        go(exchange, gradients(comm.rank, 0))
+        before = copy.deepcopy(exchange.state_dict())
+        with pytest.raises(ValueError, match=rf"allowed: \({place}, 2\), as ranks are placed"):
+            exchange.load_state_dict({**before, "share": torch.tensor([1 - place, 2])})
+        bad = {**before, "thresholds": {"w1": torch.zeros(3)}}
+        with pytest.raises(ValueError, match="the saved threshold of w1"):
+            exchange.load_state_dict({**bad, "compensation": {}})
+        assert_equal(exchange.state_dict(), before)
+        exchange.load_state_dict(before)
+        assert_equal(exchange.state_dict(), before)
+
+    run_local(4, lambda comm: work(comm, comm.rank % 2), 2)

@@ -95,7 +95,7 @@ def test_wherever_a_threshold_starts_the_largest_are_taken_and_the_rest_stays(
     """The predecessors cut an overshoot by position, so that late large entries stayed behind."""
     worker = Worker(50_000, 0.002, 0.9, dtype)
     whole = Worker(50_000, 0.002, 0.9, dtype)
-    worker.selector.load(torch.tensor([threshold, 0.0, math.inf, 0.0, 0.0]))
+    worker.selector.load(torch.tensor([threshold, 0.0, math.inf, 0.0, 0.0, 100.0]))
     with ops.use(implementation):
         whole.compensation.accumulate("w", gaussian(50_000))
         taken = worker.take(gaussian(50_000))
