@@ -1,8 +1,8 @@
 """The method that this project recommends: sends 1/1000 of the gradient, keeps 2 bytes a parameter.
 
 Entries leave a residual in bfloat16, divided by factored second moments of this worker's gradients,
-which are averaged over workers now and then, and travel in 20 bits each. lr is what is best for dense Adam; what is sent
-sparsely has four times that.
+which are averaged over workers now and then. An entry travels in 20 bits. lr is what is best for
+dense Adam; what is sent sparsely has four times that.
 """
 
 import fiddle as fdl

@@ -36,6 +36,6 @@ def test_payload_is_what_the_interface_carries(tmp_path):
     outcome = netlab(2, program, tmp_path / "log")
     assert outcome.status == 0, outcome.output[-5000:]
     ratios = [float(x) for x in re.findall(r"\| ([\d.]+) \|$", outcome.output, re.MULTILINE)]
-    assert len(ratios) == 5
+    assert len(ratios) == 7
     assert all(1.0 <= ratio < 1.25 for ratio in ratios[:3])
     assert all(1.0 <= ratio < 2.0 for ratio in ratios[3:])  # small messages hold more framing
