@@ -82,7 +82,7 @@ class Train:
     """Accuracies reported: the label is among the k best."""
     best_metric: str = "acc/test_top1"
     """The metric, larger is better, whose best epoch is kept for --evaluate."""
-    bucket_mib: float = 4.0
+    bucket_mib: float = 16.0
     """MiB of float32 gradient that leave together, at least: smaller starts earlier, larger makes
     fewer messages."""
 

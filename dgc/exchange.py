@@ -168,6 +168,12 @@ class Exchange:
         founds = [self._founds.pop(spec.name) for spec in bucket.specs]
         return founds, buffers.read_reports(founds)
 
+    def spoil(self, names: Sequence[str]) -> None:
+        """Count these tensors as bad in this step."""
+        for name in names:
+            infinity = torch.full((1,), math.inf, device=self._specs[name].device)
+            self._note_largest(name, infinity.view(torch.int32))
+
     def overflown(self, reports: Sequence[Report]) -> set[int]:
         """Return the places of tensors whose gradient cannot be used."""
         return {n for n, found in enumerate(reports) if not found.largest <= LARGEST_GRADIENT}

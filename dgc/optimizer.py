@@ -98,7 +98,7 @@ class DistributedOptimizer(Optimizer):
         comm: Comm,
         compression: Compression | None = None,
         micro_batches_per_step: int = 1,
-        bucket_bytes: int = 4 * 2**20,
+        bucket_bytes: int = 16 * 2**20,
         seed: int = 0,
         grad_scaler: GradScaler | None = None,
         row_sparse: Collection[str] = (),

@@ -7,7 +7,7 @@ Shapes: N elements of one flattened tensor, K selected of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -66,6 +66,11 @@ class Statistics:
         """Return the names whose statistics are averaged over workers in a step, from 0."""
         turns = enumerate(self.share_intervals.items())
         return [name for turn, (name, every) in turns if (step + turn) % every == 0]
+
+    def shareable(self, names: Iterable[str]) -> list[str]:
+        """Return those of the names whose statistics can be averaged over workers."""
+        known = self.preconditioners
+        return [name for name in names if name in known and known[name].shared_names]
 
     def pack(self, names: Sequence[str]) -> Tensor:
         """Return these statistics as one vector, to be averaged."""

@@ -291,7 +291,10 @@ def gather_rows(exchange: Exchange, bucket: Bucket) -> Way:
 
 
 def _sum_within_island(exchange: Exchange, bucket: Bucket) -> Generator[Handle, Any, None]:
-    """Sum the ranks' gradients; add this rank's shares of the sums to its residuals."""
+    """Sum the ranks' gradients; add this rank's shares of the sums to its residuals.
+
+    What divides a share must know all gradients in it: statistics are averaged in the island, too.
+    """
     island = exchange.island
     with exchange.stats.timed("pack"):
         sizes = [spec.numel for spec in bucket.specs]
@@ -304,6 +307,15 @@ def _sum_within_island(exchange: Exchange, bucket: Bucket) -> Generator[Handle, 
                 part[whole_rows, :rest] = held_N[-rest:]
         exchange.stats.island_bytes += rows.nbytes
     mine = yield island.reduce_scatter_async(rows, exchange.name_of(bucket, "sum"))
+    names = exchange.statistics.shareable(spec.name for spec in bucket.specs)
+    if names and exchange.compression.preconditioning == "late":
+        flat = exchange.statistics.pack(names)
+        exchange.stats.island_bytes += flat.nbytes
+        mean = yield island.all_reduce_async(flat, exchange.name_of(bucket, "statistics"))
+        mean.div_(island.world_size)
+        exchange.statistics.unpack(names, mean)
+        if not torch.isfinite(mean).all():  # of one rank's gradient, which was not
+            exchange.spoil(names)
     with exchange.stats.timed("compensate"):
         for spec, share_N in zip(bucket.specs, mine.split(sizes), strict=True):
             exchange.accumulate(spec.name, share_N.clone(), may_keep=True)

@@ -19,8 +19,10 @@ def configure(run: fdl.Config[Run]) -> None:
     if run.dgc is None:
         run.dgc = fdl.Config(Compression, density=0.001)
     run.dgc.residual_dtype = "bfloat16"
-    run.dgc.value_dtype = "mxfp8"
-    run.dgc.index_coding = "elias_fano"
+    if "value_dtype" not in run.dgc.__arguments__:  # configs/dgc/fp16.py may have come first
+        run.dgc.value_dtype = "mxfp8"
+    if "index_coding" not in run.dgc.__arguments__:
+        run.dgc.index_coding = "elias_fano"
     run.dgc.update_scale = 4.0
     run.dgc.share_statistics = 0.5
     run.dgc.clip_scope = "tensor"

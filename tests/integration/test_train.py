@@ -37,9 +37,9 @@ def test_a_run_leaves_its_figures_and_can_be_scored(runs):
     events = read_scalars(folder)
     assert [x for x, _ in events["acc/test_top1"]] == [512, 1024, 1536]  # x axis: examples
     assert len(events["loss/train"]) == 24
-    for tag in ("lr", "comm/density_asked", "comm/density_got", "comm/payload_bytes", "comm/sparse_bytes", "comm/hidden_share",
-                "time/select_seconds", "time/merge_seconds",
-                "time/step_seconds", "acc/test_top5"):  # fmt: skip
+    for tag in ("lr", "comm/density_asked", "comm/density_got", "comm/payload_bytes",
+                "comm/sparse_bytes", "comm/hidden_share", "time/select_seconds",
+                "time/merge_seconds", "time/step_seconds", "acc/test_top5"):  # fmt: skip
         assert events[tag], tag
     asked = [value for _, value in events["comm/density_asked"]]
     assert asked[0] == pytest.approx(0.1)

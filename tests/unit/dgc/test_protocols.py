@@ -339,3 +339,22 @@ def test_a_state_of_another_share_is_refused_and_nothing_changes():
         assert_equal(exchange.state_dict(), before)
 
     run_local(4, lambda comm: work(comm, comm.rank % 2), 2)
+
+
+def test_in_two_levels_a_share_is_divided_by_what_the_whole_island_has_seen():
+    """Rank 1 alone has gradients: where its neighbour owns them, that one must know their size."""
+
+    def work(comm):
+        weight = torch.nn.Parameter(torch.zeros(400, 50))
+        optimizer = DistributedOptimizer(
+            FactoredAdam([weight], lr=1.0, betas=(0.0, 0.999), min_compressed_numel=0),
+            [("w", weight)], comm=comm, compression=Compression(density=0.01, two_level=True),
+        )  # fmt: skip
+        grad = torch.randn(400, 50, generator=torch.Generator().manual_seed(comm.rank))
+        for _ in range(3):
+            weight.backward(grad if comm.rank % 2 else grad * 1e-6)
+            optimizer.step()
+        return weight.detach()
+
+    for weight in run_local(4, work, ranks_per_node=2):
+        assert 0.1 < weight[weight != 0].abs().max() < 10  # 1e5 by the neighbour's own statistic
