@@ -24,7 +24,9 @@ from dgc.compression import Compression
 from dgc.outgoing import Outgoing, Outlet
 from dgc.precondition import Statistics, divide
 from dgc.protocols import LARGEST_GRADIENT, Update
+from dgc.rows import RowGradients
 from dgc.stats import StepStats
+from dgc.travelling import Travelling
 from kernels import buffers
 from kernels.operands import Found, Report
 
@@ -115,8 +117,7 @@ class Exchange:
     ) -> None:
         """Take a row-sparse gradient: row numbers, which may repeat, and rows, times scale (1,)."""
         self._begin(name)
-        values_KM = values_KM.float() if scale is None else values_KM * scale
-        self._rows.setdefault(name, []).append((rows_K, values_KM))
+        self.rows.add(name, rows_K, values_KM, scale)
 
     def close(self, name: str) -> None:
         """Take no more gradients of a tensor in this step; start what can now be sent."""
@@ -189,17 +190,6 @@ class Exchange:
         """Return, and forget, a tensor's gradient in this step."""
         return self._held.pop(name)
 
-    def release_rows(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
-        """Return, and forget, a row-sparse gradient: ascending rows (K,), their sums (K, M)."""
-        parts = self._rows.pop(spec.name, [])
-        none = torch.zeros(0, dtype=torch.int64, device=spec.device)
-        rows = torch.cat([none, *(rows for rows, _ in parts)])
-        values = torch.cat([none.view(0, spec.row_size).float(), *(values for _, values in parts)])
-        size = (spec.whole // spec.row_size, spec.row_size)
-        summed = torch.sparse_coo_tensor(rows[None], values, size, check_invariants=False)
-        summed = summed.coalesce()
-        return summed.indices()[0], summed.values()
-
     def name_of(self, bucket: Bucket, stage: str = "") -> str:
         """Return the name of a bucket's collective; of one stage, if it has several."""
         return ".".join(part for part in (self._scope, bucket.name, stage) if part)
@@ -239,7 +229,7 @@ class Exchange:
             if not all(spec.name in self._closed for spec in bucket.specs):
                 break
             self._num_started += 1
-            self._under_way.append(_Travelling(protocols.run(self, bucket)))
+            self._under_way.append(Travelling(protocols.run(self, bucket)))
             self._first_start = self._first_start or time.perf_counter()
         self._go_on()
 
@@ -278,8 +268,8 @@ class Exchange:
         self._founds: dict[str, Found] = {}
         self._largest: dict[str, Tensor] = {}
         self._held: dict[str, Tensor] = {}
-        self._rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._under_way: list[_Travelling] = []
+        self.rows = RowGradients()
+        self._under_way: list[Travelling] = []
         self._num_started = 0
         self._first_start: float | None = None
 
@@ -334,40 +324,3 @@ class Exchange:
         self.compensation.load_state_dict(state["compensation"], devices, numels)
         self.statistics.load_state_dict(statistics)
         self.outlet.load_state_dict(state.get("thresholds", {}))
-
-
-class _Travelling:
-    """A bucket on its way: the collective that it waits for, or what came of it."""
-
-    def __init__(self, way: protocols.Way) -> None:
-        self._way = way
-        self.handle: Handle | None = None
-        self.update: Update | None = None
-        self._send(None)
-
-    def arrive(self) -> None:
-        """Wait for the collective; `go_on` then takes what it brought."""
-        self.handle = _Done(self.handle.wait())
-
-    def go_on(self) -> None:
-        """Go on with what the collective brought."""
-        self._send(self.handle.wait())
-
-    def _send(self, arrived: Any) -> None:
-        try:
-            self.handle = self._way.send(arrived)
-        except StopIteration as end:
-            self.handle, self.update = None, end.value
-
-
-class _Done:
-    """A collective that has been waited for."""
-
-    def __init__(self, result: Any) -> None:
-        self._result = result
-
-    def poll(self) -> bool:
-        return True
-
-    def wait(self) -> Any:
-        return self._result

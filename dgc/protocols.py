@@ -269,7 +269,7 @@ def gather_rows(exchange: Exchange, bucket: Bucket) -> Way:
     """Send the rows of a row-sparse gradient, in float32, to all; nothing of it is left behind."""
     (spec,), codec = bucket.specs, bucket.codec
     with exchange.stats.timed("pack"):
-        rows_K, values_KM = exchange.release_rows(spec)
+        rows_K, values_KM = exchange.rows.release(spec)
         bad = () if (values_KM.abs() <= LARGEST_GRADIENT).all() else (0,)
         if bad:
             rows_K, values_KM = rows_K[:0], values_KM[:0]
