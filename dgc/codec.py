@@ -57,7 +57,6 @@ from kernels import packing
 from kernels.message import (
     GROUP,
     INDEX_CODINGS,
-    LAYOUT_WORD,
     VALUE_BITS,
     VALUE_DTYPES,
     MessageError,
@@ -164,6 +163,7 @@ class Codec:
         what = (self.names, self.numels, self.dim, self.value_dtype, self.index_coding, share)
         return zlib.crc32(repr(what).encode())
 
+    @functools.cached_property
     def exact(self) -> Codec:
         """Return the codec of the same entries with values in float32."""
         return dataclasses.replace(self, value_dtype="float32")
@@ -240,15 +240,8 @@ class Codec:
 
     def decode_any(self, message: Tensor) -> Entries:
         """Read a message of this codec, or of `exact`."""
-        exact = self.exact()
-        return exact.decode_one(message) if exact.wrote(message) else self.decode_one(message)
-
-    def wrote(self, message: Tensor) -> bool:
-        """Tell whether a message says that it is of this layout."""
-        head = message[: 4 * (LAYOUT_WORD + 1)].clone()
-        return head.numel() == 4 * (LAYOUT_WORD + 1) and (
-            int(head.view(torch.int32)[LAYOUT_WORD]) & 0xFFFFFFFF == self.layout
-        )
+        is_exact = packing.layout_of(message) == self.exact.layout
+        return (self.exact if is_exact else self).decode_one(message)
 
     def split_messages(self, gathered: Tensor, num_messages: int) -> list[Tensor]:
         """Return the messages that are joined end to end; only their lengths are looked at.

@@ -36,6 +36,16 @@ class Taken:
     values_K: Tensor
     velocities_K: Tensor | None
 
+    @classmethod
+    def nothing(cls, device: torch.device) -> Taken:
+        values_K = torch.zeros(0, device=device)
+        return cls(values_K.long(), values_K, None)
+
+    def where(self, mask_K: Tensor) -> Taken:
+        """Return some of the entries."""
+        velocities_K = None if self.velocities_K is None else self.velocities_K[mask_K]
+        return Taken(self.indices_K[mask_K], self.values_K[mask_K], velocities_K)
+
 
 class Compensation:
     """The worker's velocities and residuals, flat, by tensor name, in 4, 2 or 1 bytes an element.
@@ -119,14 +129,12 @@ class Compensation:
             buffers.put(self.velocity[name], indices_K, 0.0, key)
         return Taken(indices_K, values_K, velocities_K)
 
-    def put_back(
-        self, name: str, indices_K: Tensor, values_K: Tensor, velocities_K: Tensor | None
-    ) -> None:
+    def put_back(self, name: str, taken: Taken) -> None:
         """Undo, to the bit, that entries were taken out in this step: any of them, by any pass."""
-        key = self._key_of(name)
-        buffers.put(self.residual[name], indices_K, values_K, key)
-        if velocities_K is not None:
-            buffers.put(self.velocity[name], indices_K, velocities_K, key ^ VELOCITY_KEY)
+        key, indices_K = self._key_of(name), taken.indices_K
+        buffers.put(self.residual[name], indices_K, taken.values_K, key)
+        if taken.velocities_K is not None:
+            buffers.put(self.velocity[name], indices_K, taken.velocities_K, key ^ VELOCITY_KEY)
 
     def keep_lost(self, name: str, indices_K: Tensor, lost_K: Tensor) -> None:
         """Leave in the residual what coding lost of entries that were taken out and sent."""

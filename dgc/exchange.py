@@ -25,6 +25,7 @@ from dgc.outgoing import Outgoing, Outlet
 from dgc.precondition import Statistics, divide
 from dgc.protocols import LARGEST_GRADIENT, Update
 from dgc.rows import RowGradients
+from dgc.scaling import scaled
 from dgc.stats import StepStats
 from dgc.travelling import Travelling
 from kernels import buffers
@@ -40,7 +41,7 @@ class Exchange:
 
     island: the ranks with whom gradients are summed densely first; None in one level. group: those
     with whom sums, or gradients, are exchanged: all ranks, or those in the same place of the other
-    islands.
+    islands. place, num_shares: which share of every tensor is this rank's affair, of how many.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class Exchange:
         self.comm, self.compression = comm, compression
         self.compensation, self.statistics = compensation, statistics
         self.island, self.group = islands or (None, comm)
-        self.num_shares = 1 if self.island is None else self.island.world_size
-        self._share = (0 if self.island is None else self.island.rank, self.num_shares)
-        self.outlet = Outlet(compression, compensation, statistics, self._share[0])
+        self.place, self.num_shares = 0, 1
+        if self.island is not None:
+            self.place, self.num_shares = self.island.rank, self.island.world_size
+        self.outlet = Outlet(compression, compensation, statistics, self.place)
         self.buckets: list[Bucket] = []
         self.stats = StepStats()
         self._scope = comm.unique_name("exchange")  # two optimizers' buckets must not be confused
@@ -124,10 +126,10 @@ class Exchange:
         if name in self._closed:
             raise RuntimeError(f"{name} has already given its gradient in this step")
         spec = self._specs[name]
-        if name not in self._seen:
+        if name not in self._seen and spec.row_size:
             self._begin(name)
-            if not spec.row_size:
-                self.add(name, torch.zeros(spec.whole, device=spec.device))
+        elif name not in self._seen:
+            self.add(name, torch.zeros(spec.whole, device=spec.device))
         self._closed.add(name)
         self._start_ready_buckets()
 
@@ -184,7 +186,7 @@ class Exchange:
         self.stats.num_selectable += sum(spec.numel for spec in bucket.specs)
         for name, part in outgoing.taken:
             if part.values_K.numel():
-                self.stats.thresholds[name] = float(part.values_K.abs().min())
+                self.stats.least_taken[name] = part.values_K.abs().min()
 
     def release(self, name: str) -> Tensor:
         """Return, and forget, a tensor's gradient in this step."""
@@ -200,22 +202,22 @@ class Exchange:
         self._seen.add(name)
 
     def _divide_early(self, name: str, grad_N: Tensor, scale: Tensor | None) -> Tensor:
-        grad_N = grad_N.float() if scale is None else grad_N * scale
-        largest = grad_N.abs().amax().view(1)  # a quotient can hide an infinity
-        self._note_largest(name, largest.view(torch.int32))
+        grad_N = scaled(grad_N, scale)
+        self._note_gradient(name, grad_N)  # a quotient can hide an infinity
         root_N = self.statistics.root(name)
         return grad_N if root_N is None else divide(grad_N, root_N)
 
     def _hold(self, name: str, grad_N: Tensor, scale: Tensor | None, may_keep: bool) -> None:
-        if scale is not None:
-            grad_N = grad_N * scale
-        elif grad_N.dtype != torch.float32 or not may_keep:
-            grad_N = grad_N.to(torch.float32, copy=True)
-        # A sum may hide what has spoilt this worker's own statistic.
-        largest = torch.linalg.vector_norm(grad_N, math.inf).view(1)
-        self._note_largest(name, largest.view(torch.int32))
+        mine_N = scaled(grad_N, scale)
+        if mine_N is grad_N and not may_keep:
+            mine_N = grad_N.clone()
+        self._note_gradient(name, mine_N)  # a sum can hide what spoilt this worker's statistic
         held_N = self._held.get(name)
-        self._held[name] = grad_N if held_N is None else held_N.add_(grad_N)
+        self._held[name] = mine_N if held_N is None else held_N.add_(mine_N)
+
+    def _note_gradient(self, name: str, grad_N: Tensor) -> None:
+        largest = torch.linalg.vector_norm(grad_N, math.inf).abs().view(1)  # a NaN without sign
+        self._note_largest(name, largest.view(torch.int32))
 
     def _note_largest(self, name: str, bits: Tensor) -> None:
         """Keep the largest magnitude, as bits, which order as magnitudes do; NaN above infinity."""
@@ -293,7 +295,7 @@ class Exchange:
     def state_dict(self) -> dict[str, Any]:
         """This rank's residuals, velocities, statistics and thresholds; not the replica's."""
         return {
-            "share": torch.tensor(self._share),
+            "share": torch.tensor([self.place, self.num_shares]),
             "compensation": self.compensation.state_dict(),
             "statistics": self.statistics.state_dict(),
             "thresholds": self.outlet.state_dict(),
@@ -309,18 +311,17 @@ class Exchange:
         if self.is_under_way:
             raise RuntimeError("a state can be loaded only between steps; finish this one first")
         share = tuple(state.get("share", torch.tensor([0, 1])).tolist())
-        if share != self._share:
+        mine = (self.place, self.num_shares)
+        if share != mine:
             raise ValueError(
                 f"the state is of share (number, of how many) {share} of every tensor; allowed: "
-                f"{self._share}, as ranks are placed here. Start them on the nodes as before"
+                f"{mine}, as ranks are placed here. Start them on the nodes as before"
             )
-        for name, threshold in state.get("thresholds", {}).items():
-            if name not in self._specs or threshold.shape != (6,):
-                raise ValueError(f"the saved threshold of {name} is of no tensor here")
+        thresholds, statistics = state.get("thresholds", {}), state.get("statistics", {})
+        self.outlet.check(thresholds, self._specs.keys())
+        self.statistics.check(statistics)
         devices = {name: spec.device for name, spec in self._specs.items()}
         numels = {name: spec.numel for name, spec in self._specs.items()}
-        statistics = state.get("statistics", {})
-        self.statistics.check(statistics)
         self.compensation.load_state_dict(state["compensation"], devices, numels)
         self.statistics.load_state_dict(statistics)
-        self.outlet.load_state_dict(state.get("thresholds", {}))
+        self.outlet.load_state_dict(thresholds)

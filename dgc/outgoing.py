@@ -7,7 +7,7 @@ Shapes: K entries of a bucket; positions count through its tensors as if they we
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +78,17 @@ class Outlet:
         """Thresholds, by tensor."""
         return self._saved | {name: selector.state() for name, selector in self.selectors.items()}
 
+    @staticmethod
+    def check(state: Mapping[str, Tensor], names: Collection[str]) -> None:
+        """Raise ValueError for a state of other tensors than those of these names."""
+        for name, threshold in state.items():
+            if name not in names:
+                raise ValueError(f"the saved threshold of {name} is of no tensor here")
+            try:
+                Selector.check(threshold)
+            except ValueError as error:
+                raise ValueError(f"the saved threshold of {name}: {error}") from error
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up thresholds; those of tensors that are now sent densely wait for another plan."""
         self._saved = dict(state)
@@ -103,25 +114,22 @@ class Outlet:
     ) -> Outgoing:
         """Move a bucket's entries out of the residuals; none of the tensors in `bad`."""
         taken: list[tuple[str, Taken]] = []
-        roots: list[Tensor | None] = []
+        roots: list[Tensor] = []
         for place, spec in enumerate(bucket.specs):
             if place in bad:
-                taken.append((spec.name, _nothing(spec.device)))
-                roots.append(torch.ones(0, device=spec.device))
-                continue
-            chosen = self._select(spec, founds[place], reports[place])
-            root_K = self.late_root(spec, chosen.indices_K)
+                chosen, root_K = Taken.nothing(spec.device), None
+            else:
+                chosen = self._select(spec, founds[place], reports[place])
+                root_K = self.late_root(spec, chosen.indices_K)
             if root_K is not None and not root_K.all():  # squares that underflow: not yet sendable
-                self._put_back(spec.name, chosen, root_K == 0)
-                chosen, root_K = _where(chosen, root_K > 0), root_K[root_K > 0]
+                self.compensation.put_back(spec.name, chosen.where(root_K == 0))
+                chosen, root_K = chosen.where(root_K > 0), root_K[root_K > 0]
             taken.append((spec.name, chosen))
             roots.append(torch.ones_like(chosen.values_K) if root_K is None else root_K)
         positions_K, values_K = bucket.codec.join(
             [(part.indices_K, part.values_K) for _, part in taken]
         )
-        is_divided = any(spec.name in self.statistics.preconditioners for spec in bucket.specs)
-        is_divided = is_divided and self.compression.preconditioning == "late"
-        roots_K = torch.cat(roots) if is_divided else None
+        roots_K = torch.cat(roots) if self.compression.preconditioning == "late" else None
         divided_K = values_K if roots_K is None else divide(values_K, roots_K)
         return Outgoing(positions_K, divided_K, roots_K, taken, tuple(sorted(bad)))
 
@@ -150,26 +158,20 @@ class Outlet:
     def put_back(self, outgoing: Outgoing, is_back_K: Tensor) -> None:
         """Undo the taking of some entries, to the bit."""
         for name, part, span in _by_tensor(outgoing):
-            self._put_back(name, part, is_back_K[span])
+            self.compensation.put_back(name, part.where(is_back_K[span]))
 
-    def _put_back(self, name: str, part: Taken, mask_K: Tensor) -> None:
-        back = _where(part, mask_K)
-        self.compensation.put_back(name, back.indices_K, back.values_K, back.velocities_K)
+    def add(self, bucket: Bucket, positions_K: Tensor, values_K: Tensor) -> bool:
+        """Give the residuals what is to be sent another time, (K,) as it would have been sent.
 
-    def can_add(self, bucket: Bucket, positions_K: Tensor) -> bool:
-        """Tell whether `add` could keep values at all of these positions."""
-        if self.compression.preconditioning != "late":
-            return True
-        parts = bucket.codec.split(positions_K, torch.zeros_like(positions_K).float())
-        roots = [self.late_root(s, i) for s, (i, _) in zip(bucket.specs, parts, strict=True)]
-        return all(root is None or bool(root.all()) for root in roots)
-
-    def add(self, bucket: Bucket, positions_K: Tensor, values_K: Tensor) -> None:
-        """Give the residuals what is to be sent another time, (K,) as it would have been sent."""
+        Returns: False, and nothing is changed, where one could not be kept: a statistic is 0 there.
+        """
         parts = bucket.codec.split(positions_K, values_K)
-        for spec, (indices, values) in zip(bucket.specs, parts, strict=True):
-            root = self.late_root(spec, indices)
+        roots = [self.late_root(s, i) for s, (i, _) in zip(bucket.specs, parts, strict=True)]
+        if any(root is not None and not root.all() for root in roots):
+            return False
+        for spec, (indices, values), root in zip(bucket.specs, parts, roots, strict=True):
             self.compensation.add(spec.name, indices, values if root is None else values * root)
+        return True
 
 
 def where_delivered(outgoing: Outgoing, delivered_U: Tensor) -> Tensor:
@@ -187,16 +189,3 @@ def _by_tensor(outgoing: Outgoing) -> Iterator[tuple[str, Taken, slice]]:
         if end > start:
             yield name, part, slice(start, end)
         start = end
-
-
-def _where(part: Taken, mask_K: Tensor) -> Taken:
-    velocities = None if part.velocities_K is None else part.velocities_K[mask_K]
-    return Taken(part.indices_K[mask_K], part.values_K[mask_K], velocities)
-
-
-def _none(device: torch.device) -> Tensor:
-    return torch.zeros(0, dtype=torch.int64, device=device)
-
-
-def _nothing(device: torch.device) -> Taken:
-    return Taken(_none(device), torch.zeros(0, device=device), None)

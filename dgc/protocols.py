@@ -70,8 +70,10 @@ def run(exchange: Exchange, bucket: Bucket) -> Way:
         outgoing = exchange.outlet.take(bucket, founds, reports, bad)
         exchange.note_selected(bucket, outgoing)
     protocol = gather if bucket.protocol == "gather" else sparse_all_reduce
-    arrived, num_messages = yield from protocol(exchange, bucket, outgoing)
-    return (yield from _take_in(exchange, bucket, arrived, num_messages))
+    arrived = yield from protocol(exchange, bucket, outgoing)
+    arrived = yield from _pass_on(exchange, bucket, arrived)
+    with exchange.stats.timed("merge"):
+        return _take_in(exchange, bucket, outgoing, arrived)
 
 
 # ---- between all ranks, or islands ----
@@ -90,9 +92,7 @@ def all_reduce(exchange: Exchange, bucket: Bucket, bad: set[int]) -> Way:
         flat = torch.cat(parts)
         exchange.stats.dense_bytes += flat.numel() * DENSE_BYTES
     arrived = yield exchange.group.all_reduce_async(flat, exchange.name_of(bucket))
-    if exchange.island is not None:
-        exchange.stats.island_bytes += arrived.nbytes
-        arrived = yield exchange.island.all_gather_async(arrived, exchange.name_of(bucket, "pass"))
+    arrived = yield from _pass_on(exchange, bucket, arrived)
     with exchange.stats.timed("merge"):
         return _split_dense(exchange, bucket, arrived.div_(exchange.comm.world_size))
 
@@ -114,32 +114,31 @@ def _split_dense(exchange: Exchange, bucket: Bucket, mean: Tensor) -> Update:
 
 def gather(
     exchange: Exchange, bucket: Bucket, outgoing: Outgoing
-) -> Generator[Handle, Any, tuple[Tensor, int]]:
+) -> Generator[Handle, Any, Tensor]:
     """Send each rank's entries to all: what a rank passes on grows with the number of ranks."""
     with exchange.stats.timed("pack"):
         sent_K = bucket.codec.round_values(outgoing.divided_K)
         exchange.outlet.keep_lost(outgoing, sent_K)
         message = bucket.codec.encode(outgoing.positions_K, sent_K, outgoing.bad)
         exchange.stats.sparse_bytes += message.numel()
-    arrived = yield exchange.group.all_gather_async(message, exchange.name_of(bucket))
-    return arrived, exchange.group.world_size
+    return (yield exchange.group.all_gather_async(message, exchange.name_of(bucket)))
 
 
 def sparse_all_reduce(
     exchange: Exchange, bucket: Bucket, outgoing: Outgoing
-) -> Generator[Handle, Any, tuple[Tensor, int]]:
+) -> Generator[Handle, Any, Tensor]:
     """Send entries to the owners of their positions, who sum them and return the largest sums.
 
     Rank o of P owns every P-th block of positions from the o-th on. It sums what arrives in rank
     order and returns to all at most merged_factor * K / P sums, those of largest magnitude (all if
     merged_factor is P or more); so a rank sends K entries and passes on merged_factor K, however
     many ranks there are, but for a header a message. Entries whose sum was not returned stay with
-    those who sent them. What rounding takes off a sum stays with its owner; where the owner has no
-    statistic to take it back by, its message is in float32 instead.
+    those who sent them (`_put_back_the_rest`). What rounding takes off a sum stays with its owner;
+    where the owner has no statistic to take it back by, its message is in float32 instead.
     Source: Li & Hoefler 2022 (Ok-Topk, arXiv:2201.07598), split-reduce and balance-gather.
     Differs: positions are dealt out in turn, which balances the owners without agreeing on bounds.
     """
-    group, codec = exchange.group, bucket.codec
+    group = exchange.group
     with exchange.stats.timed("pack"):
         parts, sent_K = _pack_shares(exchange, bucket, outgoing)
         exchange.outlet.keep_lost(outgoing, sent_K)
@@ -148,13 +147,7 @@ def sparse_all_reduce(
     with exchange.stats.timed("merge"):
         message = _merge_share(exchange, bucket, received)
         exchange.stats.sparse_bytes += message.numel()
-    arrived = yield group.all_gather_async(message, exchange.name_of(bucket))
-    with exchange.stats.timed("merge"):
-        messages = codec.split_messages(arrived, group.world_size)
-        is_back_K = ~where_delivered(outgoing, _join_shares(codec, messages).positions_K)
-        exchange.outlet.put_back(outgoing, is_back_K)
-        exchange.stats.num_selected -= int(is_back_K.sum())
-    return arrived, group.world_size
+    return (yield group.all_gather_async(message, exchange.name_of(bucket)))
 
 
 def _pack_shares(
@@ -187,10 +180,10 @@ def _merge_share(exchange: Exchange, bucket: Bucket, received: Sequence[Tensor])
         local_U, sums_U = local_U[chosen], sums_U[chosen]
     returned_U = share.round_values(sums_U)
     positions_U = from_share(local_U, group.rank, group.world_size)
-    if returned_U is not sums_U and not exchange.outlet.can_add(bucket, positions_U):
-        share, returned_U = share.exact(), sums_U
     if returned_U is not sums_U and not bad:
-        exchange.outlet.add(bucket, positions_U, sums_U - returned_U)
+        is_kept = exchange.outlet.add(bucket, positions_U, sums_U - returned_U)
+        if not is_kept:
+            share, returned_U = share.exact, sums_U
     return share.encode(local_U, returned_U, bad)
 
 
@@ -209,33 +202,32 @@ def _join_shares(codec: Codec, messages: Sequence[Tensor]) -> Entries:
 # ---- what arrived ----
 
 
-def _take_in(exchange: Exchange, bucket: Bucket, arrived: Tensor, num_messages: int) -> Way:
-    """Decode, sum and average what arrived, here or at the other ranks of the island."""
-    if exchange.island is not None:
-        exchange.stats.island_bytes += arrived.numel()
-        name = exchange.name_of(bucket, "pass")
-        arrived = yield exchange.island.all_gather_async(arrived, name)
-    with exchange.stats.timed("merge"):
-        messages = bucket.codec.split_messages(arrived, num_messages * exchange.num_shares)
-        update, shares = Update(), []
-        for start in range(0, len(messages), num_messages):
-            mine = messages[start : start + num_messages]
-            shares.append(_sum_messages(exchange, bucket, mine, update.bad))
-        if not update.bad:
-            for spec, *parts in zip(bucket.specs, *shares, strict=True):
-                update.sparse[spec.name] = _mean(exchange, spec, parts)
-        return update
+def _take_in(exchange: Exchange, bucket: Bucket, outgoing: Outgoing, arrived: Tensor) -> Update:
+    """Decode, sum and average what arrived, here and at the other ranks of the island."""
+    num_messages = exchange.group.world_size
+    messages = bucket.codec.split_messages(arrived, num_messages * exchange.num_shares)
+    update, shares = Update(), []
+    for share in range(exchange.num_shares):
+        mine = messages[share * num_messages : (share + 1) * num_messages]
+        positions_U, sums_U = _sum_messages(exchange, bucket, mine, update.bad)
+        if share == exchange.place and bucket.protocol == "sparse_all_reduce":
+            _put_back_the_rest(exchange, outgoing, positions_U)
+        shares.append(bucket.codec.split(positions_U, sums_U))
+    if not update.bad:
+        for spec, *parts in zip(bucket.specs, *shares, strict=True):
+            update.sparse[spec.name] = _mean(exchange, spec, parts)
+    return update
 
 
 def _sum_messages(
     exchange: Exchange, bucket: Bucket, messages: Sequence[Tensor], bad: list[str]
-) -> list[tuple[Tensor, Tensor]]:
-    """Return each tensor's (indices, sums over ranks); tell which tensors cannot be used."""
+) -> tuple[Tensor, Tensor]:
+    """Return positions, and sums over ranks; tell which tensors cannot be used."""
     codec, names = bucket.codec, [spec.name for spec in bucket.specs]
     if bucket.protocol == "sparse_all_reduce":
         whole = _join_shares(codec, messages)
         bad += [names[place] for place in whole.bad if names[place] not in bad]
-        return codec.split(whole.positions_K, whole.values_M)
+        return whole.positions_K, whole.values_M
     entries = [codec.decode_one(message) for message in messages]
     sender = "rank" if exchange.island is None else "node"
     bad += [
@@ -243,7 +235,14 @@ def _sum_messages(
         for number, part in enumerate(entries)
         for place in part.bad
     ]
-    return codec.split(*merge_in_rank_order(entries))
+    return merge_in_rank_order(entries)
+
+
+def _put_back_the_rest(exchange: Exchange, outgoing: Outgoing, delivered_U: Tensor) -> None:
+    """Undo the taking of entries whose sums the owners did not return."""
+    is_back_K = ~where_delivered(outgoing, delivered_U)
+    exchange.outlet.put_back(outgoing, is_back_K)
+    exchange.stats.num_selected -= int(is_back_K.sum())
 
 
 def merge_in_rank_order(entries: Sequence[Entries], dim: int = 1) -> tuple[Tensor, Tensor]:
@@ -288,6 +287,14 @@ def gather_rows(exchange: Exchange, bucket: Bucket) -> Way:
 
 
 # ---- within an island ----
+
+
+def _pass_on(exchange: Exchange, bucket: Bucket, arrived: Tensor) -> Generator[Handle, Any, Tensor]:
+    """Join what arrived at the ranks of the island, in their order; in one level, nothing more."""
+    if exchange.island is None:
+        return arrived
+    exchange.stats.island_bytes += arrived.nbytes
+    return (yield exchange.island.all_gather_async(arrived, exchange.name_of(bucket, "pass")))
 
 
 def _sum_within_island(exchange: Exchange, bucket: Bucket) -> Generator[Handle, Any, None]:

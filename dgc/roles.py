@@ -76,7 +76,9 @@ def check_groups(
 
 
 def _check_rows(optimizer: Optimizer, row_sparse: Sequence[Tensor]) -> None:
-    for group in optimizer.param_groups if isinstance(optimizer, SGD) else ():
+    if not row_sparse or not isinstance(optimizer, SGD):
+        return
+    for group in optimizer.param_groups:
         if group["weight_decay"] and _holds(group, row_sparse):
             raise ValueError(
                 f"weight_decay is {group['weight_decay']} for a row-sparse parameter, to whose "

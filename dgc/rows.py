@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dgc.buckets import TensorSpec
+from dgc.scaling import scaled
 
 
 class RowGradients:
@@ -19,8 +20,7 @@ class RowGradients:
 
     def add(self, name: str, rows_K: Tensor, values_KM: Tensor, scale: Tensor | None) -> None:
         """Take a gradient, times scale (1,); rows may repeat."""
-        values_KM = values_KM.float() if scale is None else values_KM * scale
-        self._parts.setdefault(name, []).append((rows_K, values_KM))
+        self._parts.setdefault(name, []).append((rows_K, scaled(values_KM, scale)))
 
     def release(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
         """Return, and forget, a tensor's gradient: ascending rows (K,), their sums (K, M)."""

@@ -17,6 +17,11 @@ from torch.optim import Optimizer
 from dgc.compression import Compression
 
 
+def scaled(grad: Tensor, scale: Tensor | None) -> Tensor:
+    """Return a gradient times scale (1,), in float32; the gradient itself if that is what it is."""
+    return grad.float() if scale is None else grad * scale
+
+
 class Scaling:
     """One rank's factors; see Compression.clip_norm and clip_scope for the shares."""
 

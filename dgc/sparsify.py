@@ -171,10 +171,15 @@ class Selector:
         """Return what `load` takes, between steps: (6,) float64."""
         return self._steering.to_tensor()
 
-    def load(self, state: Tensor) -> None:
-        """Go on from a `state`. Raises: ValueError for a tensor of another shape."""
+    @staticmethod
+    def check(state: Tensor) -> None:
+        """Raises: ValueError for a tensor that is no `state`, by its shape."""
         if state.shape != (6,):
             raise ValueError(f"state has shape {tuple(state.shape)}; allowed: (6,), a state()")
+
+    def load(self, state: Tensor) -> None:
+        """Go on from a `state`. Raises: ValueError: see `check`."""
+        self.check(state)
         self._steering, self._next = Steering.from_tensor(state), None
 
 
@@ -233,13 +238,12 @@ class _Search:
     def _largest_of(self, taken: Taken) -> tuple[Taken, float]:
         is_kept = torch.zeros_like(taken.indices_K, dtype=torch.bool)
         is_kept[largest_indices(taken.values_K.abs(), self.bounds[1])] = True
-        self._put_back(_where(taken, ~is_kept))
-        kept = _where(taken, is_kept)
+        self._put_back(taken.where(~is_kept))
+        kept = taken.where(is_kept)
         return kept, _least(kept)
 
     def _put_back(self, taken: Taken) -> None:
-        parts = taken.indices_K, taken.values_K, taken.velocities_K
-        self.compensation.put_back(self.name, *parts)
+        self.compensation.put_back(self.name, taken)
 
 
 def _least(taken: Taken) -> float:
@@ -253,11 +257,6 @@ def _join(one: Taken, other: Taken) -> Taken:
     if one.velocities_K is None or other.velocities_K is None:
         return Taken(indices_K, values_K, None)
     return Taken(indices_K, values_K, torch.cat([one.velocities_K, other.velocities_K])[order])
-
-
-def _where(taken: Taken, mask_K: Tensor) -> Taken:
-    velocities_K = None if taken.velocities_K is None else taken.velocities_K[mask_K]
-    return Taken(taken.indices_K[mask_K], taken.values_K[mask_K], velocities_K)
 
 
 def largest_indices(magnitude_N: Tensor, k: int) -> Tensor:

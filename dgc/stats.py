@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 
 @dataclass
 class StepStats:
@@ -28,8 +30,8 @@ class StepStats:
     num_selected: int = 0
     """Entries that reached the others."""
     num_selectable: int = 0
-    thresholds: dict[str, float] = field(default_factory=dict)
-    """By tensor: the least magnitude that was taken out of the residual."""
+    least_taken: dict[str, Tensor] = field(default_factory=dict)
+    """By tensor: the least magnitude that was taken out of the residual; on its device."""
     in_flight_seconds: float = 0.0
     """From the first collective's start to the last one's end."""
     skipped: str | None = None
@@ -47,6 +49,11 @@ class StepStats:
         kinds = ("sparse", "dense", "row", "statistics", "island")
         found = {kind: getattr(self, f"{kind}_bytes") for kind in kinds}
         return {kind: count for kind, count in found.items() if count}
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Return `least_taken` as numbers. Waits for a GPU."""
+        return {name: float(least) for name, least in self.least_taken.items()}
 
     @property
     def hidden_share(self) -> float:

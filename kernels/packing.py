@@ -152,6 +152,14 @@ def first_length(buffer: Tensor) -> int:
     return total
 
 
+def layout_of(message: Tensor) -> int:
+    """Return the layout that a message's header names. Raises: MessageError where there is none.
+
+    Waits for a GPU.
+    """
+    return _read_head(_words_of(message), HEADER_WORDS)[LAYOUT_WORD] & 0xFFFFFFFF
+
+
 def merge(
     positions: Sequence[Tensor], values: Sequence[Tensor], dim: int = 1
 ) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dgc.compensate import Compensation
+from dgc.compensate import Compensation, Taken
 from kernels import buffers
 from kernels.buffers import read_reports
 from kernels.operands import Selection
@@ -93,7 +93,7 @@ def test_what_is_taken_and_put_back_was_never_taken(dtype, momentum, mask_veloci
         assert (part[2] is not None) == (mask_velocity and momentum > 0)
     other.keep_lost("w", taken[0][0], taken[0][1] / 100)
     for part in taken:
-        other.put_back("w", *part)
+        other.put_back("w", Taken(*part))
     for kind in ("residual", "velocity"):
         for name, buffer in getattr(one, kind).items():
             pairs = zip(
@@ -120,7 +120,7 @@ def test_entries_move_only_within_a_step():
     accumulate(compensation, grads()[0])
     for move in (
         lambda: compensation.take_exactly("w", some),
-        lambda: compensation.put_back("w", some, torch.ones(1), None),
+        lambda: compensation.put_back("w", Taken(some, torch.ones(1), None)),
         lambda: compensation.select_again("w", Selection(1.0, 1)),
     ):
         with pytest.raises(ValueError, match="w has no gradient in this step"):

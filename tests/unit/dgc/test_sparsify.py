@@ -104,7 +104,7 @@ def test_wherever_a_threshold_starts_the_largest_are_taken_and_the_rest_stays(
     assert worker.residual().abs().max() <= taken.values_K.abs().min() * 1.02  # of an int8 level
     velocity = worker.compensation.velocity["w"]
     assert (buffers.take(velocity, taken.indices_K) == 0).all()
-    worker.compensation.put_back("w", taken.indices_K, taken.values_K, taken.velocities_K)
+    worker.compensation.put_back("w", taken)
     for kind in ("residual", "velocity"):
         ours, all_of = (getattr(w.compensation, kind)["w"] for w in (worker, whole))
         for a, b in zip(buffers.tensors(ours), buffers.tensors(all_of), strict=True):
