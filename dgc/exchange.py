@@ -8,7 +8,6 @@ Shapes: N elements of one flattened tensor, or of this rank's share of it.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -23,11 +22,12 @@ from dgc.compensate import Compensation
 from dgc.compression import Compression
 from dgc.outgoing import Outgoing, Outlet
 from dgc.precondition import Statistics, divide
-from dgc.protocols import LARGEST_GRADIENT, Update
+from dgc.protocols import Update
 from dgc.rows import RowGradients
 from dgc.scaling import scaled
 from dgc.stats import StepStats
 from dgc.travelling import Travelling
+from dgc.verdict import Magnitudes
 from kernels import buffers
 from kernels.operands import Found, Report
 
@@ -156,7 +156,7 @@ class Exchange:
             may_keep=may_keep,
         )  # fmt: skip
         self._founds[name] = found
-        self._note_largest(name, found.report[:1])
+        self.magnitudes.note(name, found.report[:1])
 
     def read(self, bucket: Bucket) -> tuple[list[Found], list[Report]]:
         """Return what the passes over a bucket's tensors found. On a GPU this waits for them."""
@@ -167,19 +167,9 @@ class Exchange:
                 if selection is not None:  # the last micro-batch had no gradient for this tensor
                     found = self.compensation.select_again(spec.name, selection)
                     self._founds[spec.name] = found
-            self._founds[spec.name].report[:1] = self._largest[spec.name]
+            self._founds[spec.name].report[:1] = self.magnitudes[spec.name]
         founds = [self._founds.pop(spec.name) for spec in bucket.specs]
         return founds, buffers.read_reports(founds)
-
-    def spoil(self, names: Sequence[str]) -> None:
-        """Count these tensors as bad in this step."""
-        for name in names:
-            infinity = torch.full((1,), math.inf, device=self._specs[name].device)
-            self._note_largest(name, infinity.view(torch.int32))
-
-    def overflown(self, reports: Sequence[Report]) -> set[int]:
-        """Return the places of tensors whose gradient cannot be used."""
-        return {n for n, found in enumerate(reports) if not found.largest <= LARGEST_GRADIENT}
 
     def note_selected(self, bucket: Bucket, outgoing: Outgoing) -> None:
         self.stats.num_selected += outgoing.positions_K.numel()
@@ -203,7 +193,7 @@ class Exchange:
 
     def _divide_early(self, name: str, grad_N: Tensor, scale: Tensor | None) -> Tensor:
         grad_N = scaled(grad_N, scale)
-        self._note_gradient(name, grad_N)  # a quotient can hide an infinity
+        self.magnitudes.note_gradient(name, grad_N)  # a quotient can hide an infinity
         root_N = self.statistics.root(name)
         return grad_N if root_N is None else divide(grad_N, root_N)
 
@@ -211,18 +201,11 @@ class Exchange:
         mine_N = scaled(grad_N, scale)
         if mine_N is grad_N and not may_keep:
             mine_N = grad_N.clone()
-        self._note_gradient(name, mine_N)  # a sum can hide what spoilt this worker's statistic
+        self.magnitudes.note_gradient(
+            name, mine_N
+        )  # a sum can hide what spoilt this worker's statistic
         held_N = self._held.get(name)
         self._held[name] = mine_N if held_N is None else held_N.add_(mine_N)
-
-    def _note_gradient(self, name: str, grad_N: Tensor) -> None:
-        largest = torch.linalg.vector_norm(grad_N, math.inf).abs().view(1)  # a NaN without sign
-        self._note_largest(name, largest.view(torch.int32))
-
-    def _note_largest(self, name: str, bits: Tensor) -> None:
-        """Keep the largest magnitude, as bits, which order as magnitudes do; NaN above infinity."""
-        before = self._largest.get(name)
-        self._largest[name] = bits.clone() if before is None else torch.maximum(before, bits)
 
     # ---- on the way ------------------------------------------------------------------------------
 
@@ -268,7 +251,7 @@ class Exchange:
         self._closed: set[str] = set()
         self._is_selected: set[str] = set()
         self._founds: dict[str, Found] = {}
-        self._largest: dict[str, Tensor] = {}
+        self.magnitudes = Magnitudes()
         self._held: dict[str, Tensor] = {}
         self.rows = RowGradients()
         self._under_way: list[Travelling] = []

@@ -1,7 +1,7 @@
 """DistributedOptimizer: a torch optimizer whose gradients are compressed, exchanged and averaged.
 
-Owns: the hooks on the parameters, micro-batches, local clipping, loss scales, and what a step does
-when some gradient is infinite or NaN. Holds the inner optimizer; makes no class of its own for it.
+Owns: what fits together, and what a step does, also when some gradient is infinite or NaN. Holds
+the inner optimizer; makes no class of its own for it. intake.py takes the gradients.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dgc.comm import Comm
 from dgc.compensate import Compensation
 from dgc.compression import Compression
 from dgc.exchange import Exchange
-from dgc.ownership import is_sole_owner
+from dgc.intake import Intake
 from dgc.roles import (
     check_groups,
     delegate_statistics,
@@ -39,7 +39,6 @@ from dgc.roles import (
 from dgc.scaling import Scaling
 from dgc.stats import StepStats
 from dgc.topology import choose_islands
-from kernels.operands import PARAMETER_DTYPES
 
 DENSE = Compression(
     density=1.0, momentum_correction=False, preconditioning="after", two_level=False
@@ -116,7 +115,6 @@ class DistributedOptimizer(Optimizer):
         check_same_everywhere(comm, self._named, settings)
         for name, parameter in self._named.items():
             comm.broadcast(parameter.detach(), f"initial.{name}")
-        self._num_backward = dict.fromkeys(self._named, 0)
         self._num_skipped_in_a_row = 0
         self._is_synchronized = False
         self._elements: apply.Elements = {}
@@ -124,22 +122,21 @@ class DistributedOptimizer(Optimizer):
             self.compression, grad_scaler, world_size=comm.world_size,
             num_tensors=len(self._named), micro_batches=micro_batches_per_step,
         )  # fmt: skip
-        rows = [self._named[name] for name in self._row_sparse]
-        momentum, nesterov = take_over_momentum(optimizer, self.compression, rows)
+        self._rows = [self._named[name] for name in self._row_sparse]
+        momentum, nesterov = take_over_momentum(optimizer, self.compression, self._rows)
         compensation = Compensation(
             momentum, nesterov, self.compression.mask_velocity,
             self.compression.residual_dtype, self.compression.velocity_dtype, seed + comm.rank,
         )  # fmt: skip
-        check_groups(optimizer, self.compression, momentum, rows)
+        check_groups(optimizer, self.compression, momentum, self._rows)
         dense = {n: p for n, p in self._named.items() if n not in self._row_sparse}
         statistics = delegate_statistics(optimizer, dense, self.compression)
         islands = choose_islands(comm, self.compression)
         self._exchange = Exchange(comm, self.compression, compensation, statistics, islands)
         self.set_density(self.compression.density_at(0))
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._make_hook(name))
-            for name, parameter in self._named.items()
-        ]
+        self._intake = Intake(
+            self._named, self._row_sparse, self._exchange, self._scaling, micro_batches_per_step
+        )
 
     # What schedulers, scalers and people look for on an optimizer is the inner optimizer's.
     @property
@@ -162,9 +159,7 @@ class DistributedOptimizer(Optimizer):
 
     def close(self) -> None:
         """Let go of the parameters, so that another DistributedOptimizer may take them."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._intake.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's: equal on all ranks. See also `worker_state_dict`."""
@@ -225,7 +220,7 @@ class DistributedOptimizer(Optimizer):
                 "zero_grad() between backward() and step() would lose gradients that are already "
                 "on their way; call it after step()"
             )
-        self._num_backward = dict.fromkeys(self._named, 0)
+        self._intake.count_anew()
         self.inner.zero_grad(set_to_none)
 
     def synchronize(self) -> None:
@@ -236,17 +231,13 @@ class DistributedOptimizer(Optimizer):
         """
         if self._is_synchronized:
             return
-        if self._scaling.clips_globally:
-            self._take_all()
-        for name in self._exchange.open_names():
-            self._exchange.close(name)
+        self._intake.shut()
         update = self._exchange.finish()
         self._elements = {}
         if update is None:
             self.inner.zero_grad()
         else:
             self._elements = apply.hand_over(self.inner, self._named, update)
-        self._num_backward = dict.fromkeys(self._named, 0)
         self._scaling.end_step()
         self._is_synchronized = True
 
@@ -259,8 +250,8 @@ class DistributedOptimizer(Optimizer):
                 loss = closure()
         self.synchronize()
         self._is_synchronized = False
-        rows = [self._named[name] for name in self._row_sparse]
-        check_groups(self.inner, self.compression, self._exchange.compensation.momentum, rows)
+        self._intake.open()
+        check_groups(self.inner, self.compression, self.compensation.momentum, self._rows)
         self._check_all_exchanged()
         device = next(iter(self._named.values())).device
         self._scaling.tell_scaler(self, self.stats.skipped is not None, device)
@@ -295,56 +286,3 @@ class DistributedOptimizer(Optimizer):
                         f"require one, or was not there, when the DistributedOptimizer was made; "
                         f"close() it and make it anew after unfreezing or adding parameters"
                     )
-
-    def _make_hook(self, name: str) -> Callable[[Tensor], None]:
-        def on_gradient(parameter: Tensor) -> None:
-            if parameter.grad.is_sparse != (name in self._row_sparse):
-                kind, remedy = ("sparse", "name it") if parameter.grad.is_sparse else (
-                    "dense", "do not name it")  # fmt: skip
-                raise TypeError(
-                    f"{name} has a {kind} gradient; {remedy} in row_sparse of the "
-                    f"DistributedOptimizer (row_sparse_names(model) finds them)"
-                )
-            self._num_backward[name] += 1
-            count, parts = self._num_backward[name], self.micro_batches_per_step
-            if count > parts or self._is_synchronized:
-                raise RuntimeError(
-                    f"{name} got a gradient {count} times without a step(); "
-                    f"micro_batches_per_step is {parts}"
-                )
-            if not self._scaling.clips_globally:
-                scale = self._scaling.of_tensor(_values(parameter.grad))
-                self._take(name, scale, parts, count == parts)
-                if count == parts:
-                    self._exchange.close(name)
-
-        return on_gradient
-
-    def _take(self, name: str, scale: Tensor | None, num_parts: int, is_last: bool = True) -> None:
-        """Hand this rank's gradient to the exchange and give its memory up."""
-        parameter = self._named[name]
-        grad, parameter.grad = parameter.grad, None
-        if grad.is_sparse:
-            grad = grad.detach().coalesce()
-            rows, values = grad.indices()[0], grad.values()
-            self._exchange.add_rows(name, rows, values.reshape(-1, parameter[0].numel()), scale)
-            return
-        may_keep = is_sole_owner(grad)
-        grad_N = grad.detach().reshape(-1)
-        del grad
-        if grad_N.dtype not in PARAMETER_DTYPES:
-            grad_N = grad_N.float()
-        self._exchange.add(name, grad_N, scale, num_parts, is_last, may_keep)
-
-    def _take_all(self) -> None:
-        """Hand over all gradients, clipped by their joint norm."""
-        with_grad = {name: p.grad for name, p in self._named.items() if p.grad is not None}
-        if with_grad:
-            scale = self._scaling.of_all([_values(grad) for grad in with_grad.values()])
-            for name in list(with_grad):  # each gradient is given up in its turn
-                self._take(name, scale.to(with_grad.pop(name).device), 1)
-
-
-def _values(grad: Tensor) -> Tensor:
-    """Return what a gradient's norm is of."""
-    return grad.coalesce().values() if grad.is_sparse else grad

@@ -23,16 +23,15 @@ from dgc.buckets import Bucket, TensorSpec
 from dgc.codec import Codec, Entries, from_share, to_share
 from dgc.comm import Handle
 from dgc.cost import DENSE_BYTES
+from dgc.islands import pass_on, sum_within
 from dgc.outgoing import Outgoing, where_delivered
 from dgc.precondition import divide
 from dgc.sparsify import SparseGrad, largest_indices
+from dgc.verdict import LARGEST_GRADIENT, overflown
 from kernels import packing
 
 if TYPE_CHECKING:
     from dgc.exchange import Exchange
-
-# What is larger counts as infinite: sums of such squares would soon be, and spoil a statistic.
-LARGEST_GRADIENT = 2.0**40
 
 Way = Generator[Handle, Any, "Update"]
 
@@ -61,9 +60,9 @@ def run(exchange: Exchange, bucket: Bucket) -> Way:
     if bucket.protocol == "rows":
         return (yield from gather_rows(exchange, bucket))
     if exchange.island is not None:
-        yield from _sum_within_island(exchange, bucket)
+        yield from sum_within(exchange, bucket)
     founds, reports = exchange.read(bucket)
-    bad = exchange.overflown(reports)
+    bad = overflown(reports)
     if bucket.protocol == "dense":
         return (yield from all_reduce(exchange, bucket, bad))
     with exchange.stats.timed("select"):
@@ -71,7 +70,7 @@ def run(exchange: Exchange, bucket: Bucket) -> Way:
         exchange.note_selected(bucket, outgoing)
     protocol = gather if bucket.protocol == "gather" else sparse_all_reduce
     arrived = yield from protocol(exchange, bucket, outgoing)
-    arrived = yield from _pass_on(exchange, bucket, arrived)
+    arrived = yield from pass_on(exchange, bucket, arrived)
     with exchange.stats.timed("merge"):
         return _take_in(exchange, bucket, outgoing, arrived)
 
@@ -92,7 +91,7 @@ def all_reduce(exchange: Exchange, bucket: Bucket, bad: set[int]) -> Way:
         flat = torch.cat(parts)
         exchange.stats.dense_bytes += flat.numel() * DENSE_BYTES
     arrived = yield exchange.group.all_reduce_async(flat, exchange.name_of(bucket))
-    arrived = yield from _pass_on(exchange, bucket, arrived)
+    arrived = yield from pass_on(exchange, bucket, arrived)
     with exchange.stats.timed("merge"):
         return _split_dense(exchange, bucket, arrived.div_(exchange.comm.world_size))
 
@@ -284,45 +283,3 @@ def gather_rows(exchange: Exchange, bucket: Bucket) -> Way:
             means = sums.div_(exchange.comm.world_size).view(-1, spec.row_size)
             update.rows[spec.name] = (rows_U, means)
         return update
-
-
-# ---- within an island ----
-
-
-def _pass_on(exchange: Exchange, bucket: Bucket, arrived: Tensor) -> Generator[Handle, Any, Tensor]:
-    """Join what arrived at the ranks of the island, in their order; in one level, nothing more."""
-    if exchange.island is None:
-        return arrived
-    exchange.stats.island_bytes += arrived.nbytes
-    return (yield exchange.island.all_gather_async(arrived, exchange.name_of(bucket, "pass")))
-
-
-def _sum_within_island(exchange: Exchange, bucket: Bucket) -> Generator[Handle, Any, None]:
-    """Sum the ranks' gradients; add this rank's shares of the sums to its residuals.
-
-    What divides a share must know all gradients in it: statistics are averaged in the island, too.
-    """
-    island = exchange.island
-    with exchange.stats.timed("pack"):
-        sizes = [spec.numel for spec in bucket.specs]
-        rows = torch.zeros(island.world_size, sum(sizes), device=bucket.specs[0].device)
-        for spec, part in zip(bucket.specs, rows.split(sizes, dim=1), strict=True):
-            held_N = exchange.release(spec.name)
-            whole_rows, rest = divmod(held_N.numel(), spec.numel)
-            part[:whole_rows] = held_N[: whole_rows * spec.numel].view(whole_rows, -1)
-            if rest:
-                part[whole_rows, :rest] = held_N[-rest:]
-        exchange.stats.island_bytes += rows.nbytes
-    mine = yield island.reduce_scatter_async(rows, exchange.name_of(bucket, "sum"))
-    names = exchange.statistics.shareable(spec.name for spec in bucket.specs)
-    if names and exchange.compression.preconditioning == "late":
-        flat = exchange.statistics.pack(names)
-        exchange.stats.island_bytes += flat.nbytes
-        mean = yield island.all_reduce_async(flat, exchange.name_of(bucket, "statistics"))
-        mean.div_(island.world_size)
-        exchange.statistics.unpack(names, mean)
-        if not torch.isfinite(mean).all():  # of one rank's gradient, which was not
-            exchange.spoil(names)
-    with exchange.stats.timed("compensate"):
-        for spec, share_N in zip(bucket.specs, mine.split(sizes), strict=True):
-            exchange.accumulate(spec.name, share_N.clone(), may_keep=True)

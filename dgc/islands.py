@@ -1,0 +1,57 @@
+"""What the ranks of an island do for each other before and after they exchange with other islands.
+
+An island is the ranks that sum densely among themselves, in two levels; topology.py chooses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dgc.buckets import Bucket
+from dgc.comm import Handle
+
+if TYPE_CHECKING:
+    from dgc.exchange import Exchange
+
+
+def pass_on(exchange: Exchange, bucket: Bucket, arrived: Tensor) -> Generator[Handle, Any, Tensor]:
+    """Join what arrived at the ranks of the island, in their order; in one level, nothing more."""
+    if exchange.island is None:
+        return arrived
+    exchange.stats.island_bytes += arrived.nbytes
+    return (yield exchange.island.all_gather_async(arrived, exchange.name_of(bucket, "pass")))
+
+
+def sum_within(exchange: Exchange, bucket: Bucket) -> Generator[Handle, Any, None]:
+    """Sum the ranks' gradients; add this rank's shares of the sums to its residuals.
+
+    What divides a share must know all gradients in it: statistics are averaged in the island, too.
+    """
+    island = exchange.island
+    with exchange.stats.timed("pack"):
+        sizes = [spec.numel for spec in bucket.specs]
+        rows = torch.zeros(island.world_size, sum(sizes), device=bucket.specs[0].device)
+        for spec, part in zip(bucket.specs, rows.split(sizes, dim=1), strict=True):
+            held_N = exchange.release(spec.name)
+            whole_rows, rest = divmod(held_N.numel(), spec.numel)
+            part[:whole_rows] = held_N[: whole_rows * spec.numel].view(whole_rows, -1)
+            if rest:
+                part[whole_rows, :rest] = held_N[-rest:]
+        exchange.stats.island_bytes += rows.nbytes
+    mine = yield island.reduce_scatter_async(rows, exchange.name_of(bucket, "sum"))
+    names = exchange.statistics.shareable(spec.name for spec in bucket.specs)
+    if names and exchange.compression.preconditioning == "late":
+        flat = exchange.statistics.pack(names)
+        exchange.stats.island_bytes += flat.nbytes
+        mean = yield island.all_reduce_async(flat, exchange.name_of(bucket, "statistics"))
+        mean.div_(island.world_size)
+        exchange.statistics.unpack(names, mean)
+        if not torch.isfinite(mean).all():  # of one rank's gradient, which was not
+            exchange.magnitudes.spoil(names, mean.device)
+    with exchange.stats.timed("compensate"):
+        for spec, share_N in zip(bucket.specs, mine.split(sizes), strict=True):
+            exchange.accumulate(spec.name, share_N.clone(), may_keep=True)
