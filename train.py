@@ -16,26 +16,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
+from assembly import build_trainer, refuse_differences
 from configs import load
-from configs.schema import Run
-from dgc import DistributedOptimizer, row_sparse_names
 from dgc.comm import HorovodComm, horovod_job
 from engine import report
 from engine.checkpoint import CheckpointError
-from engine.loop import Trainer
-from engine.meters import AccuracyMeter
-from engine.precision import make_grad_scaler
-from engine.sampling import make_eval_loader, make_train_loader
-from engine.schedules import LearningRate
-from engine.state import RunState, polyak
 
 
 def main() -> None:
@@ -99,14 +89,6 @@ def check_same_everywhere(
     refuse_differences(comm, {**flat_config, **options, **versions})
 
 
-def refuse_differences(comm: HorovodComm, mine: dict[str, Any]) -> None:
-    everyone = comm.all_gather_object(mine)
-    for rank, theirs in enumerate(everyone):
-        different = load.differences(everyone[0], theirs)
-        if different:
-            raise SystemExit(f"rank 0 and rank {rank} differ:\n  " + "\n  ".join(different))
-
-
 def choose_device(wanted: str, comm: HorovodComm) -> torch.device:
     """Return this rank's device, and share the machine's cores among its ranks."""
     if "OMP_NUM_THREADS" not in os.environ:
@@ -121,120 +103,6 @@ def choose_device(wanted: str, comm: HorovodComm) -> torch.device:
     device = torch.device("cuda", comm.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
-
-
-def build_trainer(
-    run: Run,
-    comm: HorovodComm,
-    device: torch.device,
-    folder: Path,
-    flat_config: dict[str, Any],
-    reporter: report.Reporter | report.SilentReporter,
-) -> Trainer:
-    """Build the parts of a run, in the order in which they need each other."""
-    torch.manual_seed(run.seed)
-    model = build_part("configs.model", run.model).to(device)
-    datasets = build_datasets(run, comm)
-    loading = {
-        "rank": comm.rank,
-        "world_size": comm.world_size,
-        "num_workers": run.data.num_workers_per_rank,
-        "pin_memory": device.type == "cuda",
-    }
-    train = run.train
-    train_loader, sampler = build_part(
-        "configs.train",
-        make_train_loader,
-        datasets["train"],
-        batch_size=train.batch_size_per_rank,
-        micro_batches_per_step=train.micro_batches_per_step,
-        seed=run.seed,
-        samples_per_epoch=run.data.samples_per_epoch,
-        **loading,
-    )
-    test_loader = make_eval_loader(
-        datasets["test"], batch_size=train.eval_batch_size_per_rank, **loading
-    )
-    averaged = None
-    if train.polyak_decay is not None:  # copied here, before the model's parameters have hooks
-        averaged = AveragedModel(model, multi_avg_fn=polyak(train.polyak_decay))
-    grad_scaler = make_grad_scaler(train.precision, device)
-    groups = parameter_groups(model, train.weight_decay_on_batch_norm)
-    optimizer = build_part(
-        "configs.train.optimizer",
-        DistributedOptimizer,
-        build_part("configs.train.optimizer", train.optimizer, groups),
-        model.named_parameters(),
-        comm=comm,
-        compression=run.dgc,
-        micro_batches_per_step=train.micro_batches_per_step,
-        bucket_bytes=int(train.bucket_mib * 2**20),
-        seed=run.seed,
-        grad_scaler=grad_scaler,
-        row_sparse=row_sparse_names(model),
-    )
-    steps_per_epoch = len(train_loader) // train.micro_batches_per_step
-    workers = comm.world_size * train.micro_batches_per_step
-    learning_rate = build_part(
-        "configs.train.scheduler",
-        LearningRate,
-        optimizer,
-        scale=workers if train.scale_lr_by_workers else 1,
-        warmup_steps=round(train.lr_warmup_epochs * steps_per_epoch),
-        make_scheduler=train.scheduler,
-        total_steps=train.num_epochs * steps_per_epoch,
-        steps_per_epoch=steps_per_epoch,
-        per=train.schedule_lr_per,
-    )
-
-    train_sums = AccuracyMeter(train.top_k, device)
-    state = RunState(model, optimizer, learning_rate, train_sums, device, averaged, grad_scaler)
-    return Trainer(
-        run,
-        state,
-        comm=comm,
-        loss=build_part("configs.train.loss", train.loss),
-        train_loader=train_loader,
-        sampler=sampler,
-        test_loader=test_loader,
-        folder=folder,
-        steps_per_epoch=steps_per_epoch,
-        flat_config=flat_config,
-        config_changes=load.changes,
-        reporter=reporter,
-    )
-
-
-def parameter_groups(model: nn.Module, decay_normalization: bool) -> list[dict[str, Any]]:
-    """Return the optimizer's groups; normalization layers apart if they are not to decay."""
-    if decay_normalization:
-        return [{"params": list(model.parameters())}]
-    norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-    undecayed = [p for m in model.modules() if isinstance(m, norms) for p in m.parameters(False)]
-    ids = {id(p) for p in undecayed}
-    decayed = [p for p in model.parameters() if id(p) not in ids]
-    return [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
-
-
-def build_datasets(run: Run, comm: HorovodComm) -> Any:
-    """Build the datasets in three turns, since the first on a disk may have to download."""
-    my_turn = 0 if comm.rank == 0 else 1 if comm.local_rank == 0 else 2
-    for turn in range(3):
-        if turn == my_turn:
-            datasets = build_part("configs.dataset", run.dataset)
-        comm.barrier("building the dataset on the ranks that go first")
-    facts = {f"samples to {split}": len(dataset) for split, dataset in datasets.items()}
-    classes = {f"classes to {s}": getattr(d, "classes", None) for s, d in datasets.items()}
-    refuse_differences(comm, {**facts, **classes})
-    return datasets
-
-
-def build_part(path: str, make: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
-    """Build what a setting names; what it refuses becomes a message with the setting's path."""
-    try:
-        return make(*arguments, **settings)
-    except (TypeError, ValueError, FileNotFoundError) as error:
-        raise load.ConfigError(f"{path}: {error}") from error
 
 
 if __name__ == "__main__":

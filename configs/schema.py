@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import fiddle as fdl
 import torch
-from torch.utils.data import Dataset
 
 from dgc.compression import Compression
 
@@ -63,10 +62,11 @@ class Train:
     """Of forward and loss, by torch.autocast; parameters stay in float32. float16 scales the loss,
     and skips a step where it overflows. Evaluation likewise."""
     loss: Callable[..., torch.nn.Module] = torch.nn.CrossEntropyLoss
+    """Of classification; other tasks have theirs."""
     scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None
     """Any torch scheduler, as fdl.Partial; it starts when the warm-up ends. A length that it asks
     for (T_max, total_iters, total_steps) and that is not set is filled in with the rest of the
-    run."""
+    run. A ReduceLROnPlateau looks at best_metric after each epoch."""
     schedule_lr_per: Literal["epoch", "step"] = "epoch"
     """How often the scheduler moves."""
     lr_warmup_epochs: float = 5
@@ -76,12 +76,17 @@ class Train:
     polyak_decay: float | None = None
     """Evaluate an average of the parameters in which, each step, the old has this weight (less in
     the first steps; torch's AveragedModel). None: no average."""
+    clip_norm: float | None = None
+    """Bound of the 2-norm of the mean gradient, all tensors together. In a sparse exchange each
+    worker clips its own instead, as dgc.clip_norm says, which this sets if it is None. None: no
+    clipping."""
     weight_decay_on_batch_norm: bool = True
     """False: the scales and shifts of normalization layers are not decayed."""
     top_k: Sequence[int] = (1, 5)
-    """Accuracies reported: the label is among the k best."""
+    """Accuracies reported of a classification: the label is among the k best."""
     best_metric: str = "acc/test_top1"
-    """The metric, larger is better, whose best epoch is kept for --evaluate."""
+    """The metric whose best epoch is kept for --evaluate: of losses and perplexities the smallest,
+    of others the largest."""
     bucket_mib: float = 16.0
     """MiB of float32 gradient that leave together, at least: smaller starts earlier, larger makes
     fewer messages."""
@@ -104,10 +109,7 @@ class Train:
             ),
             lr_warmup_epochs=(self.lr_warmup_epochs >= 0, "0 or more"),
             top_k=(len(self.top_k) > 0 and min(self.top_k) >= 1, "numbers of 1 or more"),
-            best_metric=(
-                self.best_metric in [f"acc/test_top{k}" for k in self.top_k],
-                ", ".join(f"acc/test_top{k}" for k in self.top_k),
-            ),
+            clip_norm=(self.clip_norm is None or self.clip_norm > 0, "None or above 0"),
             bucket_mib=(self.bucket_mib > 0, "above 0"),
         )
 
@@ -135,12 +137,18 @@ class Checkpoint:
 class Run:
     """One run. The callables are built when the job has started, so that a config stays values."""
 
-    model: Callable[[], torch.nn.Module]
-    dataset: Callable[[], Mapping[str, Dataset[Any]]]
-    """Returns {"train": ..., "test": ...} of (input, label) samples."""
+    model: Callable[..., torch.nn.Module]
+    """Arguments that it takes and that are not set are filled in with what the dataset knows of
+    itself (num_words, word_counts)."""
+    dataset: Callable[[], Mapping[str, Any]]
+    """Returns {"train": ..., "valid" or "test" or both: ...}: datasets of (input, label) samples,
+    or splits that cut their batches themselves (workloads.text)."""
     train: Train
     data: Data
     checkpoint: Checkpoint
+    task: Callable[[], Any] | None = None
+    """What the model is trained for (workloads.tasks); None: classification, by train.loss and
+    train.top_k."""
     dgc: Compression | None = None
     """Deep Gradient Compression; None: a dense all-reduce."""
     seed: int = 42

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from engine import report
 from engine.checkpoint import CheckpointError, CheckpointFolder
-from engine.interfaces import Comm
-from engine.meters import AccuracyMeter, add_seconds, timed
+from engine.clipping import clip_gradients
+from engine.interfaces import Batch, Batches, Carried, Comm, Task
+from engine.meters import Sums, add_seconds, timed
 from engine.precision import autocast
-from engine.sampling import EpochSampler, seed_all
+from engine.sampling import seed_all
 from engine.state import RunState
 
 if TYPE_CHECKING:
@@ -37,18 +37,16 @@ class Trainer:
         state: RunState,
         *,
         comm: Comm,
-        loss: nn.Module,
-        train_loader: DataLoader,
-        sampler: EpochSampler,
-        test_loader: DataLoader,
+        task: Task,
+        batches: dict[str, Batches],
         folder: Path,
         steps_per_epoch: int,
         flat_config: dict[str, Any],
         config_changes: Callable[[dict[str, Any], dict[str, Any]], list[str]],
         reporter: report.Reporter | report.SilentReporter,
     ) -> None:
-        self.run, self.state, self.comm, self.loss = run, state, comm, loss
-        self.train_loader, self.sampler, self.test_loader = train_loader, sampler, test_loader
+        self.run, self.state, self.comm, self.task = run, state, comm, task
+        self.batches = batches  # by split; those other than "train" are evaluated
         self.flat_config, self.reporter = flat_config, reporter
         self.checkpoints = CheckpointFolder(folder / "checkpoints", comm, run.checkpoint.keep)
         self.steps_per_epoch, self._config_changes = steps_per_epoch, config_changes
@@ -70,17 +68,23 @@ class Trainer:
         self.reporter.close()
 
     def evaluate(self) -> dict[str, float]:
-        """Return loss and accuracies over the whole test set, over all ranks."""
-        model, device = self.state.evaluated(), self.state.device
-        meter = AccuracyMeter(self.run.train.top_k, device)
+        """Return the task's metrics over the whole of each split but train, over all ranks."""
+        model, metrics = self.state.evaluated(), {}
         model.eval()
-        with torch.no_grad():
-            for inputs, labels in self.test_loader:
-                inputs, labels = inputs.to(device), labels.to(device)
-                logits, loss = self._forward(model, inputs, labels)
-                meter.add(logits, labels, loss)
+        for split, batches in self.batches.items():
+            if split != "train":
+                sums = self._evaluate_split(model, batches).reduce(self.comm, split)
+                metrics |= self.task.metrics(sums, split)
         model.train()
-        return meter.reduce(self.comm, "test")
+        return metrics
+
+    @torch.no_grad()
+    def _evaluate_split(self, model: nn.Module, batches: Batches) -> Sums:
+        total, carried = Sums(self.task.num_sums, self.state.device), None
+        for batch in batches.start(0, 0, {}):
+            _, sums, carried = self._forward(model, self._to_device(batch), carried)
+            total.add(sums)
+        return total
 
     def evaluate_best(self) -> dict[str, float]:
         """Load the best checkpoint's parameters and evaluate them."""
@@ -114,10 +118,10 @@ class Trainer:
         state, progress = self.state, self.state.progress
         self._set_density()
         if progress.step_in_epoch == 0:
-            state.train_sums.sums.zero_()
-        per_step = self.run.train.micro_batches_per_step * self.run.train.batch_size_per_rank
-        self.sampler.start(progress.epoch, progress.step_in_epoch * per_step)
-        batches = iter(self.train_loader)
+            state.train_sums.values.zero_()
+            state.carried, state.position = None, {}
+        first = progress.step_in_epoch * self.run.train.micro_batches_per_step
+        batches = self.batches["train"].start(progress.epoch, first, state.position)
         for _ in self._progress_bar():
             start = time.perf_counter()
             loss = self._train_step(batches)
@@ -149,10 +153,14 @@ class Trainer:
             mininterval=0.5 if sys.stderr.isatty() else 10,  # each refresh is a line in a log
         )
 
-    def _forward(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(
+        self, model: nn.Module, batch: Batch, carried: Carried
+    ) -> tuple[Tensor, Tensor, Carried]:
         with autocast(self.run.train.precision, self.state.device):
-            logits = model(inputs)
-            return logits, self.loss(logits, labels)
+            return self.task(model, batch, carried)
+
+    def _to_device(self, batch: Batch) -> list[Tensor]:
+        return [tensor.to(self.state.device, non_blocking=True) for tensor in batch]
 
     def _train_step(self, batches: Iterator[Any]) -> Tensor:
         """One step of one or more micro-batches; return the last one's mean loss."""
@@ -161,16 +169,16 @@ class Trainer:
         before = state.before_step()
         for _ in range(micro_batches):
             with timed(seconds, "data"):
-                inputs, labels = next(batches)
-                inputs = inputs.to(state.device, non_blocking=True)
-                labels = labels.to(state.device, non_blocking=True)
+                batch = self._to_device(next(batches))
             with timed(seconds, "forward"):
-                logits, loss = self._forward(state.model, inputs, labels)
+                loss, sums, state.carried = self._forward(state.model, batch, state.carried)
             with timed(seconds, "backward"):
                 state.grad_scaler.scale(loss / micro_batches).backward()
-            with torch.no_grad():
-                state.train_sums.add(logits, labels, loss)
+            state.train_sums.add(sums)
         with timed(seconds, "step"):
+            if self.run.dgc is None and self.run.train.clip_norm is not None:
+                state.optimizer.synchronize()  # gradients are then the mean over ranks
+                clip_gradients(state.model.parameters(), self.run.train.clip_norm)
             state.grad_scaler.step(state.optimizer)
             state.grad_scaler.update()
             if state.optimizer.stats.skipped:
@@ -182,7 +190,8 @@ class Trainer:
 
     def _count_step(self, seconds: float) -> None:
         train, progress, stats = self.run.train, self.state.progress, self.state.optimizer.stats
-        samples = train.batch_size_per_rank * train.micro_batches_per_step * self.comm.world_size
+        samples = self.batches["train"].samples_per_batch * train.micro_batches_per_step
+        samples *= self.comm.world_size
         progress.step += 1
         progress.step_in_epoch += 1
         progress.examples += samples
@@ -224,8 +233,10 @@ class Trainer:
         state, progress = self.state, self.state.progress
         self._average_buffers()
         parameter_hash = self._check_replicas()
-        metrics = state.train_sums.reduce(self.comm, "train") | self.evaluate()
+        sums = state.train_sums.reduce(self.comm, "train")
+        metrics = self.task.metrics(sums, "train") | self.evaluate()
         is_best = progress.note(metrics, self.run.train.best_metric)
+        state.learning_rate.end_epoch(metrics[self.run.train.best_metric])
         progress.epoch += 1
         progress.step_in_epoch = 0
         last = progress.epoch == self.run.train.num_epochs
@@ -281,6 +292,7 @@ class Trainer:
 
     def _save(self, *, is_best: bool) -> None:
         self.reporter.flush()
+        self.state.position = self.batches["train"].position()
         shared = {**self.state.shared(), "config": self.flat_config}
         self.checkpoints.save(
             self.state.progress.step, shared, self.state.worker(), is_best=is_best

@@ -95,46 +95,49 @@ class _EveryNth(Sampler):
         return len(self._places)
 
 
-def make_train_loader(
+class SampleBatches:
+    """Batches of samples that a DataLoader loads one by one; see interfaces.Batches."""
+
+    def __init__(
+        self, loader: DataLoader, batch_size: int, sampler: EpochSampler | None = None
+    ) -> None:
+        self._loader, self._sampler = loader, sampler
+        self.num_batches, self.samples_per_batch = len(loader), batch_size
+
+    def start(self, epoch: int, first: int, position: Any) -> Iterator[Any]:
+        if self._sampler is not None:
+            self._sampler.start(epoch, first * self.samples_per_batch)
+        return iter(self._loader)
+
+    def position(self) -> dict[str, Any]:
+        return {}
+
+
+def make_batches(
     dataset: Dataset[Any],
     *,
     batch_size: int,
-    micro_batches_per_step: int,
     rank: int,
     world_size: int,
     seed: int,
-    num_workers: int,
+    is_training: bool,
     samples_per_epoch: int | None,
+    num_workers: int,
     pin_memory: bool,
-) -> tuple[DataLoader, EpochSampler]:
-    """Return a loader of whole batches of this rank's share, and the sampler that places it.
+) -> SampleBatches:
+    """Return batches of this rank's share of the samples.
 
-    Raises: ValueError if an epoch holds less than one step.
+    In training: whole batches of shuffled samples, as many on all ranks. Else every sample once.
     """
+    if not is_training:
+        places = _EveryNth(len(dataset), rank, world_size)
+        samples = SeededSamples(dataset, 0)
+        loader = _loader(samples, places, batch_size, num_workers, pin_memory, drop_last=False)
+        return SampleBatches(loader, batch_size)
     sampler = EpochSampler(len(dataset), rank, world_size, seed, samples_per_epoch)
-    if len(sampler) < batch_size * micro_batches_per_step:
-        raise ValueError(
-            f"a rank's share of an epoch is {len(sampler)} samples, less than one step of "
-            f"{micro_batches_per_step} x {batch_size}; lower configs.train.batch_size_per_rank or "
-            f"micro_batches_per_step, or raise configs.data.samples_per_epoch"
-        )
     samples = SeededSamples(dataset, seed)
     loader = _loader(samples, sampler, batch_size, num_workers, pin_memory, drop_last=True)
-    return loader, sampler
-
-
-def make_eval_loader(
-    dataset: Dataset[Any],
-    *,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    num_workers: int,
-    pin_memory: bool,
-) -> DataLoader:
-    sampler = _EveryNth(len(dataset), rank, world_size)
-    samples = SeededSamples(dataset, 0)
-    return _loader(samples, sampler, batch_size, num_workers, pin_memory, drop_last=False)
+    return SampleBatches(loader, batch_size, sampler)
 
 
 def _loader(

@@ -5,14 +5,15 @@ Source of the warm-up and of the scaling by workers: Goyal et al. 2017 (arXiv:17
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler, ReduceLROnPlateau
 
-_LENGTH_NAMES = ("T_max", "total_iters", "total_steps")
+from engine.filling import fill_in
+
+_LENGTH_NAMES = ("T_max", "total_iters", "total_steps")  # what schedulers call a run's length
 
 
 class LearningRate:
@@ -25,6 +26,7 @@ class LearningRate:
         make_scheduler: takes the optimizer; None: constant after the warm-up.
         total_steps, steps_per_epoch: of the run.
         per: "epoch" or "step": when the scheduler moves, counted from the end of the warm-up.
+        smaller_is_better: what a ReduceLROnPlateau is to make of the metric.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class LearningRate:
         total_steps: int,
         steps_per_epoch: int,
         per: str,
+        smaller_is_better: bool = False,
     ) -> None:
         self._num_steps = 0
         self._warmup_steps = min(warmup_steps, total_steps)
@@ -51,7 +54,15 @@ class LearningRate:
                     "configs.train.scale_lr_by_workers and lr_warmup_epochs to False and 0"
                 )
             length = max(1, (total_steps - self._warmup_steps) // self._stride)
-            self._scheduler = _make(make_scheduler, optimizer, length)
+            offered = dict.fromkeys(_LENGTH_NAMES, length)
+            offered["mode"] = "min" if smaller_is_better else "max"
+            self._scheduler = fill_in(make_scheduler, offered)(optimizer)
+        self._is_plateau = isinstance(self._scheduler, ReduceLROnPlateau)
+        if self._is_plateau and per == "step":
+            raise ValueError(
+                "ReduceLROnPlateau looks at the metric of an evaluation; set "
+                "configs.train.schedule_lr_per to epoch"
+            )
         self._warmup = None
         if self._warmup_steps and scale != 1:
             self._warmup = LinearLR(optimizer, 1 / scale, total_iters=self._warmup_steps)
@@ -62,8 +73,15 @@ class LearningRate:
         if self._num_steps <= self._warmup_steps:
             if self._warmup is not None:
                 self._warmup.step()
-        elif self._scheduler and (self._num_steps - self._warmup_steps) % self._stride == 0:
+        elif self._scheduler is None or self._is_plateau:
+            return
+        elif (self._num_steps - self._warmup_steps) % self._stride == 0:
             self._scheduler.step()
+
+    def end_epoch(self, metric: float) -> None:
+        """Let a ReduceLROnPlateau see the epoch's metric, the same on all ranks."""
+        if self._is_plateau and self._num_steps > self._warmup_steps:
+            self._scheduler.step(metric)
 
     def state_dict(self) -> dict[str, Any]:
         parts = {"warmup": self._warmup, "scheduler": self._scheduler}
@@ -77,15 +95,3 @@ class LearningRate:
             self._warmup.load_state_dict(state["warmup"])
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
-
-
-def _make(
-    make_scheduler: Callable[..., LRScheduler], optimizer: Optimizer, length: int
-) -> LRScheduler:
-    """Build the scheduler, filling in the run's length where it asks for one and none is set."""
-    given = getattr(make_scheduler, "keywords", {})
-    target = getattr(make_scheduler, "func", make_scheduler)
-    if target is ReduceLROnPlateau:
-        raise ValueError("ReduceLROnPlateau needs a metric at each move, which is not passed yet")
-    asked = [name for name in _LENGTH_NAMES if name in inspect.signature(target).parameters]
-    return make_scheduler(optimizer, **{name: length for name in asked if name not in given})

@@ -13,8 +13,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from engine import report
 from engine.checkpoint import CheckpointError
-from engine.interfaces import ExchangingOptimizer
-from engine.meters import AccuracyMeter
+from engine.interfaces import Carried, ExchangingOptimizer
+from engine.meters import Sums, smaller_is_better
 from engine.sampling import random_states, set_random_states
 from engine.schedules import LearningRate
 
@@ -33,6 +33,15 @@ def polyak(decay: float) -> Callable[..., None]:
         get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
 
     return average
+
+
+def to_device(carried: Carried, device: torch.device) -> Carried:
+    """Return what is carried on, moved to a device."""
+    if isinstance(carried, Tensor):
+        return carried.to(device)
+    if isinstance(carried, (tuple, list)):
+        return type(carried)(to_device(part, device) for part in carried)
+    return carried
 
 
 @dataclass
@@ -57,12 +66,13 @@ class Progress:
 
     def note(self, metrics: dict[str, float], best_metric: str) -> bool:
         """Record an epoch's metrics; tell whether `best_metric` is better than ever before."""
-        before = self.metrics.get(best_metric, {}).get("best", float("-inf"))
+        before = self.metrics.get(best_metric, {}).get("best")
         for name, value in metrics.items():
-            better = min if name.startswith("loss") else max
+            better = min if smaller_is_better(name) else max
             noted = self.metrics.setdefault(name, {"best": value})
             noted.update(last=value, best=better(value, noted["best"]))
-        return metrics[best_metric] > before
+        now = metrics[best_metric]
+        return before is None or (now < before if smaller_is_better(best_metric) else now > before)
 
     def seconds_per_step(self) -> dict[str, float]:
         """Return seconds by phase that add up to `total`.
@@ -84,25 +94,30 @@ class RunState:
     model: nn.Module
     optimizer: ExchangingOptimizer
     learning_rate: LearningRate
-    train_sums: AccuracyMeter
+    train_sums: Sums
     device: torch.device
     averaged: AveragedModel | None = None
     """The Polyak average of the parameters, which is evaluated if there is one."""
     grad_scaler: GradScaler = field(default_factory=lambda: GradScaler("cpu", enabled=False))
     """The scale of float16's loss; does nothing unless it is enabled."""
     progress: Progress = field(default_factory=Progress)
+    carried: Carried = None
+    """What this rank's next batch goes on from."""
+    position: dict[str, Any] = field(default_factory=dict)
+    """Where this rank's next batch begins; see interfaces.Batches."""
 
-    def before_step(self) -> list[Tensor]:
-        """Return copies of what forward passes change: model buffers and the sums of the meter."""
-        return [tensor.clone() for tensor in self._changed_by_forward()]
+    def before_step(self) -> tuple[list[Tensor], Carried]:
+        """Return what forward passes change: copies of buffers and sums; what is carried on."""
+        return [tensor.clone() for tensor in self._changed_by_forward()], self.carried
 
-    def undo_forward(self, before: list[Tensor]) -> None:
+    def undo_forward(self, before: tuple[list[Tensor], Carried]) -> None:
         """Put back what `before_step` returned; the optimizer has undone the rest of the step."""
-        for tensor, old in zip(self._changed_by_forward(), before, strict=True):
+        copies, self.carried = before
+        for tensor, old in zip(self._changed_by_forward(), copies, strict=True):
             tensor.copy_(old)
 
     def _changed_by_forward(self) -> list[Tensor]:
-        return [*self.model.buffers(), self.train_sums.sums]
+        return [*self.model.buffers(), self.train_sums.values]
 
     def evaluated(self) -> nn.Module:
         """Return the model to evaluate; an average has the buffers of the model as they are now."""
@@ -131,7 +146,9 @@ class RunState:
         own = {
             "exchange": self.optimizer.worker_state_dict(),
             "buffers": dict(self.model.named_buffers()),
-            "train_sums": self.train_sums.sums,
+            "train_sums": self.train_sums.values,
+            "carried": self.carried,
+            "position": self.position,
             "payload_bytes": progress.payload_bytes,
             "phase_seconds": dict(progress.phase_seconds),
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -156,7 +173,9 @@ class RunState:
         self.optimizer.load_worker_state_dict(worker["exchange"])
         for name, buffer in self.model.named_buffers():
             buffer.copy_(worker["buffers"][name])
-        self.train_sums.sums.copy_(worker["train_sums"])
+        self.train_sums.values.copy_(worker["train_sums"])
+        self.carried = to_device(worker.get("carried"), self.device)
+        self.position = worker.get("position", {})
         set_random_states(worker["random"])
         if self.device.type == "cuda" and "random_cuda" in worker:
             torch.cuda.set_rng_state(worker["random_cuda"], self.device)

@@ -91,7 +91,6 @@ def test_words_for_true_false_and_none():
         ({"train.num_epochs": "x"}, r"configs.train.num_epochs is 'x' \(str\); allowed: int"),
         ({"train.num_epochs": "true"}, r"configs.train.num_epochs is True \(bool\); allowed: int"),
         ({"train.num_epochs": "0"}, "configs.train.num_epochs is 0; allowed: 1 or more"),
-        ({"train.best_metric": "acc/test_top3"}, "configs.train.best_metric is 'acc/test_top3'"),
         ({"train.num_epochs.x": "1"}, "configs.train.num_epochs is 30 and has no setting 'x'"),
         ({"train": "3"}, "configs.train is a group of settings; set one of: num_epochs"),
         ({"dgc.density": "0.01"}, "configs.dgc is None .*; list a file of configs/dgc/"),

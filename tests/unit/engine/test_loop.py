@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-import train
+import assembly
 from configs import load
 from dgc.local import run_local
 from engine.report import SilentReporter
@@ -29,7 +29,7 @@ def make_trainer(comm, folder, precision="float32"):
     run.model = make_model
     flat = load.flatten(config)
     device = torch.device("cpu")
-    return train.build_trainer(run, comm, device, folder, flat, SilentReporter())
+    return assembly.build_trainer(run, comm, device, folder, flat, SilentReporter())
 
 
 def batches(comm, *factors):
@@ -48,7 +48,7 @@ def step(trainer, data):
 
 def all_but_schedule(state):
     """Copies of what a step that is undone must leave alone."""
-    parts = [state.model.state_dict(), state.averaged.state_dict(), state.train_sums.sums,
+    parts = [state.model.state_dict(), state.averaged.state_dict(), state.train_sums.values,
              state.optimizer.state_dict()["state"]]  # fmt: skip
     return copy.deepcopy(parts)
 
@@ -70,7 +70,7 @@ def test_a_nan_in_a_micro_batch_of_one_rank_leaves_no_trace_on_any(tmp_path, bad
         assert_equal(all_but_schedule(state), before)
         assert state.optimizer.param_groups[0]["lr"] > lr  # the schedule goes by steps
         step(trainer, batches(comm, 1.0, 1.0))
-        assert state.train_sums.sums.isfinite().all()
+        assert state.train_sums.values.isfinite().all()
         assert (state.progress.step, state.progress.skipped_steps) == (3, 1)
         return list(state.averaged.parameters())
 
@@ -111,8 +111,10 @@ def test_forward_runs_in_the_precision_asked_for_and_parameters_stay(tmp_path, p
     def work(comm):
         trainer = make_trainer(comm, tmp_path, precision)
         inputs, labels = next(batches(comm, 1.0))
-        logits, loss = trainer._forward(trainer.state.model, inputs, labels)
-        assert logits.dtype == getattr(torch, precision)
+        seen = []
+        trainer.state.model[-1].register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+        loss, _, _ = trainer._forward(trainer.state.model, (inputs, labels), None)
+        assert seen == [getattr(torch, precision)]
         assert loss.dtype == torch.float32
         step(trainer, batches(comm, 1.0, 1.0))
         assert {p.dtype for p in trainer.state.model.parameters()} == {torch.float32}
@@ -126,7 +128,7 @@ def test_statistics_that_workers_keep_are_a_kind_of_state_of_their_own(tmp_path)
     config = load.compose([DIGITS, DIGITS.parents[1] / "optim/parsimony.py"], {})
 
     def work(comm):
-        trainer = train.build_trainer(
+        trainer = assembly.build_trainer(
             load.build(config), comm, torch.device("cpu"), tmp_path, {}, SilentReporter()
         )
         step(trainer, batches(comm, 1.0))

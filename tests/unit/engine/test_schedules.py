@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, ReduceLROnPlateau
 
 from engine.schedules import LearningRate
 
@@ -72,7 +72,6 @@ def test_resuming_continues_to_the_bit(resume_at, per):
 @pytest.mark.parametrize(
     ("make_scheduler", "complaint"),
     [
-        (torch.optim.lr_scheduler.ReduceLROnPlateau, "needs a metric"),
         (partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1), "max_lr is not multiplied"),
     ],
 )
@@ -90,3 +89,49 @@ def test_its_state_is_plain_values(tmp_path):
         )  # fmt: skip
         torch.save(rate.state_dict(), tmp_path / "state.pt")
         torch.load(tmp_path / "state.pt", weights_only=True)
+
+
+def cuts(metrics, *, smaller_is_better, resume_at=None):
+    """Rates of epochs of two steps each, the first of them warm-up."""
+
+    def make():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        plateau = partial(ReduceLROnPlateau, factor=0.25, patience=0)
+        return optimizer, LearningRate(
+            optimizer, scale=1, warmup_steps=2, make_scheduler=plateau, total_steps=20,
+            steps_per_epoch=2, per="epoch", smaller_is_better=smaller_is_better,
+        )  # fmt: skip
+
+    optimizer, rate = make()
+    seen = []
+    for epoch, metric in enumerate(metrics):
+        if epoch == resume_at:
+            saved = optimizer.state_dict(), rate.state_dict()
+            optimizer, rate = make()
+            optimizer.load_state_dict(saved[0])
+            rate.load_state_dict(saved[1])
+        seen.append(optimizer.param_groups[0]["lr"])
+        for _ in range(2):
+            optimizer.step()
+            rate.step()
+        rate.end_epoch(metric)
+    return seen
+
+
+def test_the_rate_is_cut_when_the_metric_stalls_whichever_way_is_better():
+    falling = [9.0, 9.0, 5.0, 4.0, 4.5, 3.0, 3.0]  # the first is of the warm-up
+    assert cuts(falling, smaller_is_better=True) == [1, 1, 1, 1, 1, 0.25, 0.25]
+    assert cuts([-m for m in falling], smaller_is_better=False) == [1, 1, 1, 1, 1, 0.25, 0.25]
+    assert cuts(falling, smaller_is_better=False) == [1, 1, 1, 0.25, 0.0625, 0.015625, 0.00390625]
+
+
+@pytest.mark.parametrize("resume_at", [2, 4, 5])
+def test_a_plateau_remembers_the_best_across_a_resume(resume_at):
+    metrics = [9.0, 9.0, 5.0, 6.0, 4.0, 4.5, 3.0]
+    whole = cuts(metrics, smaller_is_better=True)
+    assert cuts(metrics, smaller_is_better=True, resume_at=resume_at) == whole
+
+
+def test_a_plateau_by_step_is_refused():
+    with pytest.raises(ValueError, match="schedule_lr_per to epoch"):
+        rates(1, make_scheduler=ReduceLROnPlateau, per="step")

@@ -1,0 +1,96 @@
+"""How the parts of a run are put together: what they tell each other, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import assembly
+from configs import load
+from dgc.local import run_local
+from engine.report import SilentReporter
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / "configs/digits/resnet20.py"
+WM0 = ROOT / "configs/dgc/wm0.py"
+
+
+def trainer_of(comm, folder, overrides):
+    config = load.compose([DIGITS], overrides)
+    run, flat = load.build(config), load.flatten(config)
+    return assembly.build_trainer(run, comm, torch.device("cpu"), folder, flat, SilentReporter())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"train.best_metric": "acc/test_top3"}, "configs.train.best_metric is 'acc/test_top3'; "
+         "allowed: loss/test, acc/test_top1, acc/test_top5"),
+        ({"train.batch_size_per_rank": "2000"}, "lower configs.train.batch_size_per_rank"),
+        ({"data.samples_per_epoch": "10"}, "raise configs.data.samples_per_epoch"),
+        ({"model.in_channels": "x"}, "configs.model"),
+    ],
+)  # fmt: skip
+def test_what_a_part_refuses_is_told_with_the_setting(tmp_path, overrides, complaint):
+    with pytest.raises(load.ConfigError, match=complaint):
+        run_local(1, lambda comm: trainer_of(comm, tmp_path, overrides))
+
+
+class Sized(nn.Module):
+    """Asks for what the dataset knows."""
+
+    def __init__(self, num_words, width=4):
+        super().__init__()
+        self.layer = nn.Linear(num_words, width)
+
+
+class Knowing(TensorDataset):
+    facts = {"num_words": 7, "word_counts": torch.arange(7)}  # noqa: RUF012
+
+
+def test_a_model_is_told_what_the_dataset_knows_unless_it_is_set():
+    splits = {"train": Knowing(torch.zeros(1))}
+    run = load.build(load.compose([DIGITS], {}))
+    run.model = Sized
+    assert assembly.build_model(run, splits).layer.in_features == 7
+    run.model = assembly.fill_in(Sized, {"num_words": 5})
+    assert assembly.build_model(run, splits).layer.in_features == 5
+
+
+def test_ranks_whose_vocabularies_differ_are_stopped(tmp_path):
+    def work(comm):
+        run = load.build(load.compose([DIGITS], {}))
+        split = Knowing(torch.zeros(4))
+        split.facts = {"word_counts": torch.arange(7) + comm.rank}
+        run.dataset = lambda: {"train": split}
+        with pytest.raises(SystemExit, match="rank 0 and rank 1 differ:\n  word_counts to train"):
+            assembly.build_splits(run, comm)
+
+    run_local(2, work)
+
+
+def test_a_dense_step_is_clipped_by_the_norm_of_the_mean_gradient(tmp_path):
+    def work(comm):
+        bound = {"train.clip_norm": "0.01", "train.scale_lr_by_workers": "false",
+                 "train.lr_warmup_epochs": "0", "train.optimizer.weight_decay": "0"}  # fmt: skip
+        trainer = trainer_of(comm, tmp_path, bound)
+        before = [p.detach().clone() for p in trainer.state.model.parameters()]
+        trainer._train_step(trainer.batches["train"].start(0, 0, {}))
+        after = trainer.state.model.parameters()
+        moved = torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)])
+        lr = trainer.state.optimizer.param_groups[0]["lr"]
+        return (moved.norm() / lr).item()
+
+    assert run_local(2, work) == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
+def test_a_sparse_exchange_clips_as_the_run_does_unless_it_says_otherwise():
+    def clip_norm(overrides):
+        run = load.build(load.compose([DIGITS, WM0], overrides))
+        return assembly.compression_of(run).clip_norm
+
+    assert clip_norm({}) is None
+    assert clip_norm({"train.clip_norm": "0.5"}) == 0.5
+    assert clip_norm({"train.clip_norm": "0.5", "dgc.clip_norm": "2.0"}) == 2.0
