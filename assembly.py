@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +104,35 @@ def build_model(run: Run, splits: Mapping[str, Any]) -> nn.Module:
 
 def build_optimizer(train: Train, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer that the exchange will hold."""
-    groups = parameter_groups(model, train.weight_decay_on_batch_norm)
+    groups = parameter_groups(train, model)
     return build_part("configs.train.optimizer", train.optimizer, groups)
 
 
-def parameter_groups(model: nn.Module, decay_normalization: bool) -> list[dict[str, Any]]:
-    """Return the optimizer's groups; normalization layers apart if they are not to decay."""
-    if decay_normalization:
-        return [{"params": list(model.parameters())}]
+def parameter_groups(train: Train, model: nn.Module) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: those without settings of their own, then by pattern, then
+    normalization layers, if they are not to decay.
+
+    Raises: ConfigError for a pattern that no parameter matches first.
+    """
     norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
-    undecayed = [p for m in model.modules() if isinstance(m, norms) for p in m.parameters(False)]
-    ids = {id(p) for p in undecayed}
-    decayed = [p for p in model.parameters() if id(p) not in ids]
-    return [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+    undecayed: set[int] = set()
+    if not train.weight_decay_on_batch_norm:
+        normalizations = (m for m in model.modules() if isinstance(m, norms))
+        undecayed = {id(p) for m in normalizations for p in m.parameters(False)}
+    patterns = dict(train.param_groups or {})
+    params: dict[str | None, list[nn.Parameter]] = {None: [], **{p: [] for p in patterns}, "": []}
+    for name, parameter in model.named_parameters():
+        matching = (pattern for pattern in patterns if fnmatchcase(name, pattern))
+        params["" if id(parameter) in undecayed else next(matching, None)].append(parameter)
+    for pattern in patterns:
+        if not params[pattern]:
+            names = ", ".join(name for name, _ in model.named_parameters())
+            raise load.ConfigError(
+                f"configs.train.param_groups: no parameter is matched first by {pattern!r}; "
+                f"parameters are: {names}"
+            )
+    settings = {None: {}, **patterns, "": {"weight_decay": 0.0}}
+    return [{"params": members, **settings[key]} for key, members in params.items() if members]
 
 
 def build_learning_rate(

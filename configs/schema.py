@@ -82,6 +82,9 @@ class Train:
     clipping."""
     weight_decay_on_batch_norm: bool = True
     """False: the scales and shifts of normalization layers are not decayed."""
+    param_groups: Mapping[str, Mapping[str, Any]] | None = None
+    """Settings of the optimizer for parameters by pattern of their names, e.g.
+    {"recurrent.*": {"second_moment": "full"}}; a parameter belongs to the first that matches."""
     top_k: Sequence[int] = (1, 5)
     """Accuracies reported of a classification: the label is among the k best."""
     best_metric: str = "acc/test_top1"

@@ -94,3 +94,21 @@ def test_a_sparse_exchange_clips_as_the_run_does_unless_it_says_otherwise():
     assert clip_norm({}) is None
     assert clip_norm({"train.clip_norm": "0.5"}) == 0.5
     assert clip_norm({"train.clip_norm": "0.5", "dgc.clip_norm": "2.0"}) == 2.0
+
+
+def test_parameters_are_grouped_by_the_first_pattern_that_matches_their_name():
+    model = nn.ModuleDict({n: nn.Linear(2, 2) for n in ("one", "two")} | {"norm": nn.LayerNorm(2)})
+    run = load.build(load.compose([DIGITS], {"train.weight_decay_on_batch_norm": "false"}))
+    run.train.param_groups = {"two.w*": {"lr": 1.0}, "t*": {"lr": 2.0}}
+    groups = assembly.parameter_groups(run.train, model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = [({names[id(p)] for p in group.pop("params")}, group) for group in groups]
+    assert found == [
+        ({"one.weight", "one.bias"}, {}),
+        ({"two.weight"}, {"lr": 1.0}),
+        ({"two.bias"}, {"lr": 2.0}),
+        ({"norm.weight", "norm.bias"}, {"weight_decay": 0.0}),
+    ]
+    run.train.param_groups = {"three*": {}}
+    with pytest.raises(load.ConfigError, match="by 'three\\*'; parameters are: one.weight"):
+        assembly.parameter_groups(run.train, model)

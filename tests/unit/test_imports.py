@@ -9,13 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = {"configs", "dgc", "engine", "kernels", "launch", "optim", "train", "workloads"}
+ROOMS = {
+    "assembly", "configs", "dgc", "engine", "kernels", "launch", "memory", "optim", "train",
+    "workloads",
+}  # fmt: skip
 MAY_IMPORT = {
     "workloads": set(),
     "kernels": set(),
     "dgc": {"kernels"},
     "optim": {"kernels"},
     "engine": set(),
+    "memory": {"dgc", "kernels", "optim"},
     "launch": set(),
     "configs": {"dgc", "optim", "workloads"},
 }

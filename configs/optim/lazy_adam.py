@@ -1,0 +1,10 @@
+"""Adam in full that takes row-sparse gradients too: rows that did not arrive are left alone."""
+
+import fiddle as fdl
+
+from configs.schema import Run
+from optim import Adam
+
+
+def configure(run: fdl.Config[Run]) -> None:
+    run.train.optimizer = fdl.Partial(Adam, lr=1e-3, decoupled_weight_decay=True)
