@@ -1,0 +1,62 @@
+"""Published archives, fetched whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_TIMEOUT_S = 30
+_HEADERS = {"User-Agent": "Mozilla/5.0 (parsimony)"}  # some hosts refuse urllib's own
+
+
+def fetch_zip(addresses: Sequence[str], folder: Path, sha1: Mapping[str, str]) -> None:
+    """Put the files named in `sha1` into `folder`, from the first address that has them.
+
+    Files already in the folder stay. Those fetched appear complete, each at once.
+    Args:   sha1: of each file's bytes, by its name in the archive without folders.
+    Raises: OSError if none of the addresses gives an archive with these very files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    failures = []
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
+        for address in addresses:
+            try:
+                _unpack(_fetch(address, Path(scratch)), Path(scratch), sha1)
+            except (OSError, zipfile.BadZipFile) as error:
+                failures.append(f"{address}: {error}")
+                continue
+            for name in sha1:
+                os.replace(Path(scratch) / name, folder / name)
+            return
+    with contextlib.suppress(OSError):  # it was there before, with other files
+        folder.rmdir()
+    raise OSError("; ".join(failures))
+
+
+def _fetch(address: str, scratch: Path) -> Path:
+    archive = scratch / "archive.zip"
+    request = urllib.request.Request(address, headers=_HEADERS)
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as source, open(archive, "wb") as file:
+        shutil.copyfileobj(source, file)
+    return archive
+
+
+def _unpack(archive: Path, scratch: Path, sha1: Mapping[str, str]) -> None:
+    with zipfile.ZipFile(archive) as opened:
+        members = {Path(member).name: member for member in opened.namelist()}
+        for name, expected in sha1.items():
+            if name not in members:
+                raise OSError(f"the archive has no {name}")
+            with opened.open(members[name]) as source, open(scratch / name, "wb") as file:
+                shutil.copyfileobj(source, file)
+            with open(scratch / name, "rb") as file:
+                found = hashlib.file_digest(file, "sha1").hexdigest()
+            if found != expected:
+                raise OSError(f"{name} has SHA-1 {found}, not the published {expected}")
