@@ -116,7 +116,8 @@ class SampledSoftmax(nn.Module):
     Differs: num_samples words are drawn independently, and each stands once however often it was
         drawn. So word k is there with probability Q(k) = 1 - (1 - P(k))^S, which is the correction,
         exactly; theirs draws until S are different, and takes Q from how often that was needed.
-        Shapes are fixed: a repetition keeps its place, with a logit that counts as nothing.
+        Shapes are fixed: a repetition keeps its place, with a logit that counts as nothing. Of
+        8,192 draws from 793,470 words some 4,600 are different.
     The sum of exp(logit) / Q over the samples has exactly the mean that it has over all words.
     The loss, a logarithm of it, is only right as S grows, and a target that is rare weighs
     exp(logit) / Q instead of exp(logit). That is meant: a rare word that is pushed up where it is
@@ -256,7 +257,9 @@ def _to_float32(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Ten
 
 
 def _log_frequencies(word_counts: Tensor | Sequence[int], num_words: int) -> Tensor:
-    counts = torch.as_tensor(word_counts, dtype=torch.float64, device="cpu")
+    # as plain numbers, so that they may be real where a model is built of fake tensors
+    plain = word_counts.tolist() if isinstance(word_counts, Tensor) else word_counts
+    counts = torch.tensor(plain, dtype=torch.float64, device="cpu")
     if counts.shape != (num_words,):
         raise ValueError(
             f"word_counts has shape {tuple(counts.shape)}; allowed: ({num_words},), a count for "
