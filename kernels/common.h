@@ -144,7 +144,7 @@ struct Rule {
     float lr, decay, weight_decay, sign;
     float first_beta, first_gain, first_decay, first_scale;
     float second_beta, second_gain, second_decay, second_scale;
-    float eps_inside, eps_outside;
+    float eps_inside, eps_outside, largest_quotient;
 };
 
 enum First { FIRST_NONE, FIRST_BEFORE, FIRST_AFTER, FIRST_SKETCH };
@@ -167,7 +167,8 @@ FN float average_second(float old, float g, const Rule &r) {
 // 0 / 0 is 0: an entry that has never had a gradient does not move, whatever eps is.
 FN float preconditioned(float numerator, float nu, const Rule &r) {
     float root = sqrtf(nu * r.second_scale + r.eps_inside) + r.eps_outside;
-    float quotient = numerator / root;
+    float quotient = numerator / root, most = r.largest_quotient;
+    quotient = quotient > most ? most : quotient < -most ? -most : quotient;  // NaN stays
     return root == 0.0f ? 0.0f : quotient;
 }
 

@@ -27,8 +27,9 @@ class Rule(ctypes.Structure):
         first moment   m  <- first_beta m + first_gain g          (of the update, for a Velocity)
         second moment  nu <- second_beta nu + second_gain g^2
         p <- decay p - lr (first_scale m) / (sqrt(second_scale nu + eps_inside) + eps_outside)
-    where 0 / 0 is 0. A sketch inserts gain x - (its decay) query instead: for an average that
-    forgets beta is 1 - decay, for a sum decay is 0. The defaults make plain gradient descent.
+    where 0 / 0 is 0 and the quotient is kept within +-largest_quotient. A sketch inserts
+    gain x - (its decay) query instead: for an average that forgets beta is 1 - decay, for a sum
+    decay is 0. The defaults make plain gradient descent.
     """
 
     _fields_ = [
@@ -37,7 +38,7 @@ class Rule(ctypes.Structure):
             *("lr", "decay", "weight_decay", "sign"),
             *("first_beta", "first_gain", "first_decay", "first_scale"),
             *("second_beta", "second_gain", "second_decay", "second_scale"),
-            *("eps_inside", "eps_outside"),
+            *("eps_inside", "eps_outside", "largest_quotient"),
         )
     ]
 
@@ -51,7 +52,7 @@ class Rule(ctypes.Structure):
 _RULE_NAMES = {name for name, _ in Rule._fields_}
 _ONES = dict.fromkeys(
     ("decay", "sign", "first_beta", "first_gain", "first_scale", "second_beta", "second_gain",
-     "second_scale"), 1.0)  # fmt: skip
+     "second_scale"), 1.0) | {"largest_quotient": math.inf}  # fmt: skip
 
 
 @dataclass(frozen=True)

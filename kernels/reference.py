@@ -193,7 +193,8 @@ def _preconditioned(numerator: Tensor, nu: Tensor | None, rule: Rule) -> Tensor:
     root = (
         scaled.double().sqrt().float() + rule.eps_outside
     )  # torch's float32 root is MKL's: inexact
-    return torch.where(root == 0, torch.zeros_like(root), numerator / root)
+    quotient = (numerator / root).clamp(-rule.largest_quotient, rule.largest_quotient)
+    return torch.where(root == 0, torch.zeros_like(root), quotient)
 
 
 def _first_moment(first: First, g: Tensor, at, rule: Rule) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from optim.base import Group, MomentOptimizer
 from optim.options import given
+
+SLACK = 1.001  # for rounding, where the bound is reached
 
 
 class Adam(MomentOptimizer):
@@ -55,7 +58,23 @@ class Adam(MomentOptimizer):
             "second_decay": 1 - beta2,
             "second_scale": 1 / (1 - beta2**step),
             "eps_outside": group["eps"],
+            **self._bound(group, step),
         }
+
+    def _bound(self, group: Group, step: int) -> dict[str, float]:
+        """Bound what sketches make of m / sqrt(v) by the most that it can be without them.
+
+        By Cauchy and Schwarz, over a history of at most `step` gradients. Where a rare row shares
+        buckets with a frequent one, its estimate of m can be far beyond its own v.
+        """
+        if "sketch" not in (group["first_moment"], group["second_moment"]):
+            return {}
+        beta1, beta2 = group["betas"]
+        ratio = beta1**2 / beta2 if beta2 else 0.0
+        terms = (1 - ratio**step) / (1 - ratio) if ratio != 1 else step
+        exact = (1 - beta1) * math.sqrt(terms / (1 - beta2))
+        scales = math.sqrt(1 - beta2**step) / (1 - beta1**step)
+        return {"largest_quotient": SLACK * exact * scales}
 
 
 class SketchAdam(Adam):

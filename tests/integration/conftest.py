@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,27 @@ class Runs:
 
     def run(self, *extra, timeout=150, **settings) -> jobs.Outcome:
         return self.start(*extra, **settings).wait(timeout)
+
+    def straight_and_killed(self, *, step=14, **settings) -> dict:
+        """Run undisturbed, and killed after a step's checkpoint and taken up; both must end alike.
+
+        Returns the figures of the undisturbed run. Needs checkpoint__every_steps.
+        """
+        straight = self.run(runs="straight", **settings)
+        assert straight.status == 0, straight.output[-5000:]
+        job = self.start(**settings)
+        deadline = time.monotonic() + 90
+        while not list(self._folder.glob(f"runs/*/checkpoints/step-{step:08d}.json")):
+            assert job.is_running and time.monotonic() < deadline, "to be killed in mid-epoch"
+            time.sleep(0.005)
+        job.kill()
+        resumed = self.run(**settings)
+        assert "resuming after step" in resumed.output, resumed.output[-5000:]
+        one, other = self.result("straight"), self.result()
+        assert one["parameter_hash"] == other["parameter_hash"]
+        assert one["metrics"] == other["metrics"]  # of the average, where there is one
+        assert one["skipped_steps"] == other["skipped_steps"]
+        return one
 
     def folder(self, runs="runs") -> Path:
         (folder,) = (self._folder / runs).iterdir()

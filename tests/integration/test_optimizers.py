@@ -1,7 +1,5 @@
 """Files of configs/optim in real runs: with a sparse exchange, killed and taken up again."""
 
-import time
-
 import pytest
 
 from tests.integration.conftest import DIGITS, SHORT, SPARSE
@@ -17,34 +15,13 @@ METHODS = {
 }
 
 
-def straight_and_killed(runs, tmp_path, configs, settings):
-    """Run undisturbed, and killed after step 14 and taken up; return the figures of both."""
-    straight = runs.run(configs=configs, runs="straight", **settings)
-    assert straight.status == 0, straight.output[-5000:]
-
-    job = runs.start(configs=configs, **settings)
-    deadline = time.monotonic() + 90
-    while not list((tmp_path / "runs").glob("*/checkpoints/step-00000014.json")):
-        assert job.is_running and time.monotonic() < deadline, "it was to be killed in mid-epoch"
-        time.sleep(0.005)
-    job.kill()
-    resumed = runs.run(configs=configs, **settings)
-    assert "resuming after step" in resumed.output, resumed.output[-5000:]
-
-    one, other = runs.result("straight"), runs.result()
-    assert one["parameter_hash"] == other["parameter_hash"]
-    assert one["metrics"] == other["metrics"]  # of the average, where there is one
-    assert one["skipped_steps"] == other["skipped_steps"]
-    return one
-
-
 @pytest.mark.parametrize("names", METHODS.values(), ids=METHODS)
-def test_a_killed_run_with_small_state_resumes_to_the_same_bits(runs, tmp_path, names):
+def test_a_killed_run_with_small_state_resumes_to_the_same_bits(runs, names):
     configs = [*SPARSE, *(f"configs/optim/{name}.py" for name in names)]
     settings = dict(SETTINGS)
     if "warmup_cooldown" in names:
         del settings["train__lr_warmup_epochs"]
-    one = straight_and_killed(runs, tmp_path, configs, settings)
+    one = runs.straight_and_killed(configs=configs, **settings)
     assert one["metrics"]["loss/train"]["last"] < 2.25  # guessing: 2.3
     assert 0 < one["state_bytes"]["optimizer"] < 1.1 * one["state_bytes"]["parameters"]
     averaged = one["state_bytes"]["parameters"] if "warmup_cooldown" in names else 0
@@ -68,9 +45,7 @@ def test_the_recommended_method_learns_on_two_bytes_a_parameter(runs):
     assert result["dense_bytes_per_step"] > 80 * result["payload_bytes_per_step"]
 
 
-def test_a_killed_run_in_float16_with_residuals_of_one_byte_resumes_to_the_same_bits(
-    runs, tmp_path
-):
+def test_a_killed_run_in_float16_with_residuals_of_one_byte_resumes_to_the_same_bits(runs):
     small = ["tests/integration/perceptron.py", "configs/optim/parsimony.py"]
     configs = [*DIGITS, *small, "configs/dgc/residual_8bit.py"]
     settings = SETTINGS | {
@@ -78,7 +53,7 @@ def test_a_killed_run_in_float16_with_residuals_of_one_byte_resumes_to_the_same_
         "train__precision": "float16",
         "data__samples_per_epoch": 512,
     }
-    one = straight_and_killed(runs, tmp_path, configs, settings)
+    one = runs.straight_and_killed(configs=configs, **settings)
     assert one["config"]["configs.dgc.residual_dtype"] == "int8"
     assert one["metrics"]["loss/train"]["last"] < 1
     assert one["state_bytes"]["residual"] < 1.1 * one["num_parameters"]

@@ -37,7 +37,8 @@ AVERAGES = {
     **{"second_beta": 0.99, "second_gain": 0.01, "second_decay": 0.01, "second_scale": 1.9},
 }
 SUMS = {"first_beta": 0.9}
-FORGETFUL = {"second_beta": 0.3, "second_gain": 0.7, "second_decay": 0.7, "first_decay": 0.5}
+FORGETFUL = {"second_beta": 0.3, "second_gain": 0.7, "second_decay": 0.7, "first_decay": 0.5,
+             "largest_quotient": 0.7}  # fmt: skip
 RULES = {"averages": AVERAGES, "sums": SUMS, "forgetful": FORGETFUL}
 
 

@@ -127,3 +127,47 @@ def test_weight_decay_and_maximize_are_torch_s(decoupled, maximize, lr):
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     other = kind([q], lr, weight_decay=0.1, maximize=maximize)
     follow(ours, p, other, q, gradients(8, 5, 3))
+
+
+def largest_quotient(betas, step, **moments):
+    optimizer = Adam([parameter(70, 70)], 0.01, betas, **moments)
+    return optimizer._scalars(optimizer.param_groups[0], step).get("largest_quotient")
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.9), (0.5, 0.25), (0.9, 0.5)])
+@pytest.mark.parametrize("num_steps", [1, 2, 30])
+def test_the_bound_of_a_sketched_step_is_the_most_that_exact_moments_reach(betas, num_steps):
+    """The worst history has gradients in proportion to (beta1 / beta2)^age."""
+    bound = largest_quotient(betas, num_steps, second_moment="sketch")
+    generator = np.random.default_rng(0)
+    worst = (betas[0] / betas[1]) ** np.arange(num_steps)[::-1]
+    reached = []
+    for history in [worst, *generator.standard_cauchy((100, num_steps))]:
+        m = v = 0.0
+        for g in history:
+            m, v = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g
+        scales = np.sqrt(1 - betas[1] ** num_steps) / (1 - betas[0] ** num_steps)
+        reached.append(abs(m) / np.sqrt(v) * scales)
+    assert max(reached) <= bound <= 1.0011 * reached[0]
+
+
+def test_steps_without_sketches_are_not_bounded():
+    assert largest_quotient((0.9, 0.999), 5) is None
+    assert largest_quotient((0.9, 0.999), 5, second_moment="factored") is None
+
+
+def test_a_rare_row_among_frequent_ones_moves_no_further_than_exact_state_could_move_it():
+    """Without the bound, a language model diverged with sketches of half the size and more."""
+    p = parameter(40, 8)
+    optimizer = SketchAdam([p], 1.0, size_ratio=1.0, min_compressed_numel=0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        rows = torch.randperm(20, generator=generator)[:10]
+        step(optimizer, p, row_sparse(rows, torch.randn(10, 8, generator=generator), (40, 8)))
+    before = p.detach().clone()
+    rare = torch.arange(20, 40)
+    tiny = 1e-4 * torch.randn(20, 8, generator=generator)
+    step(optimizer, p, row_sparse(rare, tiny, (40, 8)))
+    moved = (p.detach() - before)[rare].abs()
+    bound = largest_quotient((0.9, 0.999), 31, second_moment="sketch")
+    assert 0.99 * bound < moved.max() <= 1.001 * bound

@@ -1,0 +1,13 @@
+"""torch's SGD with momentum 0.9; with a file of configs/dgc, DGC as published.
+
+For dense gradients; momentum.py is for row-sparse ones too.
+"""
+
+import fiddle as fdl
+import torch
+
+from configs.schema import Run
+
+
+def configure(run: fdl.Config[Run]) -> None:
+    run.train.optimizer = fdl.Partial(torch.optim.SGD, lr=0.05, momentum=0.9)
