@@ -5,6 +5,7 @@ With compression:          ... --configs configs/digits/resnet20.py configs/dgc/
 Change any setting:        ... --configs.train.num_epochs 500 --suffix .e500
 Several machines:          mpirun -H server0:8,server1:8 ... python train.py --configs ...
 Score the best epoch:      ... --evaluate
+What it takes of memory:   ... --report memory --memory-gib 16
 Set-up and start in one:   launch/train.sh -np 2 --configs ...
 
 The run's folder is runs/<configs>.np<ranks><suffix>/. Started again, a run takes up its newest
@@ -26,6 +27,7 @@ from configs import load
 from dgc.comm import HorovodComm, horovod_job
 from engine import report
 from engine.checkpoint import CheckpointError
+from memory_report import report_memory
 
 
 def main() -> None:
@@ -47,6 +49,10 @@ def run_job(arguments: argparse.Namespace, overrides: dict[str, str], comm: Horo
     folder = Path(arguments.runs) / name
     reporter = report.Reporter(folder) if comm.rank == 0 else report.SilentReporter()
     reporter.say("\n".join(f"{path} = {value}" for path, value in flat_config.items()))
+    if arguments.report == "memory":
+        report_memory(run, comm, device, folder, reporter, memory_gib=arguments.memory_gib,
+                      num_steps=arguments.report_steps)  # fmt: skip
+        return
     trainer = build_trainer(run, comm, device, folder, flat_config, reporter)
     if arguments.evaluate:
         metrics = trainer.evaluate_best()
@@ -65,6 +71,12 @@ def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, dict[str, str
     parser.add_argument("--suffix", default="", help="added to the name of the run's folder")
     parser.add_argument("--evaluate", action="store_true",
                         help="load the best checkpoint and print its metrics")  # fmt: skip
+    parser.add_argument("--report", choices=["memory"],
+                        help="instead of training: what it takes, and with rivals")  # fmt: skip
+    parser.add_argument("--memory-gib", type=float, metavar="GIB",
+                        help="of a rank: report the largest batches that fit")  # fmt: skip
+    parser.add_argument("--report-steps", type=int, default=3, metavar="N",
+                        help="real steps to measure (default: 3); 0: predict only")  # fmt: skip
     parser.add_argument("--devices", choices=["auto", "cpu", "gpu"], default="auto",
                         help="auto: a GPU for each rank of a machine, if there is one")  # fmt: skip
     parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
@@ -77,7 +89,10 @@ def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, dict[str, str
         if not equals and (value := next(rest, None)) is None:
             parser.error(f"{word} needs a value")
         overrides[path] = value
-    return parser.parse_args(others), overrides
+    arguments = parser.parse_args(others)
+    if arguments.report_steps < 0 or arguments.report_steps == 1:
+        parser.error("--report-steps: allowed: 0, or 2 or more, as the first step makes state")
+    return arguments, overrides
 
 
 def check_same_everywhere(

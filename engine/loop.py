@@ -124,7 +124,7 @@ class Trainer:
         batches = self.batches["train"].start(progress.epoch, first, state.position)
         for _ in self._progress_bar():
             start = time.perf_counter()
-            loss = self._train_step(batches)
+            loss = self.train_step(batches)
             seconds = time.perf_counter() - start
             self._count_step(seconds)
             self._report_step(loss, seconds)
@@ -162,7 +162,7 @@ class Trainer:
     def _to_device(self, batch: Batch) -> list[Tensor]:
         return [tensor.to(self.state.device, non_blocking=True) for tensor in batch]
 
-    def _train_step(self, batches: Iterator[Any]) -> Tensor:
+    def train_step(self, batches: Iterator[Any]) -> Tensor:
         """One step of one or more micro-batches; return the last one's mean loss."""
         state, seconds = self.state, self.state.progress.phase_seconds
         micro_batches = self.run.train.micro_batches_per_step

@@ -77,7 +77,7 @@ def test_a_dense_step_is_clipped_by_the_norm_of_the_mean_gradient(tmp_path):
                  "train.lr_warmup_epochs": "0", "train.optimizer.weight_decay": "0"}  # fmt: skip
         trainer = trainer_of(comm, tmp_path, bound)
         before = [p.detach().clone() for p in trainer.state.model.parameters()]
-        trainer._train_step(trainer.batches["train"].start(0, 0, {}))
+        trainer.train_step(trainer.batches["train"].start(0, 0, {}))
         after = trainer.state.model.parameters()
         moved = torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)])
         lr = trainer.state.optimizer.param_groups[0]["lr"]

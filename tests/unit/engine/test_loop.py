@@ -41,7 +41,7 @@ def batches(comm, *factors):
 
 
 def step(trainer, data):
-    trainer._train_step(data)
+    trainer.train_step(data)
     trainer._count_step(0.0)
     trainer.state.learning_rate.step()
 
