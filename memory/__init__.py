@@ -1,0 +1,12 @@
+"""What a run takes of memory: predicted before it trains, measured, and beside its rivals."""
+
+from memory.batches import largest_batch
+from memory.job import RECOMMENDED, Contender, Job, contenders, this_run
+from memory.measure import Measured, held_by, measure
+from memory.predict import Prediction, Predictor
+from memory.report import predict, report
+
+__all__ = [
+    "RECOMMENDED", "Contender", "Job", "Measured", "Prediction", "Predictor", "contenders",
+    "held_by", "largest_batch", "measure", "predict", "report", "this_run",
+]  # fmt: skip

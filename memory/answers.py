@@ -1,0 +1,179 @@
+"""What fake tensors cannot tell: values that are asked for, shapes that depend on them, rows.
+
+A dispatch mode to be entered within a FakeTensorMode and a Tracker. In forward and backward it
+answers as a real run did (`Recorder`), or not at all; in the exchange and the step it answers for
+the steady state, in which nothing is infinite and nothing is refused. Tensors of rows keep their
+indices and values at hand, which torch's fake sparse tensors lose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
+UNANSWERED = (DataDependentOutputException, DynamicOutputShapeException)
+
+_SPARSE = {  # maker of a sparse tensor -> where among its arguments the indices are
+    aten._sparse_coo_tensor_with_dims_and_tensors.default: 3,
+    aten._sparse_coo_tensor_unsafe.default: 0,
+    aten.sparse_coo_tensor.indices_size: 0,
+}
+_PARTS = {aten._indices.default: 0, aten.indices.default: 0,
+          aten._values.default: 1, aten.values.default: 1}  # fmt: skip
+_SAME = (aten.detach.default, aten.clone.default)  # autograd clones but what we hold, too
+_VALUE = (aten._local_scalar_dense.default, aten.item.default)
+_COALESCE = (aten._coalesce.default, aten.coalesce.default)
+
+
+def _mask(func: Any, args: Sequence[Any]) -> Tensor | None:
+    """Return what decides how many rows an operation returns; None for other operations."""
+    if func is aten.nonzero.default:
+        return args[0]
+    if func is aten.masked_select.default:
+        return args[1]
+    if func is aten.index.Tensor:
+        masks = [index for index in args[1] if index is not None and index.dtype == torch.bool]
+        return masks[0] if len(masks) == 1 else None
+    return None
+
+
+class Recorder(TorchDispatchMode):
+    """Writes down, in order, each value that a real run asks for and each share of a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _VALUE:
+            self.answers.append(result)
+        elif (mask := _mask(func, args)) is not None:
+            self.answers.append(int(mask.count_nonzero()) / max(1, mask.numel()))
+        return result
+
+
+class Answers(TorchDispatchMode):
+    """Answers for fake tensors.
+
+    recorded: what a Recorder wrote in one forward and backward; None: those must not ask.
+    """
+
+    def __init__(self, recorded: Sequence[Any] | None = None) -> None:
+        super().__init__()
+        self._recorded = recorded
+        self._next: Iterator[Any] | None = None
+        self._is_steady, self._number = False, 1
+        self._rounding: dict[int, float] = {}
+
+    @contextlib.contextmanager
+    def steady(self, number: int = 1) -> Iterator[None]:
+        """Within: nothing is infinite, nothing is refused, masks hold everywhere.
+
+        number: what every number is that is asked for.
+        """
+        before = self._is_steady, self._number
+        self._is_steady, self._number = True, number
+        try:
+            yield
+        finally:
+            self._is_steady, self._number = before
+
+    def begin(self) -> None:
+        """Begin a forward: answer from the first record on."""
+        self._next = None if self._recorded is None else iter(self._recorded)
+        self._rounding.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _DEVICE:  # every other call: answered here, it is not passed on
+            return args[0].fake_device
+        if func in _VALUE:
+            return self._value(func, args[0])
+        if (mask := _mask(func, args)) is not None and (self._is_steady or self._next):
+            return _rows_of(func, args, mask, self._count(mask.numel()))
+        if func in _PARTS and hasattr(args[0], "_rows"):
+            return args[0]._rows[_PARTS[func]].detach()
+        if func in _COALESCE and hasattr(args[0], "_rows"):
+            return _coalesced(args[0])
+        if func is aten.add_.Tensor and hasattr(args[1], "_rows"):
+            return args[0]
+        result = func(*args, **kwargs)
+        if func in _SPARSE:
+            result._rows = tuple(args[_SPARSE[func] : _SPARSE[func] + 2])
+        elif func is aten.mkldnn_rnn_layer.default:
+            result = (*result[:3], result[3].new_empty(_workspace(*args)))
+        elif func in _SAME and hasattr(args[0], "_rows"):
+            result._rows = args[0]._rows
+        elif func in (aten.all.default, aten.all.dim):
+            result._is_all = True
+        return result
+
+    def _value(self, func: Callable[..., Any], tensor: Tensor) -> Any:
+        if not self._is_steady and self._next is not None:
+            return next(self._next)
+        try:
+            return func(tensor)
+        except UNANSWERED:
+            if not self._is_steady:
+                raise
+        if tensor.dtype == torch.bool:
+            return hasattr(tensor, "_is_all")  # what must hold for all does, and nothing else
+        return float(self._number) if tensor.dtype.is_floating_point else self._number
+
+    def _count(self, numel: int) -> int:
+        """Return how many of a mask's entries hold. Parts that make a whole add up to the whole."""
+        if self._is_steady:
+            return numel
+        share = next(self._next)
+        before = self._rounding.get(numel, 0.0)
+        self._rounding[numel] = before + share
+        return round((before + share) * numel) - round(before * numel)
+
+
+def _rows_of(func: Any, args: Sequence[Any], mask: Tensor, count: int) -> Tensor:
+    if func is aten.nonzero.default:
+        return mask.new_empty((count, mask.dim()), dtype=torch.int64)
+    if func is aten.masked_select.default:
+        return args[0].new_empty(count)
+    axis = next(n for n, index in enumerate(args[1]) if index is not None)
+    shape = list(args[0].shape)
+    shape[axis : axis + mask.dim()] = [count]
+    return args[0].new_empty(shape)
+
+
+_SAMPLES = 16  # oneDNN rounds up what it needs for fewer
+
+
+def _workspace(*args: Any) -> int:
+    """Return the bytes that oneDNN's recurrent layer keeps for backward, of which torch's fake one
+    knows nothing: by running it on few samples."""
+    num_samples = args[0].shape[1]
+    few = min(num_samples, _SAMPLES)
+    small = [(x.shape[0], few, *x.shape[2:]) if n == 0 else (few, *x.shape[1:]) if n in (5, 6)
+             else x.shape for n, x in enumerate(args[:7])]  # fmt: skip
+    with _disable_current_modes(), torch.enable_grad():  # else nothing is kept
+        zeros = [torch.zeros(shape, dtype=args[0].dtype) for shape in small]
+        found = aten.mkldnn_rnn_layer.default(*zeros, *args[7:])
+    return found[3].numel() * num_samples // few
+
+
+def _coalesced(tensor: Tensor) -> Tensor:
+    """Return rows of which none comes twice: as many as there are, at most."""
+    indices, values = tensor._rows
+    count = min(indices.shape[1], tensor.shape[0])
+    rows = indices[:, :count].clone(), values[:count].clone()
+    result = torch.sparse_coo_tensor(*rows, tensor.shape, is_coalesced=True, check_invariants=False)
+    result._rows = rows
+    return result

@@ -1,0 +1,206 @@
+"""dgc and optim on tensors without memory: their own code runs, and takes and frees what it would.
+
+Within `without_data` the kernels do nothing but allocate what they would return, and what depends
+on values is taken as in a step of the steady state: every gradient is finite, every threshold finds
+the entries that it aims at, every message is of the length expected. All else is the code that
+trains, so that a prediction changes when that code does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+import dgc.outgoing
+import dgc.protocols
+import dgc.sparsify
+import kernels.buffers
+import kernels.ops
+import kernels.packing
+from dgc.codec import Codec, Entries
+from dgc.compensate import Taken
+from dgc.sparsify import Selector
+from kernels.operands import BINS, Blocks, Buffer, Found, Report, Selection
+
+
+@dataclass(frozen=True)
+class _Aimed(Selection):
+    """A selection that knows how many entries it is to find."""
+
+    aim: int = 0
+
+
+@contextlib.contextmanager
+def without_data() -> Iterator[None]:
+    """Let kernels, and what asks for values, work on fake tensors. Not for several threads."""
+    replaced: list[tuple[Any, str, Any]] = [
+        *((module, "implementing_module", _implementing_module) for module in
+          (kernels.ops, kernels.buffers, kernels.packing)),
+        *((module, "largest_indices", _largest_indices) for module in
+          (dgc.sparsify, dgc.outgoing, dgc.protocols)),
+        (kernels.buffers, "read_reports", _read_reports),
+        (Selector, "selection", _selection),
+        (Selector, "settle", _settle),
+        (Codec, "decode_one", _decode_one),
+        (Codec, "decode_any", _decode_one),
+        (Codec, "split_messages", _split_messages),
+        (Codec, "split", _split),
+        (dgc.protocols, "_pack_shares", _pack_shares),
+        (FakeTensor, "data_ptr", _data_ptr),
+        (FakeTensorMode, "__deepcopy__", lambda mode, memo: mode),  # models are copied, it is not
+    ]  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for owner, name, stand_in in replaced:
+            stack.enter_context(mock.patch.object(owner, name, stand_in, create=True))
+        yield
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+def _accumulate(
+    grad_N: Tensor | None,
+    correction: Any,
+    residual: Buffer,
+    old_residual: Buffer | None,
+    velocity: Buffer | None,
+    old_velocity: Buffer | None,
+    scale: Tensor | None,
+    key: int,
+    selection: Selection | None = None,
+) -> Found:
+    """Take what host_buffers.py does, or device_buffers.py: lists with room for all."""
+    values = residual.codes if isinstance(residual, Blocks) else residual
+    device = values.device
+    room = 0 if selection is None else min(selection.capacity, values.numel())
+    aim = getattr(selection, "aim", 0)
+    kinds = [torch.int64, torch.float32]
+    if selection is not None and velocity is not None and selection.mask_velocity:
+        kinds.append(torch.float32)
+    is_on_gpu = device.type != "cpu"
+    places = room if is_on_gpu else room * (torch.get_num_threads() if values.numel() >= 1 << 15
+                                            else 1)  # fmt: skip
+    lists = [torch.empty(places, dtype=kind, device=device) for kind in kinds]
+    if not is_on_gpu:
+        lists = [listed[:aim].clone() for listed in lists]
+    report = torch.zeros(2 + (BINS if selection else 0), dtype=torch.int32, device=device)
+    report._count = aim
+    return Found(report, *lists, *([None] if len(lists) == 2 else []), is_sorted=not is_on_gpu)
+
+
+def _merge(positions: Sequence[Tensor], values: Sequence[Tensor], dim: int) -> Any:
+    """Take what a merge does, of positions that meet by chance."""
+    total = sum(part.numel() for part in positions)
+    room = positions[0].new_empty(total)
+    universe = getattr(positions[0], "_universe", 0) or math.inf
+    missing = math.prod(1 - part.numel() / universe for part in positions)
+    count = min(total, math.ceil(universe * (1 - missing))) if universe < math.inf else total
+    positions_U = room[:count].clone()
+    return positions_U, torch.zeros(count * dim, device=room.device)
+
+
+_MODULES = {
+    "": SimpleNamespace(
+        **dict.fromkeys(("sketch_insert", "sketch_update"), lambda *_: None),
+        **dict.fromkeys(("step", "step_elements", "observe"), lambda *_: None),
+        sketch_query=lambda table, rows: rows.new_empty(
+            len(rows), table.values.shape[2], dtype=torch.float32
+        ),
+    ),
+    "_buffers": SimpleNamespace(accumulate=_accumulate),
+    "_packing": SimpleNamespace(
+        round_values=lambda values_M, coding: torch.empty_like(values_M),
+        pack=lambda *_: 0,
+        merge=_merge,
+    ),
+}
+
+
+def _implementing_module(suffix: str, device_type: str) -> ModuleType | SimpleNamespace:
+    return _MODULES[suffix]
+
+
+def _data_ptr(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # other than 0, and equal where memory is
+
+
+# ---- what depends on values ----------------------------------------------------------------------
+
+
+def _read_reports(found: Sequence[Found]) -> list[Report]:
+    return [Report(1.0, getattr(each.report, "_count", 0), None) for each in found]
+
+
+def _selection(selector: Selector, threshold: float, step: int) -> Selection:
+    return _Aimed(1.0, selector.plan.capacity, aim=selector.plan.k)
+
+
+def _settle(
+    selector: Selector, found: Found, report: Report, compensation: Any, name: str
+) -> Taken:
+    if selector.plan.is_exact:
+        return selector.take_largest(compensation, name)
+    return Taken(*found.entries(report.count))
+
+
+def _largest_indices(magnitude_N: Tensor, k: int) -> Tensor:
+    """Take what a ranking does."""
+    n = magnitude_N.numel()
+    if k >= n:
+        return magnitude_N.new_empty(n, dtype=torch.int64)
+    largest = magnitude_N.topk(k, sorted=False)
+    mask = magnitude_N > largest.values.min()
+    above = magnitude_N.new_empty(k, dtype=torch.int64)
+    del largest
+    ties = magnitude_N == 0
+    del mask, ties
+    return torch.cat([above]).sort().values
+
+
+def _decode_one(codec: Codec, message: Tensor) -> Entries:
+    """Return as many entries as a message of this length has."""
+    low, high = 0, codec.universe
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if codec.message_bytes(middle) <= message.numel() else (
+            low, middle - 1)  # fmt: skip
+    positions_K = message.new_empty(low, dtype=torch.int64)
+    positions_K._universe = codec.universe
+    return Entries(positions_K, message.new_empty(low * codec.dim, dtype=torch.float32), ())
+
+
+def _split_messages(codec: Codec, gathered: Tensor, num_messages: int) -> list[Tensor]:
+    return list(gathered.chunk(num_messages))
+
+
+def _split(codec: Codec, positions_K: Tensor, values_M: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return each tensor's entries: in proportion to its elements."""
+    if len(codec.names) == 1:
+        return [(positions_K, values_M)]
+    total, before, start, parts = sum(codec.numels), 0, 0, []
+    for numel in codec.numels:
+        before += numel
+        end = positions_K.numel() * before // total
+        parts.append((positions_K[start:end] - 0, values_M[start * codec.dim : end * codec.dim]))
+        start = end
+    return parts
+
+
+def _pack_shares(exchange: Any, bucket: Any, outgoing: Any) -> tuple[list[Tensor], Tensor]:
+    num_owners = exchange.group.world_size
+    sent_K, parts = torch.empty_like(outgoing.divided_K), []
+    order = torch.empty_like(outgoing.positions_K), torch.empty_like(outgoing.positions_K)
+    for owner, chosen in enumerate(order[0].chunk(num_owners)):
+        share = bucket.codec.share(owner, num_owners)
+        values = share.round_values(torch.empty(chosen.shape, device=chosen.device))
+        parts.append(share.encode(chosen, values, outgoing.bad))
+    return parts, sent_K
