@@ -10,6 +10,7 @@ Shapes: T positions, B texts side by side, D width, V words, L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,8 @@ class LSTMLanguageModel(nn.Module):
         x, states = self.dropout(self.embedding(words)), []
         for i, layer in enumerate(self.layers):
             before = None if state is None else (state[0][i : i + 1], state[1][i : i + 1])
-            x, after = run_layer(layer, x, before, recompute=self._recomputes)
+            with _without_float16_on_cpu(x):
+                x, after = run_layer(layer, x, before, recompute=self._recomputes)
             x = self.dropout(x)
             states.append([tensor.detach() for tensor in after])
         h, c = (torch.cat(tensors) for tensors in zip(*states, strict=True))
@@ -99,6 +101,13 @@ class LSTMLanguageModel(nn.Module):
     @property
     def _recomputes(self) -> bool:
         return self.checkpoint_activations and self.training
+
+
+def _without_float16_on_cpu(x: Tensor) -> AbstractContextManager[None]:
+    """Return a context without autocast where it would ask oneDNN for an LSTM that it lacks."""
+    if x.device.type != "cpu" or torch.get_autocast_dtype("cpu") != torch.float16:
+        return nullcontext()
+    return torch.autocast("cpu", enabled=False)
 
 
 class TransformerLanguageModel(nn.Module):

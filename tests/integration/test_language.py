@@ -1,5 +1,6 @@
 """Language models in real runs: texts on disk, state that is carried on, rows, shards, a resume."""
 
+import json
 import random
 
 import pytest
@@ -103,3 +104,25 @@ def test_a_masked_language_model_trains_in_16_bits_with_activations_made_again(r
     result = runs.result()
     assert result["metrics"]["loss/test"]["last"] < 5.8  # guessing among 304: 5.72
     assert result["state_bytes"]["gradients"] == 0
+
+
+def test_the_memory_report_foretells_what_the_allocator_gives(runs, text):
+    """Rows, a sketch, text that is carried on; a job of two ranks, of which one is looked at."""
+    configs = ["--configs", "configs/text/lstm.py", "configs/optim/sketch_adam.py"]
+    larger = {"model__embedding_dim": 128, "model__hidden_dim": 128, "dataset__bptt": 20}
+    settings = {**LSTM, **ROWS, **larger, "dataset__root": text}
+    words = ["--report", "memory", "--memory-gib", "0.25"]
+    outcome = runs.run(*words, configs=configs, **settings)
+    assert outcome.status == 0, outcome.output[-5000:]
+    told = json.loads((runs.folder() / "memory.json").read_text())
+    assert abs(told["peak_error"]) < 0.05
+    mine = told["predicted"][0]
+    for kind, predicted in (("parameters", "parameters"), ("exp_avg_sq", "state: exp_avg_sq")):
+        assert mine["kept"][predicted] > 0, kind
+    states = sum(size for kind, size in mine["kept"].items() if kind.startswith("state: "))
+    assert states == told["measured"]["kept"]["optimizer"]
+    assert mine["kept"]["parameters"] == told["measured"]["kept"]["parameters"]
+    assert {row["contender"] for row in told["predicted"]} > {"this run", "Adam", "8-bit Adam"}
+    assert told["largest_batch"]["recommended"] > told["largest_batch"]["Adam"] > 4
+    assert (runs.folder() / "memory.png").stat().st_size > 10_000
+    assert not (runs.folder() / "result.json").exists()

@@ -121,12 +121,12 @@ def factored(groups):
     return optim.FactoredAdam(groups, lr=1e-3, betas=(0.0, 0.999), decoupled_weight_decay=True)
 
 
-def test_owners_that_sum_take_what_real_ranks_take():
-    """A sparse all-reduce needs all ranks, so its buckets are held against two others' room."""
-    job = job_of("perceptron", world_size=4, optimizer=factored,
-                 compression=dataclasses.replace(RECOMMENDED, protocol="sparse_all_reduce"))  # fmt: skip
-    gathered = dataclasses.replace(job, compression=dataclasses.replace(RECOMMENDED,
-                                                                        protocol="gather"))  # fmt: skip
+def test_owners_that_sum_take_hardly_more_than_a_gather():
+    """Of little at 0.1%: what they need beside a gather is entries."""
+    protocols = ("sparse_all_reduce", "gather")
+    summed, gathered = (dataclasses.replace(RECOMMENDED, protocol=each) for each in protocols)
+    job = job_of("perceptron", world_size=4, optimizer=factored, compression=summed)
+    gathered = dataclasses.replace(job, compression=gathered)
     assert abs(predict(job).peak_bytes / predict(gathered).peak_bytes - 1) < WITHIN
     assert predict(job).kept_bytes == predict(gathered).kept_bytes
 
@@ -135,10 +135,10 @@ def test_owners_that_sum_take_what_real_ranks_take():
 
 
 def test_shapes_of_a_real_batch_stand_in_for_those_that_fake_tensors_do_not_know():
-    predictor = Predictor(job_of("recurrent"))
+    predictor = Predictor(job_of("recurrent", optimizer=factored))
     found = predictor(this_run(predictor.job))
     assert found.recorded
-    larger = job_of("recurrent", batch_size=48)
+    larger = job_of("recurrent", batch_size=48, optimizer=factored)
     real = measured_peak(larger)
     assert abs(predictor(this_run(larger), 48).peak_bytes / real - 1) < WITHIN
     assert real > 1.3 * found.peak_bytes
@@ -166,23 +166,17 @@ def test_rows_take_less_than_a_dense_gradient_and_rivals_that_cannot_take_them_s
 
 
 def test_a_model_that_asks_for_more_than_it_did_is_refused_with_the_operation():
-    asked = []
+    calls = []
 
-    class Fickle(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(64, 10)
+    def task(model, batch, carried):
+        calls.append(None)
+        loss = model(batch[0]).sum()
+        for _ in calls[1:]:  # once in the real run, which is the second; then more often
+            loss = loss * loss.item()
+        return loss * loss.item() if len(calls) == 1 else loss, None, None
 
-        def forward(self, x):
-            asked.append(None)
-            y = self.layer(x)
-            return y[y[:, 0] > 0] if len(asked) == 1 else y[y.sum(1) > 0][:, y[0] < 9]
-
-    job = dataclasses.replace(
-        job_of("perceptron"), make_model=Fickle, task=lambda m, b, c: (m(b[0]).sum(), None, None)
-    )
-    with pytest.raises((ValueError, StopIteration)):
-        predict(job)
+    with pytest.raises(ValueError, match="asks for more values than it did of a real batch"):
+        predict(dataclasses.replace(job_of("perceptron"), task=task))
 
 
 def test_a_model_that_asks_for_values_when_it_is_built_is_built_for_real():
@@ -222,6 +216,4 @@ def test_real_and_fake_rehearsals_agree_by_kind():
         for _ in range(2):
             tracker.forget_peak()
             run.step([lambda: job.make_batch(job.batch_size)])
-    found, real = predict(job).peak, tracker.at_peak().by_kind
-    assert found.keys() == real.keys()
-    assert all(abs(found[kind] - real[kind]) <= 0.1 * real[kind] for kind in found)
+    assert predict(job).peak == tracker.at_peak().by_kind

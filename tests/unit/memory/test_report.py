@@ -1,11 +1,12 @@
 """The report: its numbers add up, and it is where it should be."""
 
+import dataclasses
 import json
 
 import pytest
 
-from memory import Measured, contenders, report
-from memory.job import this_run
+from memory import RECOMMENDED, Measured, contenders, report
+from memory.job import factored_adam, this_run
 from memory.predict import Predictor
 from memory.report import batch_table, run_table
 from tests.unit.memory.small_jobs import job_of
@@ -71,3 +72,12 @@ def test_without_measurements_and_without_room(reported):
     job = job_of("perceptron")
     assert "%" not in run_table(Predictor(job)(this_run(job)), None)
     assert "| none |" in batch_table({"this run": None}, 2**20)
+
+
+def test_the_peak_in_the_warm_up_of_the_density_is_told():
+    compression = dataclasses.replace(RECOMMENDED, density_warmup_epochs=2)
+    job = job_of("perceptron", compression=compression, optimizer=factored_adam)
+    lines = []
+    result = report(job, say=lines.append, rivals=[])
+    assert result["peak_in_warm_up"] > 1.3 * result["predicted"][0]["peak_bytes"]
+    assert any("of density 0.1, " in line for line in lines)

@@ -68,9 +68,11 @@ def test_state_is_that_of_the_optimizers_themselves(name, make, on_meta):
 def test_ours_keeps_rows_and_columns_and_two_bytes_a_parameter(on_meta):
     found, state = told("recommended")
     mine = optim.FactoredAdam(on_meta.parameters(), lr=1e-3, betas=(0.0, 0.999))
-    factored = sum(4 * (p.shape[0] + p[0].numel()) for p in on_meta.parameters() if p.dim() > 1)
-    matrices = [p for p in on_meta.parameters() if p.dim() > 1 and p.numel() >= 1024]
+    matrices = [p for p in on_meta.parameters() if p.dim() > 1]
+    least = mine.defaults["min_compressed_numel"]  # the two types of segments are fewer
+    second = [sum(p.shape) if p.numel() >= least else p.numel() for p in matrices]
     assert found.kept["residual"] == 2 * sum(p.numel() for p in matrices)
     assert state + found.kept["statistics"] == nbytes(mine) + 4 * len(matrices)  # counters
-    assert found.kept["statistics"] == factored + 4 * len(matrices)
+    assert found.kept["statistics"] == 4 * sum(second) + 4 * len(matrices)
+    assert min(p.numel() for p in matrices) < least < sorted(p.numel() for p in matrices)[1]
     assert found.kept["residual"] + state + found.kept["statistics"] < 2.02 * NUM_PARAMETERS

@@ -24,7 +24,7 @@ def test_a_gradient_counts_as_one_from_the_moment_its_memory_is_taken():
     peak = tracker.at_peak().by_kind
     # the peak is when the gradient is computed: its memory, which nobody has labelled yet
     assert {kind: size for kind, size in peak.items() if size > 1000} == {
-        PARAMETERS: 2**20, ACTIVATIONS: 2**20, GRADIENTS: 2**20,
+        PARAMETERS: 2**20, ACTIVATIONS: 2**20 + 4, GRADIENTS: 2**20,
     }  # fmt: skip
     assert tracker.now().by_kind.get(ACTIVATIONS, 0) < 1000  # backward let the graph go
 

@@ -167,12 +167,13 @@ def test_checkpointing_repeats_loss_and_gradients_and_keeps_less(make, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_under_autocast_a_step_is_near_the_one_in_float32(make, kind, checkpointed):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_a_step_is_near_the_one_in_float32(make, kind, checkpointed, dtype):
     batch, losses, gradients = text(), [], []
     for enabled in (False, True):
         torch.manual_seed(0)
         model = make(kind, sparse_embedding=True, checkpoint_activations=checkpointed)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast("cpu", dtype, enabled=enabled):
             loss, state = model(*batch)
             if state is not None:
                 loss = (loss + model(*batch, state)[0]) / 2
