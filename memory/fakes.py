@@ -4,6 +4,8 @@ Within `without_data` the kernels do nothing but allocate what they would return
 on values is taken as in a step of the steady state: every gradient is finite, every threshold finds
 the entries that it aims at, every message is of the length expected. All else is the code that
 trains, so that a prediction changes when that code does.
+Not foreseen: steps that look through a residual again, or put back what is too much. Of 0.1% of the
+entries that is nothing; of 1% up to 4% of a small model's peak, of 10% up to a quarter.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import dgc.outgoing
 import dgc.protocols
@@ -56,7 +58,7 @@ def without_data() -> Iterator[None]:
         (Codec, "split", _split),
         (dgc.protocols, "_pack_shares", _pack_shares),
         (FakeTensor, "data_ptr", _data_ptr),
-        (FakeTensorMode, "__deepcopy__", lambda mode, memo: mode),  # models are copied, it is not
+        (FakeTensor, "__deepcopy__", _copy),
     ]  # fmt: skip
     with contextlib.ExitStack() as stack:
         for owner, name, stand_in in replaced:
@@ -131,6 +133,15 @@ def _implementing_module(suffix: str, device_type: str) -> ModuleType | SimpleNa
 
 def _data_ptr(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata  # other than 0, and equal where memory is
+
+
+def _copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """Copy as a real tensor does; torch's way for fake ones copies their mode, too, and leaks."""
+    if id(tensor) not in memo:
+        copy = tensor.detach().clone()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy
+    return memo[id(tensor)]
 
 
 # ---- what depends on values ----------------------------------------------------------------------

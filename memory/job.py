@@ -18,6 +18,7 @@ from memory.eight_bit import EightBitAdam
 
 Task = Callable[[nn.Module, Sequence[Tensor], Any], tuple[Tensor, Tensor, Any]]
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
+_CPU = torch.device("cpu")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,7 +49,7 @@ class Job:
     ranks_per_node: int | None = None
     bucket_bytes: int = 16 * 2**20
     precision: str = "float32"
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
     is_averaged: bool = False
 
     def autocast(self) -> AbstractContextManager[None]:

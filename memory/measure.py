@@ -72,9 +72,7 @@ def held_by(model: nn.Module, optimizer: Any, *others: Any) -> list[Tensor]:
     return [part for value in values for part in parts_of(value)]
 
 
-def _peak_on_cpu(
-    step: Callable[[], Any], held: Callable[[], Iterable[Any]], num_steps: int
-) -> int:
+def _peak_on_cpu(step: Callable[[], Any], held: Callable[[], Iterable[Any]], num_steps: int) -> int:
     before = {s._cdata: (StorageWeakRef(s), s.nbytes()) for s in map(_storage, held())}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
         step()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from memory.grouping import ORDER, grouped
 from memory.predict import Prediction
 
 
@@ -14,8 +15,6 @@ def draw(rows: Sequence[Prediction], path: Path) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot
-
-    from memory.report import ORDER, grouped
 
     peaks = [grouped(row.peak) for row in rows]
     present = [kind for kind in ORDER if any(kind in peak for peak in peaks)]
@@ -35,7 +34,7 @@ def draw(rows: Sequence[Prediction], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max(left))
     axes.set_xlabel(f"MiB at the peak of a step, micro-batches of {rows[0].batch_size} (predicted)")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.18 - 0.6 / len(rows)), ncols=4,
+    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.06 - 0.8 / len(rows)), ncols=4,
                 fontsize=8)  # fmt: skip
     figure.tight_layout()
     figure.savefig(path, dpi=110)

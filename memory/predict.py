@@ -69,8 +69,8 @@ class Predictor:
             return self._predict(contender, batch_size)
         except UNANSWERED as error:
             if self._recorded is not None:
-                raise ValueError(f"the model asks for more values than it did of a real batch, at "
-                                 f"{error.args[0]}") from error  # fmt: skip
+                raise ValueError(f"the model asks for values with {error.args[0]}, of which a real "
+                                 f"batch told nothing") from error  # fmt: skip
         self._recorded = record(self.job)
         return self._predict(contender, batch_size)
 

@@ -13,18 +13,13 @@ from typing import Any
 
 from memory import tracker as kinds
 from memory.batches import largest_batch
+from memory.grouping import STATE_KIND, grouped, rank
 from memory.job import Contender, Job, contenders, this_run
 from memory.measure import Measured
 from memory.picture import draw
 from memory.predict import Prediction, Predictor
 from memory.rehearsal import STATE
 
-STATE_KIND = "optimizer state"
-ORDER = (
-    kinds.PARAMETERS, "averaged parameters", kinds.BUFFERS, kinds.GRADIENTS, "residual", "velocity",
-    "statistics", STATE_KIND, kinds.EXCHANGE, kinds.ACTIVATIONS, kinds.TEMPORARIES, kinds.INPUTS,
-    kinds.CARRIED,
-)  # fmt: skip
 _MEASURED_NAMES = {"optimizer": STATE_KIND, "averaged": "averaged parameters"}
 NUM_TENSORS_TOLD = 10
 
@@ -53,6 +48,9 @@ def report(
     predictor = Predictor(job)
     mine = predictor(this_run(job))
     say(run_table(mine, measured))
+    warming = _in_warm_up(job)
+    if warming is not None:
+        say(f"in the first epochs, of density {warming[0]:.3g}, {warming[1]:,} at the peak")
     say(tensor_table(mine))
     others = contenders(job) if rivals is None else [this_run(job), *rivals]
     rows = [mine, *(predictor(each) for each in others[1:])]
@@ -65,6 +63,7 @@ def report(
         "predicted": [as_row(row) for row in rows],
         "measured": None if measured is None else dataclasses.asdict(measured),
         "peak_error": None if measured is None else mine.peak_bytes / measured.peak_bytes - 1,
+        "peak_in_warm_up": None if warming is None else warming[1],
         "memory_bytes": memory_bytes,
         "largest_batch": {n: None if p is None else p.batch_size for n, p in largest.items()},
         "job": _settings(job),
@@ -74,6 +73,15 @@ def report(
         (folder / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
         draw(rows, folder / "memory.png")
     return result
+
+
+def _in_warm_up(job: Job) -> tuple[float, int] | None:
+    """Return the largest density of the warm-up, and its peak; None without a warm-up."""
+    if job.compression is None or not job.compression.density_warmup_epochs:
+        return None
+    epochs = range(job.compression.density_warmup_epochs)
+    density = max(map(job.compression.density_at, epochs))
+    return density, predict(dataclasses.replace(job, density=density)).peak_bytes
 
 
 def _settings(job: Job) -> dict[str, Any]:
@@ -100,26 +108,12 @@ def as_row(row: Prediction) -> dict[str, Any]:
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def grouped(by_kind: dict[str, int]) -> dict[str, int]:
-    """Return bytes by kind, all optimizer state as one, in the order of the tables."""
-    found: dict[str, int] = {}
-    for kind, size in by_kind.items():
-        name = STATE_KIND if kind.startswith(STATE) else kind
-        found[name] = found.get(name, 0) + size
-    return {kind: found[kind] for kind in sorted(found, key=_rank)}
-
-
-def _rank(kind: str) -> tuple[int, str]:
-    name = STATE_KIND if kind.startswith(STATE) else kind
-    return (ORDER.index(name) if name in ORDER else len(ORDER)), kind
-
-
 def run_table(mine: Prediction, measured: Measured | None) -> str:
     """Return this run by kind, with what was measured beside what was predicted."""
     found = {_MEASURED_NAMES.get(k, k): v for k, v in (measured.kept if measured else {}).items()}
     states = [kind for kind in mine.peak if kind.startswith(STATE)]
     lines = []
-    for kind in sorted(mine.kept.keys() | mine.peak.keys(), key=_rank):
+    for kind in sorted(mine.kept.keys() | mine.peak.keys(), key=rank):
         name = STATE_KIND if states == [kind] else kind
         kept, peak = mine.kept.get(kind, 0), mine.peak.get(kind, 0)
         lines.append(_run_line(kind, mine, kept, peak, found.get(name)))
@@ -130,7 +124,15 @@ def run_table(mine: Prediction, measured: Measured | None) -> str:
     if measured is not None:
         error = mine.peak_bytes / measured.peak_bytes - 1
         total = [*total[:-2], "", f"{measured.peak_bytes:,} at the peak ({error:+.1%})"]
-    heading = ["kind", "kept", "a parameter", "at the peak", "a parameter", "measured kept", "error"]
+    heading = [
+        "kind",
+        "kept",
+        "a parameter",
+        "at the peak",
+        "a parameter",
+        "measured kept",
+        "error",
+    ]
     text = (f"predicted bytes of one rank, {mine.num_parameters:,} parameters, micro-batches of "
             f"{mine.batch_size}; the peak is in {mine.phase}")  # fmt: skip
     if mine.recorded:
@@ -138,9 +140,7 @@ def run_table(mine: Prediction, measured: Measured | None) -> str:
     return "\n".join([text, *_table([heading, *lines, total])])
 
 
-def _run_line(
-    name: str, mine: Prediction, kept: int, peak: int, measured: int | None
-) -> list[str]:
+def _run_line(name: str, mine: Prediction, kept: int, peak: int, measured: int | None) -> list[str]:
     each = [f"{size / mine.num_parameters:.3f}" for size in (kept, peak)]
     line = [name, f"{kept:,}", each[0], f"{peak:,}", each[1], "", ""]
     if measured:
