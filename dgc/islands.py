@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dgc.buckets import Bucket
 from dgc.comm import Handle
+from dgc.verdict import is_finite
 
 if TYPE_CHECKING:
     from dgc.exchange import Exchange
@@ -50,7 +51,7 @@ def sum_within(exchange: Exchange, bucket: Bucket) -> Generator[Handle, Any, Non
         mean = yield island.all_reduce_async(flat, exchange.name_of(bucket, "statistics"))
         mean.div_(island.world_size)
         exchange.statistics.unpack(names, mean)
-        if not torch.isfinite(mean).all():  # of one rank's gradient, which was not
+        if not is_finite(mean):  # of one rank's gradient, which was not
             exchange.magnitudes.spoil(names, mean.device)
     with exchange.stats.timed("compensate"):
         for spec, share_N in zip(bucket.specs, mine.split(sizes), strict=True):

@@ -27,7 +27,7 @@ from dgc.islands import pass_on, sum_within
 from dgc.outgoing import Outgoing, where_delivered
 from dgc.precondition import divide
 from dgc.sparsify import SparseGrad, largest_indices
-from dgc.verdict import LARGEST_GRADIENT, overflown
+from dgc.verdict import LARGEST_GRADIENT, is_finite, overflown
 from kernels import packing
 
 if TYPE_CHECKING:
@@ -99,10 +99,10 @@ def all_reduce(exchange: Exchange, bucket: Bucket, bad: set[int]) -> Way:
 def _split_dense(exchange: Exchange, bucket: Bucket, mean: Tensor) -> Update:
     update = Update()
     rows = mean.view(exchange.num_shares, -1).split([spec.numel for spec in bucket.specs], dim=1)
-    if not torch.isfinite(mean).all():
+    if not is_finite(mean):
         names = [spec.name for spec in bucket.specs]
         pairs = zip(names, rows, strict=True)
-        update.bad = [name for name, part in pairs if not torch.isfinite(part).all()]
+        update.bad = [name for name, part in pairs if not is_finite(part)]
         return update
     for spec, part in zip(bucket.specs, rows, strict=True):
         mean_N = part.reshape(-1)[: spec.whole]

@@ -42,6 +42,11 @@ class Magnitudes:
         return self._bits[name]
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether no element is infinite or NaN, without a temporary of the tensor's size."""
+    return bool(torch.isfinite(torch.linalg.vector_norm(tensor, math.inf)).all())
+
+
 def overflown(reports: Sequence[Report]) -> set[int]:
     """Return the places of tensors whose gradient cannot be used."""
     return {n for n, found in enumerate(reports) if not found.largest <= LARGEST_GRADIENT}
