@@ -27,7 +27,7 @@ from dgc.islands import pass_on, sum_within
 from dgc.outgoing import Outgoing, where_delivered
 from dgc.precondition import divide
 from dgc.sparsify import SparseGrad, largest_indices
-from dgc.verdict import LARGEST_GRADIENT, is_finite, overflown
+from dgc.verdict import is_finite, is_usable, overflown
 from kernels import packing
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ def gather_rows(exchange: Exchange, bucket: Bucket) -> Way:
     (spec,), codec = bucket.specs, bucket.codec
     with exchange.stats.timed("pack"):
         rows_K, values_KM = exchange.rows.release(spec)
-        bad = () if (values_KM.abs() <= LARGEST_GRADIENT).all() else (0,)
+        bad = () if is_usable(values_KM) else (0,)
         if bad:
             rows_K, values_KM = rows_K[:0], values_KM[:0]
         message = codec.encode(rows_K, values_KM.reshape(-1), bad)
