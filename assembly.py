@@ -105,7 +105,15 @@ def build_model(run: Run, splits: Mapping[str, Any]) -> nn.Module:
 def build_optimizer(train: Train, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer that the exchange will hold."""
     groups = parameter_groups(train, model)
-    return build_part("configs.train.optimizer", train.optimizer, groups)
+    optimizer = build_part("configs.train.optimizer", train.optimizer, groups)
+    for pattern, settings in (train.param_groups or {}).items():
+        for name in settings.keys() - optimizer.defaults.keys():
+            allowed = ", ".join(optimizer.defaults)
+            raise load.ConfigError(
+                f"configs.train.param_groups: {type(optimizer).__name__} has no setting {name!r}, "
+                f"given for {pattern!r}; allowed: {allowed}"
+            )
+    return optimizer
 
 
 def parameter_groups(train: Train, model: nn.Module) -> list[dict[str, Any]]:

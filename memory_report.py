@@ -74,6 +74,7 @@ def describe(run: Run, comm: Comm, device: torch.device, splits: Mapping[str, An
         compression=assembly.compression_of(run),
         micro_batches=train.micro_batches_per_step,
         world_size=comm.world_size,
+        ranks_per_node=comm.local_size,
         bucket_bytes=int(train.bucket_mib * 2**20),
         precision=train.precision,
         device=device,

@@ -32,6 +32,8 @@ from memory_report import report_memory
 
 def main() -> None:
     arguments, overrides = parse_arguments(sys.argv[1:])
+    if arguments.report:  # others wait while one rank predicts
+        os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "0")
     with horovod_job() as comm:
         try:
             run_job(arguments, overrides, comm)
@@ -90,6 +92,10 @@ def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, dict[str, str
             parser.error(f"{word} needs a value")
         overrides[path] = value
     arguments = parser.parse_args(others)
+    if arguments.report and arguments.evaluate:
+        parser.error("--report and --evaluate: give one of them")
+    if arguments.memory_gib is not None and not (arguments.report and arguments.memory_gib > 0):
+        parser.error("--memory-gib goes with --report memory; allowed: above 0")
     if arguments.report_steps < 0 or arguments.report_steps == 1:
         parser.error("--report-steps: allowed: 0, or 2 or more, as the first step makes state")
     return arguments, overrides
@@ -115,6 +121,7 @@ def choose_device(wanted: str, comm: HorovodComm) -> torch.device:
             "--devices gpu: torch sees no GPU; see launch/doctor, or use --devices cpu"
         )
     torch.backends.cudnn.deterministic = True  # a resumed run must repeat what it would have done
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # likewise, of an LSTM
     device = torch.device("cuda", comm.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

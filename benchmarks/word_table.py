@@ -47,15 +47,15 @@ class Method:
 
 
 ADAM, MOMENTUM = "Adam", "momentum"
-WORDS_ONLY = "wikitext/sketch_words_only"
+WORDS_ONLY = "optim/words_only"
 METHODS = {
-    ADAM: Method(("optim/lazy_adam",), (1e-2, 2e-2), 1e-3),
-    "CS-MV": Method(("optim/sketch_adam", WORDS_ONLY), (1e-2, 2e-2), 1e-3, rival=ADAM),
-    "CS-V": Method(("optim/sketch_adam_v", WORDS_ONLY), (1e-2, 2e-2), 1e-3, rival=ADAM),
-    "SM3": Method(("optim/sm3",), (0.1, 0.2), 0.1, rival=ADAM),
-    MOMENTUM: Method(("optim/momentum",), (5.0, 10.0), 2.5, clip=0.25),
+    ADAM: Method(("optim/lazy_adam",), (1e-2,), 1e-3),
+    "CS-MV": Method(("optim/sketch_adam", WORDS_ONLY), (1e-2,), 1e-3, rival=ADAM),
+    "CS-V": Method(("optim/sketch_adam_v", WORDS_ONLY), (1e-2,), 1e-3, rival=ADAM),
+    "SM3": Method(("optim/sm3",), (0.1,), 0.1, rival=ADAM),
+    MOMENTUM: Method(("optim/momentum",), (5.0,), 2.5, clip=0.25),
     "CS-momentum": Method(
-        ("optim/sketch_momentum", WORDS_ONLY), (5.0, 10.0), 2.5, clip=0.25, rival=MOMENTUM
+        ("optim/sketch_momentum", WORDS_ONLY), (10.0,), 2.5, clip=0.25, rival=MOMENTUM
     ),
 }
 SPARSE = ("dgc/wm0", "dgc/density_1_percent", "dgc/mxfp8")
@@ -128,7 +128,7 @@ def description(
     names = ["wikitext/lstm_small" if is_short else "wikitext/lstm"]
     settings: dict[str, Any] = {"dataset.root": options.data.resolve()}
     if options.softmax == "sampled":
-        names.append("wikitext/sampled_softmax")
+        names.append("softmax/sampled")
     names += method.files
     if is_short:
         names.append("optim/warmup_cooldown")
@@ -159,7 +159,7 @@ def summarize(
         "size_ratio": size_ratio,
         "lr": best["lr"],
         "valid_perplexity": valid[best["lr"]],
-        "test_perplexity": best["metrics"]["perplexity/test"]["best"],
+        "test_perplexity": best["metrics"]["perplexity/test"]["at_best"],
         "valid_perplexity_of_rate": valid,
         "optimizer_bytes": kept["optimizer"],
         "kept_bytes": sum(kept.values()),

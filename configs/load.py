@@ -162,6 +162,11 @@ def _apply(path: Path, run: fdl.Config[Run]) -> None:
         unknown = re.search(r"No parameter named '(\w+)'", str(error))
         names = [name for _, node in _buildables(run) for name in _parameter_names(node)]
         near = _nearest(unknown[1], names) if unknown else ""
+        if unset := re.search(r"No parameter '(\w+)' has been set", str(error)):
+            raise ConfigError(
+                f"{path} changes {unset[1]!r}, which no file before it sets; list it after the "
+                f"file of a model that has it"
+            ) from error
         raise ConfigError(f"{path}: {error}{near}") from error
 
 

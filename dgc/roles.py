@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 
 from dgc.apply import takes_elements
 from dgc.buckets import TensorSpec
@@ -76,7 +76,17 @@ def check_groups(
 
 
 def _check_rows(optimizer: Optimizer, row_sparse: Sequence[Tensor]) -> None:
-    if not row_sparse or not isinstance(optimizer, SGD):
+    """Refuse torch's optimizers that would themselves refuse rows, in their first step."""
+    if not row_sparse:
+        return
+    is_torchs = type(optimizer).__module__.startswith("torch.optim")
+    if is_torchs and not isinstance(optimizer, (SGD, SparseAdam, Adagrad)):
+        raise ValueError(
+            f"there are row-sparse gradients, which torch's {type(optimizer).__name__} does not "
+            f"take; take one of optim (configs/optim/lazy_adam.py, momentum.py, sketch_adam.py, "
+            f"sm3.py), SGD or SparseAdam, or sparse=False"
+        )
+    if not isinstance(optimizer, SGD):
         return
     for group in optimizer.param_groups:
         if group["weight_decay"] and _holds(group, row_sparse):

@@ -55,7 +55,8 @@ class LearningRate:
                 )
             length = max(1, (total_steps - self._warmup_steps) // self._stride)
             offered = dict.fromkeys(_LENGTH_NAMES, length)
-            offered["mode"] = "min" if smaller_is_better else "max"
+            if getattr(make_scheduler, "func", make_scheduler) is ReduceLROnPlateau:
+                offered["mode"] = "min" if smaller_is_better else "max"
             self._scheduler = fill_in(make_scheduler, offered)(optimizer)
         self._is_plateau = isinstance(self._scheduler, ReduceLROnPlateau)
         if self._is_plateau and per == "step":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -44,6 +45,13 @@ def to_device(carried: Carried, device: torch.device) -> Carried:
     return carried
 
 
+def _is_better(name: str, value: float, than: float) -> bool:
+    """Tell whether a metric's value is better; anything is better than NaN."""
+    if math.isnan(than):
+        return True
+    return value < than if smaller_is_better(name) else value > than
+
+
 @dataclass
 class Progress:
     """How far a run has come; plain values."""
@@ -62,17 +70,21 @@ class Progress:
     peak_memory_bytes: int = 0
     """Of this rank, over all the processes that it has been."""
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Name -> {"last": ..., "best": ...}."""
+    """Name -> {"last": ..., "best": ..., "at_best": ...}: the best of its own, and its value in the
+    epoch that is best by the run's best_metric."""
 
     def note(self, metrics: dict[str, float], best_metric: str) -> bool:
         """Record an epoch's metrics; tell whether `best_metric` is better than ever before."""
-        before = self.metrics.get(best_metric, {}).get("best")
+        before = self.metrics.get(best_metric, {}).get("best", math.nan)
+        is_best = _is_better(best_metric, metrics[best_metric], before)
         for name, value in metrics.items():
-            better = min if smaller_is_better(name) else max
-            noted = self.metrics.setdefault(name, {"best": value})
-            noted.update(last=value, best=better(value, noted["best"]))
-        now = metrics[best_metric]
-        return before is None or (now < before if smaller_is_better(best_metric) else now > before)
+            noted = self.metrics.setdefault(name, {"best": value, "at_best": value})
+            noted["last"] = value
+            if _is_better(name, value, noted["best"]):
+                noted["best"] = value
+            if is_best:
+                noted["at_best"] = value
+        return is_best
 
     def seconds_per_step(self) -> dict[str, float]:
         """Return seconds by phase that add up to `total`.
@@ -85,6 +97,13 @@ class Progress:
         seconds["backward"] = outer - inside
         seconds["other"] = total - sum(seconds.values())
         return {phase: v / self.step for phase, v in {**seconds, "total": total}.items()}
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    """Return the bytes of a tensor; SGD keeps the momentum of rows as a sparse one."""
+    if not tensor.is_sparse:
+        return tensor.nbytes
+    return tensor._indices().nbytes + tensor._values().nbytes
 
 
 @dataclass
@@ -212,7 +231,7 @@ class RunState:
             "parameters": sum(p.nbytes for p in parameters),
             "gradients": sum(p.grad.nbytes for p in parameters if p.grad is not None),
             **self.optimizer.worker_state_bytes(),
-            "optimizer": sum(t.nbytes for t in tensors),
+            "optimizer": sum(_num_bytes(t) for t in tensors),
             "buffers": sum(b.nbytes for b in self.model.buffers()),
             "averaged": sum(p.nbytes for p in averaged),
         }

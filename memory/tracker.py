@@ -75,10 +75,6 @@ class Tracker(TorchDispatchMode):
         finally:
             self._phase, self._default = before
 
-    def set_default(self, kind: str) -> None:
-        """Count what is made from now on as this kind, unless it is labelled."""
-        self._default = kind
-
     def label(self, kind: str, tensors: Iterable[Any]) -> None:
         """Say of what kind these tensors' memory is from now on; the first label counts from the
         beginning."""

@@ -9,6 +9,7 @@ from optim.base import Group, MomentOptimizer
 from optim.options import given
 
 SLACK = 1.001  # for rounding, where the bound is reached
+_BEYOND = 170.0  # the root of exp of it is beyond all float32
 
 
 class Adam(MomentOptimizer):
@@ -64,14 +65,19 @@ class Adam(MomentOptimizer):
     def _bound(self, group: Group, step: int) -> dict[str, float]:
         """Bound what sketches make of m / sqrt(v) by the most that it can be without them.
 
-        By Cauchy and Schwarz, over a history of at most `step` gradients. Where a rare row shares
+        By Cauchy and Schwarz, over a history of at most `step` gradients; it does not hold for a
+        second moment that is no average of the element's own squares. Where a rare row shares
         buckets with a frequent one, its estimate of m can be far beyond its own v.
         """
-        if "sketch" not in (group["first_moment"], group["second_moment"]):
-            return {}
         beta1, beta2 = group["betas"]
-        ratio = beta1**2 / beta2 if beta2 else 0.0
-        terms = (1 - ratio**step) / (1 - ratio) if ratio != 1 else step
+        first, second = group["first_moment"] if beta1 else None, group["second_moment"]
+        if "sketch" not in (first, second) or second in ("factored", "cover") or not beta2:
+            return {}
+        ratio = beta1**2 / beta2
+        growth = step * math.log(ratio) if ratio else -math.inf
+        if growth > _BEYOND:
+            return {}
+        terms = step if ratio == 1 else math.expm1(growth) / (ratio - 1)
         exact = (1 - beta1) * math.sqrt(terms / (1 - beta2))
         scales = math.sqrt(1 - beta2**step) / (1 - beta1**step)
         return {"largest_quotient": SLACK * exact * scales}

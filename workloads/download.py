@@ -9,7 +9,9 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 
 _TIMEOUT_S = 30
@@ -29,7 +31,7 @@ def fetch_zip(addresses: Sequence[str], folder: Path, sha1: Mapping[str, str]) -
         for address in addresses:
             try:
                 _unpack(_fetch(address, Path(scratch)), Path(scratch), sha1)
-            except (OSError, zipfile.BadZipFile) as error:
+            except (OSError, EOFError, HTTPException, zipfile.BadZipFile, zlib.error) as error:
                 failures.append(f"{address}: {error}")
                 continue
             for name in sha1:

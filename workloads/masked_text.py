@@ -97,6 +97,10 @@ def _masked(
         raise ValueError(f"sequence_length is {sequence_length}; allowed: 2 words or more")
     if not 0 < mask_fraction < 1:
         raise ValueError(f"mask_fraction is {mask_fraction}; allowed: between 0 and 1")
+    if max_words is not None and max_words < 4:
+        raise ValueError(
+            f"max_words is {max_words}; allowed: None, or 4 or more: a word, <unk>, <eos>, <mask>"
+        )
     room = None if max_words is None else max_words - 1
     vocabulary, texts = read_texts(files, room)
     return {

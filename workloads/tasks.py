@@ -44,6 +44,7 @@ class Classification:
     def metrics(self, sums: Sequence[float], split: str) -> dict[str, float]:
         """Return the mean loss, and accuracies in percent."""
         num_samples, loss, *hits = sums
+        num_samples = num_samples or math.nan  # where every step was undone
         accuracies = {
             f"acc/{split}_top{k}": 100 * hit / num_samples
             for k, hit in zip(self._top_k, hits, strict=True)
@@ -100,7 +101,7 @@ def _loss_sums(loss: Tensor, targets: Tensor) -> Tensor:
 def _loss_and_perplexity(sums: Sequence[float], split: str) -> dict[str, float]:
     """Return the mean loss, and its exponential where the loss is that of the whole vocabulary."""
     num_targets, total = sums
-    loss = total / num_targets
+    loss = total / (num_targets or math.nan)  # where every step was undone
     metrics = {f"loss/{split}": loss}
     if split != "train":  # a sampled softmax trains on another loss
         metrics[f"perplexity/{split}"] = math.exp(loss) if loss < 700 else math.inf

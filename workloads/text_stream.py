@@ -66,7 +66,7 @@ def lm1b(
 def text_shards(
     root: str,
     train: str = "train/*",
-    test: str = "test/*",
+    test: str | None = "test/*",
     valid: str | None = None,
     bptt: int = 35,
     vocabulary: str | None = None,
@@ -76,7 +76,8 @@ def text_shards(
 ) -> dict[str, TextShards | Text]:
     """Plain text in shards under `root`: "train" is streamed, "test" and "valid" are in memory.
 
-    Args: train, test, valid: patterns of file names below root, e.g. "train/part-*".
+    Args: train, test, valid: patterns of file names below root, e.g. "train/part-*"; test or valid
+              may be None.
           vocabulary: a file with a word a line (what stands behind it is passed over), numbered in
               that order, one of them `<eos>`, `</S>` or `<S>` and one `<unk>` or `<UNK>`; None: the
               most frequent words of the training text.

@@ -1,6 +1,6 @@
 """WikiText-103: a causal Transformer and an adaptive softmax over 267,735 words.
 
-Texts of 256 words, 16 a rank; half the words of a batch are among the 20,000 of the head.
+Texts of 256 words, 16 a rank; the 20,000 most frequent words are in the head.
 """
 
 import fiddle as fdl

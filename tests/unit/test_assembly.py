@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import assembly
+import memory
 from configs import load
 from dgc.local import run_local
 from engine.report import SilentReporter
@@ -112,3 +113,26 @@ def test_parameters_are_grouped_by_the_first_pattern_that_matches_their_name():
     run.train.param_groups = {"three*": {}}
     with pytest.raises(load.ConfigError, match="by 'three\\*'; parameters are: one.weight"):
         assembly.parameter_groups(run.train, model)
+
+
+def test_a_misspelt_setting_of_a_group_is_refused():
+    run = load.build(load.compose([DIGITS], {}))
+    run.train.param_groups = {"*": {"momentm": 0.5}}
+    with pytest.raises(load.ConfigError, match="SGD has no setting 'momentm', given for '.'"):
+        assembly.build_optimizer(run.train, nn.Linear(2, 2))
+
+
+def test_switches_of_language_models_leave_the_rest_of_a_run_alone():
+    files = ["text/lstm", "optim/sketch_adam", "softmax/sampled", "optim/words_only"]
+    run = load.build(load.compose([ROOT / f"configs/{file}.py" for file in files], {}))
+    assert run.dataset.func.__name__ == "text_folder"
+    assert run.train.optimizer.func.__name__ == "SketchAdam"
+    assert run.model.keywords["softmax"] == "sampled"
+    with pytest.raises(load.ConfigError, match="changes 'model', which no file before it sets"):
+        load.compose([ROOT / "configs/softmax/sampled.py"], {})
+
+
+def test_the_memory_reports_recommended_method_is_that_of_the_configs():
+    files = [DIGITS, ROOT / "configs/optim/parsimony.py"]
+    run = load.build(load.compose(files, {}))
+    assert run.dgc == memory.RECOMMENDED

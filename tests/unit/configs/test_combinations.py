@@ -54,13 +54,13 @@ def outcome(optim, dgc):
 
 
 # optimizer of configs/optim -> files of configs/dgc that it refuses; all others it goes with.
-# adam is torch's, and warmup_cooldown keeps the model's SGD: they hand no second moment over.
-REFUSED = {
-    "parsimony": ["after"],
-    "adam": ["early", "select_preconditioned", "shared_statistics"],
-    "warmup_cooldown": ["early", "select_preconditioned", "shared_statistics"],
-    "sketch_momentum": ["early", "select_preconditioned", "shared_statistics"],
-}
+# adam and sgd are torch's, warmup_cooldown and words_only keep the model's SGD, and the others have
+# a momentum alone: they hand no second moment over.
+_NO_SECOND_MOMENT = ["early", "select_preconditioned", "shared_statistics"]
+REFUSED = {"parsimony": ["after"]} | dict.fromkeys(
+    ("adam", "sgd", "momentum", "sketch_momentum", "warmup_cooldown", "words_only"),
+    _NO_SECOND_MOMENT,
+)
 REASONS = {  # the setting, its value, why not, the remedy
     "after": "update_scale is 4.0, .*divides it out again; leave it at 1",
     "early": "preconditioning is 'early', .* no second moment .*; use an optimizer of optim",

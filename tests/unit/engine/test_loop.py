@@ -11,6 +11,7 @@ import assembly
 from configs import load
 from dgc.local import run_local
 from engine.report import SilentReporter
+from engine.state import Progress
 
 DIGITS = Path(__file__).parents[3] / "configs/digits/resnet20.py"
 SETTINGS = {"train.micro_batches_per_step": "2", "train.polyak_decay": "0.9"}
@@ -23,8 +24,9 @@ def make_model():
     )
 
 
-def make_trainer(comm, folder, precision="float32"):
-    config = load.compose([DIGITS], {**SETTINGS, "train.precision": precision})
+def make_trainer(comm, folder, precision="float32", clip_norm=None):
+    more = {"train.precision": precision, "train.clip_norm": str(clip_norm)}
+    config = load.compose([DIGITS], {**SETTINGS, **more})
     run = load.build(config)
     run.model = make_model
     flat = load.flatten(config)
@@ -59,9 +61,12 @@ def assert_equal(one, other):
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize("bad", [(NAN, 1.0), (1.0, NAN)], ids=["first", "last"])
-def test_a_nan_in_a_micro_batch_of_one_rank_leaves_no_trace_on_any(tmp_path, bad, precision):
+@pytest.mark.parametrize("clip_norm", [None, 0.1])
+def test_a_nan_in_a_micro_batch_of_one_rank_leaves_no_trace_on_any(
+    tmp_path, bad, precision, clip_norm
+):
     def work(comm):
-        trainer = make_trainer(comm, tmp_path, precision)
+        trainer = make_trainer(comm, tmp_path, precision, clip_norm)
         state = trainer.state
         step(trainer, batches(comm, 1.0, 1.0))
         before, lr = all_but_schedule(state), state.optimizer.param_groups[0]["lr"]
@@ -100,7 +105,9 @@ def test_a_checkpoint_without_a_loss_scale_is_taken_up_in_float32(tmp_path):
         step(trainer, batches(comm, 1.0, 1.0))
         shared = trainer.state.shared()
         del shared["grad_scaler"], shared["progress"]["skipped_steps"]
-        trainer.state.restore(shared, trainer.state.worker())
+        worker = trainer.state.worker()
+        del worker["carried"], worker["position"]
+        trainer.state.restore(shared, worker)
         return trainer.state.progress.skipped_steps
 
     assert run_local(1, work) == [0]
@@ -138,3 +145,49 @@ def test_statistics_that_workers_keep_are_a_kind_of_state_of_their_own(tmp_path)
     assert kinds["velocity"] == kinds["gradients"] == 0
     assert kinds["statistics"] > 0
     assert 1.9 < kinds["residual"] / (kinds["parameters"] / 4) < 2
+
+
+class Counting:
+    """A task that carries on how many batches came before."""
+
+    num_sums = 1
+
+    def __call__(self, model, batch, carried):
+        loss = model(batch[0]).square().mean()
+        return (
+            loss,
+            torch.ones(1, dtype=torch.float64),
+            (torch.zeros(1) if carried is None else carried[0] + 1,),
+        )
+
+    def metrics(self, sums, split):
+        return {f"loss/{split}": sums[0]}
+
+
+def test_what_is_carried_on_goes_back_with_a_step_that_is_undone_and_into_checkpoints(tmp_path):
+    def work(comm):
+        trainer, fresh = (make_trainer(comm, tmp_path) for _ in range(2))
+        trainer.task = fresh.task = Counting()
+        for each in (trainer, fresh):
+            each.state.train_sums.values = torch.zeros(1, dtype=torch.float64)
+        step(trainer, batches(comm, 1.0, 1.0))
+        assert trainer.state.carried == (1,)
+        step(trainer, batches(comm, 1.0, NAN))
+        assert trainer.state.carried == (1,)
+        fresh.state.restore(*copy.deepcopy((trainer.state.shared(), trainer.state.worker())))
+        step(fresh, batches(comm, 1.0, 1.0))
+        assert fresh.state.carried == (3,)
+
+    run_local(2, work)
+
+
+def test_the_best_epoch_is_known_though_the_first_one_was_not_a_number():
+    progress = Progress()
+    losses, accuracies = [NAN, 3.0, 2.0, 2.5], [5.0, 6.0, 7.0, 9.0]
+    was_best = [
+        progress.note({"loss/test": loss, "acc/test_top1": accuracy}, "loss/test")
+        for loss, accuracy in zip(losses, accuracies, strict=True)
+    ]
+    assert was_best == [True, True, True, False]
+    assert progress.metrics["loss/test"] == {"best": 2.0, "last": 2.5, "at_best": 2.0}
+    assert progress.metrics["acc/test_top1"] == {"best": 9.0, "last": 9.0, "at_best": 7.0}

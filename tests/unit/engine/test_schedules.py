@@ -69,15 +69,14 @@ def test_resuming_continues_to_the_bit(resume_at, per):
     assert rates(60, make_scheduler=make_scheduler, per=per, resume_at=resume_at) == undisturbed
 
 
-@pytest.mark.parametrize(
-    ("make_scheduler", "complaint"),
-    [
-        (partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1), "max_lr is not multiplied"),
-    ],
-)
-def test_schedulers_that_would_go_wrong_are_refused(make_scheduler, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        rates(1, make_scheduler=make_scheduler)
+def test_a_scheduler_with_a_rate_of_its_own_is_refused_where_rates_are_multiplied():
+    with pytest.raises(ValueError, match="max_lr is not multiplied"):
+        rates(1, make_scheduler=partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1))
+
+
+def test_a_mode_that_is_another_schedulers_own_is_left_alone():
+    cyclic = partial(torch.optim.lr_scheduler.CyclicLR, base_lr=0.1, max_lr=0.2, step_size_up=4)
+    assert rates(9, make_scheduler=cyclic, per="step", warmup=0, scale=1)[4] == pytest.approx(0.2)
 
 
 def test_its_state_is_plain_values(tmp_path):

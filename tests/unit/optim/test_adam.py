@@ -154,6 +154,17 @@ def test_the_bound_of_a_sketched_step_is_the_most_that_exact_moments_reach(betas
 def test_steps_without_sketches_are_not_bounded():
     assert largest_quotient((0.9, 0.999), 5) is None
     assert largest_quotient((0.9, 0.999), 5, second_moment="factored") is None
+    assert (
+        largest_quotient((0.9, 0.999), 5, first_moment="sketch", second_moment="factored") is None
+    )
+    assert largest_quotient((0.9, 0.0), 5, second_moment="sketch") is None
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.5), (0.99, 0.95), (0.9, 0.81)])
+def test_a_bound_beyond_all_numbers_is_none(betas):
+    for num_steps in (100, 5_000, 1_000_000):
+        bound = largest_quotient(betas, num_steps, second_moment="sketch")
+        assert bound is None or 0 < bound < 3e38
 
 
 def test_a_rare_row_among_frequent_ones_moves_no_further_than_exact_state_could_move_it():
