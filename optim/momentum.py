@@ -42,7 +42,10 @@ class Momentum(MomentOptimizer):
 class SketchMomentum(Momentum):
     """Momentum in a count-sketch.
 
-    Source: Spring et al. 2019 (PMLR 97), algorithm 2.
+    Source: Spring et al. 2019 (PMLR 97), algorithm 2. Differs: the update does not take the median
+        after the insertion: where the tables, before it, disagree on an entry's sign, its momentum
+        is unknown, and g / (1 - momentum) is taken; where they agree, the momentum that follows
+        from the estimate nearest to 0.
     """
 
     structures = {"first_moment": "sketch"}  # noqa: RUF012
