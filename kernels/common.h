@@ -160,6 +160,29 @@ FN float average_first(float old, float x, const Rule &r) {
     return r.first_beta * old + r.first_gain * x;
 }
 
+// What an entry's own gradient weighs in its first moment in the long run: 1 in an average,
+// 1 / (1 - momentum) in a momentum.
+FN float own_weight(const Rule &r) {
+    return r.first_decay != 0.0f ? r.first_gain / r.first_decay : r.first_gain;
+}
+
+// What the update takes for a first moment in a count-sketch, x being the estimates of the entry's DEPTH
+// buckets before this step: the moment that follows from the estimate nearest to 0; or where they differ
+// in sign, so that it is unknown, the entry's own gradient. NaN if an estimate is.
+template <int DEPTH> FN float sketched_first(const float *x, float g, float weight, const Rule &r) {
+    float least = x[0], most = x[0];
+    bool is_nan = x[0] != x[0];
+    for (int j = 1; j < DEPTH; j++) {
+        least = smaller(x[j], least);
+        most = larger(x[j], most);
+        is_nan |= x[j] != x[j];
+    }
+    float nearest = least > 0.0f ? least : most < 0.0f ? most : 0.0f;
+    float known = average_first(nearest, g, r) * r.first_scale, own = g * weight;
+    known = (least < 0.0f) & (most > 0.0f) ? own : known;
+    return is_nan ? as_float(0x7fc00000u) : known;
+}
+
 FN float average_second(float old, float g, const Rule &r) {
     return r.second_beta * old + r.second_gain * (g * g);
 }

@@ -161,11 +161,28 @@ template <int DEPTH> FN float estimate(const Sketch &k, const float *x) {
     return k.is_signed ? median_of<DEPTH>(x) : minimum_of<DEPTH>(x);
 }
 
-FN float query(const Sketch &k, const Cells &cells, i64 column) {
-    float x[MAX_DEPTH];
+FN void read_cells(const Sketch &k, const Cells &cells, i64 column, float *x) {
 #pragma unroll
     for (int j = 0; j < MAX_DEPTH; j++)
         if (j < k.depth) x[j] = k.values[cells.start[j] + column] * cells.sign[j];
+}
+
+// What the update takes for a first moment, from the table as it was before this step.
+FN float take_first(const Sketch &k, const Cells &cells, i64 column, float g, const Rule &r) {
+    float x[MAX_DEPTH], weight = own_weight(r);
+    read_cells(k, cells, column, x);
+    switch (k.depth) {
+        case 1: return sketched_first<1>(x, g, weight, r);
+        case 2: return sketched_first<2>(x, g, weight, r);
+        case 3: return sketched_first<3>(x, g, weight, r);
+        case 4: return sketched_first<4>(x, g, weight, r);
+        default: return sketched_first<5>(x, g, weight, r);
+    }
+}
+
+FN float query(const Sketch &k, const Cells &cells, i64 column) {
+    float x[MAX_DEPTH];
+    read_cells(k, cells, column, x);
     switch (k.depth) {
         case 1: return estimate<1>(k, x);
         case 2: return estimate<2>(k, x);
@@ -237,8 +254,8 @@ FN void sum_of_cell(const Feeding &s, i64 begin, i64 end, i64 first_column, floa
 // Tiles of (depth * num_items, dim), or for elements (depth * num_items, 1), over the sorted cells:
 // the thread at a cell's first entry adds all of its items in their order; the others have nothing
 // to do. Where estimates are needed every item's `depth` buckets are read once for each of them.
-// They are read from the table as it was, so new values go to `fresh`; without decay, straight into
-// the table. No atomics; any thread order.
+// They are read from the table as it was, so new values go to `fresh`; where nothing more is read
+// from that, straight into the table. No atomics; any thread order.
 template <class T> FN void sketch_update(const Feeding &s) {
     i64 num_entries = s.tiling.num_rows, num_columns = s.tiling.num_columns;
     for (i64 index = blockIdx.x; index < s.tiling.num_tiles; index += gridDim.x) {
@@ -320,7 +337,7 @@ FN float stepped(const Stepping &s, int kind, const Place &q, const Cells &first
         m = s.first_values[q.at] = average_first(s.first_values[q.at], g, s.rule);
         m *= s.rule.first_scale;
     } else if (s.first == FIRST_SKETCH) {
-        m = query(s.first_sketch, first, q.column) * s.rule.first_scale;
+        m = take_first(s.first_sketch, first, q.column, g, s.rule);
     }
     if (kind != SECOND_NONE) {
         nu = second_moment(s, kind, q, second, g);
@@ -404,7 +421,8 @@ FN u32 step_row(const Stepping &s, const Tile &tile, const float *col_values, u3
 }
 
 // Tiles of (num_items, dim); reads the gradient once, reads and writes the parameter and what Full
-// and Velocity keep. Sketches were fed before and are only queried. With a Cover (variant II) the
+// and Velocity keep. Sketches were fed before and are only queried (a first moment's shows its old
+// values: its new ones wait in `fresh`). With a Cover (variant II) the
 // step's maxima go to row_max, one atomic for each row of a tile, and col_max, one for each of its
 // columns. Thread order reaches no result.
 template <class T, bool IS_COVER, bool IS_SKETCHED> FN void step_tiles(const Stepping &s) {

@@ -3,7 +3,8 @@
 Arguments were checked by kernels.ops. Work goes to torch's current stream of the tensors'
 device, and nothing here waits for it. Temporaries: for rows, n + m numbers (Cover) or a 32nd of the
 parameter (Factored; more where it is small); for a sketch, a few numbers for each arriving row and,
-where it decays, new values of the buckets that change; for elements, a few numbers each.
+where it decays or is of a first moment, new values of the buckets that change; for elements, a few
+numbers each.
 
 Shapes: n rows of m columns make the parameter; k rows or elements of it arrive.
 """
@@ -163,8 +164,11 @@ def sketch_update(table: Table, rows: Tensor, values: Tensor, gain: float, decay
     _feed(table, feeding, "sketch_update_f32")
 
 
-def _feed(table: Table, feeding: Feeding, kernel: str) -> None:
-    """Insert what `feeding` describes; see sketch_update in device.cu."""
+def _feed(table: Table, feeding: Feeding, kernel: str, *, is_stored: bool = True) -> None:
+    """Insert what `feeding` describes; see sketch_update in device.cu.
+
+    Unless `is_stored`, the table stays as it was until sketch_store is launched.
+    """
     depth, width, dim = table.values.shape
     device, items = table.values.device, feeding.items
     num_columns = 1 if items.is_elements else dim
@@ -176,7 +180,7 @@ def _feed(table: Table, feeding: Feeding, kernel: str) -> None:
     _launch("sketch_cells", feeding, device, flat=num_entries)
     cells, order = feeding.kept["cells"].sort(stable=True)
     feeding.point(cells=cells, order=order)
-    if not feeding.decay:
+    if is_stored and not feeding.decay:
         _launch(kernel, feeding, device)
         return
     is_first = torch.ones_like(cells, dtype=torch.bool)
@@ -184,20 +188,26 @@ def _feed(table: Table, feeding: Feeding, kernel: str) -> None:
     most = min(num_entries, depth * width * dim // num_columns)
     feeding.point(ranks=is_first.cumsum(0), fresh=table.values.new_empty(most, num_columns))
     _launch(kernel, feeding, device)
-    _launch("sketch_store", feeding, device)
+    if is_stored:
+        _launch("sketch_store", feeding, device)
 
 
-def _feed_moments(stepping: Stepping, first: First, second: Second, dtype: str) -> None:
-    """Feed the gradient to the moments that are sketches, both before the parameter moves."""
+def _feed_moments(stepping: Stepping, first: First, second: Second, dtype: str) -> Feeding | None:
+    """Feed the gradient to the moments that are sketches, both before the parameter moves.
+
+    Returns: the first moment's feeding, to be stored after the step, which reads the old values.
+    """
     rule, kernel = stepping.rule, f"sketch_update_{dtype}"
-    if isinstance(first, Table):
-        scalars = {"gain": rule.first_gain, "decay": rule.first_decay}
-        feeding = Feeding(rule, stepping.items, source=_SOURCE_GRADIENT, **scalars)
-        _feed(first, feeding, kernel)
     if isinstance(second, Table):
         scalars = {"gain": rule.second_gain, "decay": rule.second_decay}
         feeding = Feeding(rule, stepping.items, source=_SOURCE_SQUARE, **scalars)
         _feed(second, feeding, kernel)
+    if not isinstance(first, Table):
+        return None
+    scalars = {"gain": rule.first_gain, "decay": rule.first_decay}
+    feeding = Feeding(rule, stepping.items, source=_SOURCE_GRADIENT, **scalars)
+    _feed(first, feeding, kernel, is_stored=False)
+    return feeding
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -213,7 +223,7 @@ def step(
         stepping.items.positions = rows.data_ptr()
     stepping.tiling = _Tiling(*grad.shape)
     dtype, device = _TYPES[param.dtype], param.device
-    _feed_moments(stepping, first, second, dtype)
+    unstored = _feed_moments(stepping, first, second, dtype)
     is_one_pass = stepping.second == SecondKind.COVER
     if is_one_pass:
         _make_maxima(stepping, device)
@@ -225,6 +235,8 @@ def step(
     is_sketched = isinstance(first, Table) or isinstance(second, Table)
     kind = "sketch_" if is_sketched else "cover_" if is_one_pass else ""
     _launch(f"step_{kind}{dtype}", stepping, device)
+    if unstored:
+        _launch("sketch_store", unstored, device)
     if is_one_pass:
         _launch("cover_store", stepping, device, flat=sum(grad.shape))
 
@@ -257,7 +269,7 @@ def step_elements(
     stepping.items.param, stepping.items.grad = param.data_ptr(), values.data_ptr()
     stepping.items.positions = indices.data_ptr()
     dtype, device, num_items = _TYPES[param.dtype], param.device, len(values)
-    _feed_moments(stepping, first, second, dtype)
+    unstored = _feed_moments(stepping, first, second, dtype)
     if isinstance(second, Cover):
         stepping.point(averages=values.new_empty(2, num_items))
     if stepping.second == SecondKind.COVER_I:
@@ -266,6 +278,8 @@ def step_elements(
     elif isinstance(second, Factored):
         _factor_elements(stepping, second, indices, dtype)
     _launch(f"step_elements_{dtype}", stepping, device, flat=num_items)
+    if unstored:
+        _launch("sketch_store", unstored, device)
     if stepping.second == SecondKind.COVER:
         _launch("cover_raise", stepping, device, flat=num_items)
 

@@ -63,7 +63,7 @@ inline int max_of(int a, int b) { return a > b ? a : b; }
 enum Source { NOTHING, FULL, COVER, COVER_ROW, LOWER, ROW, OUTER, SKETCH };
 
 struct Stretch {
-    float *m;               // first moment or velocity, or its estimate
+    float *m;               // first moment or velocity; of a sketch: what the update takes for it
     float *v;               // full second moment
     const float *cells[5];  // of a sketch: the item's buckets
     const float *col;       // cover; of OUTER: relative to the mean
@@ -92,7 +92,8 @@ void walk(float *__restrict p, const float *__restrict g, i64 length, Stretch &s
         for (i64 j = start; j < stop; j++) {
             float gj = oriented(g[j], p[j], rule), x = gj;
             if (F == FIRST_BEFORE) m[j] = average_first(m[j], gj, rule);
-            if (F == FIRST_BEFORE || F == FIRST_SKETCH) x = m[j] * rule.first_scale;
+            if (F == FIRST_BEFORE) x = m[j] * rule.first_scale;
+            if (F == FIRST_SKETCH) x = m[j];
             if (S != NOTHING) {
                 float nu = row;
                 if (S == FULL) nu = v[j] = average_second(v[j], gj, rule);
@@ -136,6 +137,22 @@ void estimate(const float *const *cells, const float *sign, i64 length, float *_
     }
 }
 
+// x[c], a gradient, becomes what the update takes for its first moment.
+template <int DEPTH>
+void take_first(const float *const *cells, const float *sign, i64 length, const Rule rule,
+                float *__restrict x) {
+    const float weight = own_weight(rule);
+    const float *a[DEPTH];
+    float s[DEPTH];
+    for (int j = 0; j < DEPTH; j++) a[j] = cells[j], s[j] = sign[j];
+#pragma GCC ivdep
+    for (i64 c = 0; c < length; c++) {
+        float y[DEPTH];
+        for (int j = 0; j < DEPTH; j++) y[j] = a[j][c] * s[j];
+        x[c] = sketched_first<DEPTH>(y, x[c], weight, rule);
+    }
+}
+
 // sums[j][c] += sign (gain x - rate estimate), the estimate from the buckets as they were.
 template <int DEPTH, bool SIGNED>
 void feed(const float *const *cells, float *const *sums, const float *sign, const float *rate,
@@ -159,6 +176,8 @@ void feed(const float *const *cells, float *const *sums, const float *sign, cons
 typedef void (*Estimate)(const float *const *, const float *, i64, float *);
 typedef void (*Feed)(const float *const *, float *const *, const float *, const float *, const float *,
                      float, i64);
+typedef void (*TakeFirst)(const float *const *, const float *, i64, const Rule, float *);
+const TakeFirst firsts[5] = {take_first<1>, take_first<2>, take_first<3>, take_first<4>, take_first<5>};
 const Estimate estimates[2][5] = {
     {estimate<1, false>, estimate<2, false>, estimate<3, false>, estimate<4, false>, estimate<5, false>},
     {estimate<1, true>, estimate<2, true>, estimate<3, true>, estimate<4, true>, estimate<5, true>}};
@@ -223,7 +242,8 @@ struct Buckets {
     }
 };
 
-// A block of columns of the buckets: as they were, then as they are after all items were fed.
+// A block of columns of the buckets: as they were; then, of a count-min sketch, as they are after all items
+// were fed. What a step takes from a count-sketch is from before.
 struct Block {
     const Buckets &b;
     i64 begin = 0, length = 0;
@@ -254,14 +274,14 @@ struct Block {
     void fold() {
         for (i64 s = 0; s < b.num_slots; s++) {
             float *__restrict cell = &cells[s * length], *__restrict sum = &sums[s * length];
+            float *__restrict kept = b.table.values + b.address[s] + begin;
             if (b.is_signed)
-                for (i64 c = 0; c < length; c++) cell[c] += sum[c];
+                for (i64 c = 0; c < length; c++) kept[c] = cell[c] + sum[c];
             else
                 for (i64 c = 0; c < length; c++) {
                     float x = cell[c] + sum[c];
-                    cell[c] = x < 0.0f ? 0.0f : x;
+                    kept[c] = cell[c] = x < 0.0f ? 0.0f : x;
                 }
-            memcpy(b.table.values + b.address[s] + begin, cell, length * sizeof(float));
         }
     }
 
@@ -269,6 +289,12 @@ struct Block {
         const float *from[5];
         find(i, from);
         estimates[b.is_signed][b.table.depth - 1](from, &b.sign[i * b.table.depth], length, out);
+    }
+
+    void take(i64 i, const Rule &rule, float *x) const {
+        const float *from[5];
+        find(i, from);
+        firsts[b.table.depth - 1](from, &b.sign[i * b.table.depth], length, rule, x);
     }
 };
 
@@ -434,7 +460,10 @@ void walk_rows(const StepArgs &a, i64 i0, i64 i1, i64 begin, i64 length, const f
         Stretch s = {};
         s.ahead = length == a.m && is_wide ? AHEAD : 0;
         if (F == FIRST_BEFORE || F == FIRST_AFTER) s.m = a.first_values + offset;
-        if (F == FIRST_SKETCH) e.first->query(i, s.m = m);
+        if (F == FIRST_SKETCH) {
+            rows.read(i, begin, length, s.m = m);
+            e.first->take(i, a.rule, m);
+        }
         if (S == FULL) s.v = a.second_values + offset;
         if (S >= SKETCH) e.second->find(i, s.cells);
         if (S >= COVER && S <= OUTER) s.row = a.row[row], s.col = col + begin;
@@ -597,14 +626,19 @@ template <class T> void observe(const StepArgs &a) {
 
 typedef std::vector<float> Floats;
 
-void feed_and_query(const SketchArgs &table, bool is_signed, const StepArgs &a, const Floats &x, float gain,
-                    float decay, Floats &out) {
-    const Buckets buckets(table, is_signed, 1, a.at, a.k, a.m, decay);
+// x, gradients or their squares, become what the update takes for the moment that a sketch keeps.
+void feed_and_take(const StepArgs &a, bool is_first, Floats &x) {
+    const Rule &r = a.rule;
+    const float gain = is_first ? r.first_gain : r.second_gain;
+    const float decay = is_first ? r.first_decay : r.second_decay;
+    const Buckets buckets(is_first ? a.first_table : a.second_table, is_first, 1, a.at, a.k, a.m, decay);
     Block block(buckets, 1);
     block.load(0, 1);
     for (i64 i = 0; i < a.k; i++) block.feed_item(i, &x[i], gain);
     block.fold();
-    for (i64 i = 0; i < a.k; i++) block.query(i, &out[i]);
+    for (i64 i = 0; i < a.k; i++)
+        if (is_first) block.take(i, r, &x[i]);
+        else block.query(i, &x[i]);
 }
 
 // Accumulators can only rise: the elements of their slices that did not come are still below them.
@@ -656,9 +690,8 @@ void second_of_elements(const StepArgs &a, const Floats &g, Floats &nu) {
     if (a.second == SECOND_COVER || a.second == SECOND_COVER_I) cover_elements(a, g, nu);
     if (a.second == SECOND_FACTORED) factored_elements(a, g, nu);
     if (a.second == SECOND_SKETCH) {
-        Floats square(a.k);
-        for (i64 e = 0; e < a.k; e++) square[e] = g[e] * g[e];
-        feed_and_query(a.second_table, false, a, square, a.rule.second_gain, a.rule.second_decay, nu);
+        for (i64 e = 0; e < a.k; e++) nu[e] = g[e] * g[e];
+        feed_and_take(a, false, nu);
     }
 }
 
@@ -668,15 +701,13 @@ template <class T> void step_some(const StepArgs &a) {
     const float *grad = (const float *)a.grad;
     Floats g(a.k), x(a.k), nu(a.k);
     for (i64 e = 0; e < a.k; e++) x[e] = g[e] = oriented(grad[e], widen(param[a.at[e]]), rule);
-    if (a.first == FIRST_SKETCH)
-        feed_and_query(a.first_table, true, a, g, rule.first_gain, rule.first_decay, x);
+    if (a.first == FIRST_SKETCH) feed_and_take(a, true, x);
     if (a.first == FIRST_BEFORE)
         for (i64 e = 0; e < a.k; e++) {
             float &m = a.first_values[a.at[e]];
-            x[e] = m = average_first(m, g[e], rule);
+            m = average_first(m, g[e], rule);
+            x[e] = m * rule.first_scale;
         }
-    if (a.first == FIRST_SKETCH || a.first == FIRST_BEFORE)
-        for (i64 e = 0; e < a.k; e++) x[e] *= rule.first_scale;
     second_of_elements(a, g, nu);
     for (i64 e = 0; e < a.k; e++) {
         T &p = param[a.at[e]];

@@ -29,7 +29,10 @@ class Rule(ctypes.Structure):
         p <- decay p - lr (first_scale m) / (sqrt(second_scale nu + eps_inside) + eps_outside)
     where 0 / 0 is 0 and the quotient is kept within +-largest_quotient. A sketch inserts
     gain x - (its decay) query instead: for an average that forgets beta is 1 - decay, for a sum
-    decay is 0. The defaults make plain gradient descent.
+    decay is 0. For a sketched m the update takes first_beta old + first_gain g, `old` being the
+    estimate nearest to 0 among those of its buckets before this step; where they differ in sign,
+    it takes g first_gain / first_decay (first_gain g, if that is 0) for first_scale m. The
+    defaults make plain gradient descent.
     """
 
     _fields_ = [

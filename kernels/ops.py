@@ -119,6 +119,9 @@ def step(
     accumulator alone and its column accumulators can only rise (as in SM3's own code); Factored
     columns change by what the arriving rows change, (1/n) sum (gain g^2 - decay nu); sketches
     query, then insert.
+
+    What the update takes for a first moment in a sketch is not the median: see Rule. Where rows
+    collide, the median after the insertions is mostly the other rows' gradients.
     """
     check_parameter(param, grad, rows)
     if grad.dtype != param.dtype:

@@ -79,8 +79,11 @@ class _Cells:
             self.flat = table.values.view(-1)
             self.signs = signs if table.signed else torch.ones_like(signs)
 
+    def candidates(self) -> Tensor:
+        return self.flat[self.cells] * self.signs
+
     def query(self) -> Tensor:
-        return _estimate(self.table, self.flat[self.cells] * self.signs)
+        return _estimate(self.table, self.candidates())
 
     def update(self, x: Tensor, gain: float, decay: float) -> None:
         """Insert gain * x - decay * query()."""
@@ -198,17 +201,32 @@ def _preconditioned(numerator: Tensor, nu: Tensor | None, rule: Rule) -> Tensor:
 
 
 def _first_moment(first: First, g: Tensor, at, rule: Rule) -> Tensor:
-    """Feed the gradient to its first moment and return the moment; or the gradient, if none."""
+    """Feed the gradient to its first moment and return what the update takes for that, scaled."""
     match first:
         case Full():
             m = first.values[at] = first.values[at] * rule.first_beta + g * rule.first_gain
+            return m * rule.first_scale
         case Table():
             cells = _Cells(first, *at) if isinstance(at, tuple) else _Cells(first, at)
+            taken = _sketched_first(cells.candidates(), g, rule)
             cells.update(g, rule.first_gain, rule.first_decay)
-            m = cells.query()
+            return taken
         case _:
             return g
-    return m * rule.first_scale
+
+
+def _sketched_first(candidates: Tensor, g: Tensor, rule: Rule) -> Tensor:
+    """Return what the update takes for a first moment with these estimates before this step.
+
+    That which follows from the estimate nearest to 0; or where the estimates differ in sign, so
+    that it is unknown, the entry's own gradient, with the weight that it gets in the long run.
+    """
+    least, most = candidates.amin(0), candidates.amax(0)
+    nearest = torch.where(least > 0, least, torch.where(most < 0, most, 0.0))
+    known = (nearest * rule.first_beta + g * rule.first_gain) * rule.first_scale
+    own = g * (rule.first_gain / rule.first_decay if rule.first_decay else rule.first_gain)
+    taken = torch.where((least < 0) & (most > 0), own, known)
+    return torch.where(least.isnan(), least, taken)
 
 
 def _velocity(first: First, update: Tensor, at, rule: Rule) -> Tensor:

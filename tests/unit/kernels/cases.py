@@ -69,7 +69,7 @@ def step_cases() -> list[Case]:
     )
     rules = itertools.cycle(RULES)
     cases = [Case(*kind, size, dtype, next(rules)) for kind, size, dtype in turns]
-    return [*cases, *_size_cases(), *_collision_cases(), *_tiny_cases()]
+    return [*cases, *_size_cases(), *_collision_cases(), *_depth_cases(), *_tiny_cases()]
 
 
 def _size_cases() -> list[Case]:
@@ -85,6 +85,13 @@ def _collision_cases() -> list[Case]:
     cases = [Case("table", second, mode, (65, 7), rule=rule, width=width)
              for second, mode, width, rule in kinds]  # fmt: skip
     return cases
+
+
+def _depth_cases() -> list[Case]:
+    """Sketched first moments of every depth (a "table" has 3) whose rows collide."""
+    kinds = itertools.product(("table 1", "table 2", "table 4", "table 5"), MODES)
+    rules = itertools.cycle(("averages", "sums", "forgetful", "averages"))
+    return [Case(first, "full", mode, (65, 40), rule=next(rules)) for first, mode in kinds]
 
 
 def _tiny_cases() -> list[Case]:
@@ -157,8 +164,9 @@ class _Run:
     def _first(self) -> First:
         if self.case.first == "none":
             return None
-        if self.case.first == "table":
-            return self._table("first", depth=3, signed=True)
+        if self.case.first.startswith("table"):
+            depth = int(self.case.first.removeprefix("table") or 3)
+            return self._table("first", depth, signed=True)
         values = self._zeros("first", *self.case.size)
         return Full(values) if self.case.first == "full" else Velocity(values)
 

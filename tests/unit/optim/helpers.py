@@ -68,6 +68,15 @@ def assert_no_collisions(optimizer, p):
     assert num_sketches
 
 
+def tables_disagree(optimizer, p, name):
+    """Return in which entries (n, m) of p a count-sketch's estimates are of both signs."""
+    state = optimizer.state[p]
+    sketch = optim.CountSketch.wrap(state[name], state[name + SEEDS])
+    buckets, signs = hash_rows(sketch.table, torch.arange(len(p)))
+    found = sketch.values.flatten(0, 1)[buckets] * signs[:, :, None]
+    return (found > 0).any(0) & (found < 0).any(0)
+
+
 def copy_of_state(optimizer):
     return [{k: v.clone() for k, v in state.items()} for state in optimizer.state.values()]
 

@@ -4,7 +4,14 @@ import torch
 
 from optim import Adam, FactoredAdam, SketchAdam, SM3Adam
 from tests.tolerances import assert_close
-from tests.unit.optim.helpers import assert_no_collisions, gradients, parameter, row_sparse, step
+from tests.unit.optim.helpers import (
+    assert_no_collisions,
+    gradients,
+    parameter,
+    row_sparse,
+    step,
+    tables_disagree,
+)
 
 COLLISION_FREE = {"width": 5000, "min_compressed_numel": 0}
 SHAPES = [(12, 5), (12, 1), (6, 2, 3)]
@@ -182,3 +189,20 @@ def test_a_rare_row_among_frequent_ones_moves_no_further_than_exact_state_could_
     moved = (p.detach() - before)[rare].abs()
     bound = largest_quotient((0.9, 0.999), 31, second_moment="sketch")
     assert 0.99 * bound < moved.max() <= 1.001 * bound
+
+
+def test_where_tables_disagree_a_rare_row_among_frequent_ones_goes_down_its_own_gradient():
+    """The average after the insertions would be the frequent rows': its direction is noise."""
+    p = parameter(40, 8)
+    optimizer = SketchAdam([p], 1.0, size_ratio=1.0, min_compressed_numel=0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        rows = torch.randperm(20, generator=generator)[:10]
+        step(optimizer, p, row_sparse(rows, torch.randn(10, 8, generator=generator), (40, 8)))
+    before, rare = p.detach().clone(), torch.arange(20, 40)
+    unknown = tables_disagree(optimizer, p, "exp_avg")[rare]
+    tiny = 1e-4 * torch.randn(20, 8, generator=generator)
+    step(optimizer, p, row_sparse(rare, tiny, (40, 8)))
+    moved = (p.detach() - before)[rare]
+    assert unknown.sum() > 50
+    assert (moved * tiny < 0)[unknown].all()

@@ -3,7 +3,14 @@ import torch
 
 from optim import Momentum, SketchMomentum
 from tests.tolerances import assert_close
-from tests.unit.optim.helpers import assert_no_collisions, gradients, parameter, step
+from tests.unit.optim.helpers import (
+    assert_no_collisions,
+    gradients,
+    parameter,
+    row_sparse,
+    step,
+    tables_disagree,
+)
 
 
 @pytest.mark.parametrize("make", [Momentum, SketchMomentum])
@@ -48,3 +55,18 @@ def test_a_small_sketch_does_not_blow_up(size_ratio):
         optimizer.step()
         largest.append(float(optimizer.state[parameter]["momentum_buffer"].abs().max()))
     assert max(largest[100:]) < 3 * max(largest[:100])
+
+
+def test_where_tables_disagree_a_rare_row_among_frequent_ones_moves_by_its_own_gradient():
+    p = parameter(40, 8)
+    optimizer = SketchMomentum([p], 0.1, 0.75, size_ratio=0.5, min_compressed_numel=0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        rows = torch.randperm(20, generator=generator)[:10]
+        step(optimizer, p, row_sparse(rows, torch.randn(10, 8, generator=generator), (40, 8)))
+    before, rare = p.detach().clone(), torch.arange(20, 40)
+    unknown = tables_disagree(optimizer, p, "momentum_buffer")[rare]
+    grad = torch.randn(20, 8, generator=generator)
+    step(optimizer, p, row_sparse(rare, grad, (40, 8)))
+    assert unknown.sum() > 50
+    assert_close(p.detach()[rare][unknown], (before[rare] - 0.1 * grad / (1 - 0.75))[unknown])
