@@ -75,8 +75,6 @@ class Intake:
                     f"micro_batches_per_step is {parts}"
                 )
             if not self._scaling.clips_globally:
-                if parameter.grad.is_sparse:  # once, for the norm and for the rows
-                    parameter.grad = parameter.grad.coalesce()
                 scale = self._scaling.of_tensor(_values(parameter.grad))
                 self._take(name, scale, parts, count == parts)
                 if count == parts:

@@ -25,8 +25,6 @@ class RowGradients:
     def release(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
         """Return, and forget, a tensor's gradient: ascending rows (K,), their sums (K, M)."""
         parts = self._parts.pop(spec.name, [])
-        if len(parts) == 1 and _ascend(parts[0][0]):  # as autograd's do, once coalesced
-            return parts[0]
         none = torch.zeros(0, dtype=torch.int64, device=spec.device)
         rows = torch.cat([none, *(rows for rows, _ in parts)])
         values = torch.cat([none.view(0, spec.row_size).float(), *(values for _, values in parts)])
@@ -34,8 +32,3 @@ class RowGradients:
         summed = torch.sparse_coo_tensor(rows[None], values, size, check_invariants=False)
         summed = summed.coalesce()
         return summed.indices()[0], summed.values()
-
-
-def _ascend(rows_K: Tensor) -> bool:
-    """Tell whether rows ascend, each once. Waits for a GPU."""
-    return bool((rows_K[1:] > rows_K[:-1]).all())
