@@ -115,7 +115,7 @@ def test_the_memory_report_foretells_what_the_allocator_gives(runs, text):
     outcome = runs.run(*words, configs=configs, **settings)
     assert outcome.status == 0, outcome.output[-5000:]
     told = json.loads((runs.folder() / "memory.json").read_text())
-    assert abs(told["peak_error"]) < 0.15  # of 5 MB, a tenth of them messages between ranks
+    assert abs(told["peak_error"]) < 0.05
     mine = told["predicted"][0]
     for kind, predicted in (("parameters", "parameters"), ("exp_avg_sq", "state: exp_avg_sq")):
         assert mine["kept"][predicted] > 0, kind
