@@ -114,12 +114,10 @@ class Exchange:
             else:
                 self._hold(name, grad_N, scale, may_keep)
 
-    def add_rows(
-        self, name: str, rows_K: Tensor, values_KM: Tensor, scale: Tensor | None = None
-    ) -> None:
-        """Take a row-sparse gradient: row numbers, which may repeat, and rows, times scale (1,)."""
+    def add_rows(self, name: str, grad: Tensor, scale: Tensor | None = None) -> None:
+        """Take a row-sparse gradient, a sparse tensor, times scale (1,); rows may repeat."""
         self._begin(name)
-        self.rows.add(name, rows_K, values_KM, scale)
+        self.rows.add(name, grad, scale)
 
     def close(self, name: str) -> None:
         """Take no more gradients of a tensor in this step; start what can now be sent."""

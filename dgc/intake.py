@@ -74,6 +74,8 @@ class Intake:
                     f"{name} got a gradient {count} times without a step(); "
                     f"micro_batches_per_step is {parts}"
                 )
+            if parameter.grad.is_sparse:  # once, for its norm and for the exchange
+                parameter.grad = parameter.grad.coalesce()
             if not self._scaling.clips_globally:
                 scale = self._scaling.of_tensor(_values(parameter.grad))
                 self._take(name, scale, parts, count == parts)
@@ -87,9 +89,7 @@ class Intake:
         parameter = self._named[name]
         grad, parameter.grad = parameter.grad, None
         if grad.is_sparse:
-            grad = grad.detach().coalesce()
-            rows, values = grad.indices()[0], grad.values()
-            self._exchange.add_rows(name, rows, values.reshape(-1, parameter[0].numel()), scale)
+            self._exchange.add_rows(name, grad.detach(), scale)
             return
         may_keep = is_sole_owner(grad)
         grad_N = grad.detach().reshape(-1)
@@ -109,4 +109,4 @@ class Intake:
 
 def _values(grad: Tensor) -> Tensor:
     """Return what a gradient's norm is of."""
-    return grad.coalesce().values() if grad.is_sparse else grad
+    return grad.values() if grad.is_sparse else grad

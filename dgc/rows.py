@@ -5,6 +5,8 @@ Shapes: K rows of M elements each, of a tensor that has more.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,16 +20,22 @@ class RowGradients:
     def __init__(self) -> None:
         self._parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-    def add(self, name: str, rows_K: Tensor, values_KM: Tensor, scale: Tensor | None) -> None:
-        """Take a gradient, times scale (1,); rows may repeat."""
-        self._parts.setdefault(name, []).append((rows_K, scaled(values_KM, scale)))
+    def add(self, name: str, grad: Tensor, scale: Tensor | None) -> None:
+        """Take a sparse gradient (of all rows, M), times scale (1,); rows may repeat."""
+        grad = grad.coalesce()  # itself, where it is
+        values_KM = grad.values().reshape(-1, math.prod(grad.shape[1:]))
+        values_KM = scaled(values_KM, scale)
+        self._parts.setdefault(name, []).append((grad.indices()[0], values_KM))
 
     def release(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
         """Return, and forget, a tensor's gradient: ascending rows (K,), their sums (K, M)."""
         parts = self._parts.pop(spec.name, [])
-        none = torch.zeros(0, dtype=torch.int64, device=spec.device)
-        rows = torch.cat([none, *(rows for rows, _ in parts)])
-        values = torch.cat([none.view(0, spec.row_size).float(), *(values for _, values in parts)])
+        if not parts:
+            none = torch.zeros(0, dtype=torch.int64, device=spec.device)
+            return none, torch.zeros(0, spec.row_size, device=spec.device)
+        if len(parts) == 1:
+            return parts[0]
+        rows, values = (torch.cat(each) for each in zip(*parts, strict=True))
         size = (spec.whole // spec.row_size, spec.row_size)
         summed = torch.sparse_coo_tensor(rows[None], values, size, check_invariants=False)
         summed = summed.coalesce()

@@ -102,7 +102,7 @@ class Answers(TorchDispatchMode):
         if func in _VALUE:
             return self._value(func, args[0])
         if (mask := _mask(func, args)) is not None and (self._is_steady or self._next):
-            return _rows_of(func, args, mask, self._count(func, mask.numel()))
+            return _rows_of(func, args, mask, self._count(func, mask))
         if func in _PARTS and hasattr(args[0], "_rows"):
             return args[0]._rows[_PARTS[func]].detach()
         if func in _COALESCE and hasattr(args[0], "_rows"):
@@ -118,6 +118,7 @@ class Answers(TorchDispatchMode):
             result = (*result[:3], result[3].new_empty(_workspace(*args)))
         elif func in _SAME and hasattr(args[0], "_rows"):
             result._rows = args[0]._rows
+            result._coalesced_(args[0].is_coalesced())  # torch finds no rows in it, so: coalesced
         elif func in (aten.all.default, aten.all.dim):
             result._is_all = True
         return result
@@ -139,14 +140,18 @@ class Answers(TorchDispatchMode):
             return answer
         raise ValueError(f"the model asks for more values than it did of a real batch, with {func}")
 
-    def _count(self, func: Any, numel: int) -> int:
-        """Return how many of a mask's entries hold. Parts that make a whole add up to the whole."""
+    def _count(self, func: Any, mask: Tensor) -> int:
+        """Return how many of a mask's entries hold, each time the same. Parts that make a whole add
+        up to the whole."""
+        numel = mask.numel()
         if self._is_steady:
             return numel
         share = self._recall(func)
-        before = self._rounding.get(numel, 0.0)
-        self._rounding[numel] = before + share
-        return round((before + share) * numel) - round(before * numel)
+        if not hasattr(mask, "_num_true"):
+            before = self._rounding.get(numel, 0.0)
+            self._rounding[numel] = before + share
+            mask._num_true = round((before + share) * numel) - round(before * numel)
+        return mask._num_true
 
 
 def _rows_of(func: Any, args: Sequence[Any], mask: Tensor, count: int) -> Tensor:

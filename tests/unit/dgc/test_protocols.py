@@ -189,6 +189,10 @@ def test_a_bad_gradient_undoes_the_step_on_every_rank(protocol, ranks_per_node, 
     assert_equal(*results)
 
 
+def row_sparse(rows, values):
+    return torch.sparse_coo_tensor(rows[None], values, (30, 4), check_invariants=True)
+
+
 def test_rows_travel_as_rows_and_are_summed_in_rank_order():
     def work(comm):
         exchange = make(comm, rows=True)
@@ -196,7 +200,7 @@ def test_rows_travel_as_rows_and_are_summed_in_rank_order():
         rows = torch.randint(30, (0 if comm.rank == 1 else 12,), generator=generator)
         values = torch.randn(rows.numel(), 4, generator=generator)
         for half in (slice(0, 6), slice(6, None)):  # two micro-batches
-            exchange.add_rows("embedding", rows[half], values[half])
+            exchange.add_rows("embedding", row_sparse(rows[half], values[half]))
         exchange.close("embedding")
         for name, grad in gradients(comm.rank, 0).items():
             exchange.add(name, grad)
@@ -219,7 +223,7 @@ def test_rows_that_are_not_finite_undo_the_step():
     def work(comm):
         exchange = make(comm, rows=True)
         values = torch.full((2, 4), float("nan") if comm.rank == 1 else 1.0)
-        exchange.add_rows("embedding", torch.tensor([3, 3]), values)
+        exchange.add_rows("embedding", row_sparse(torch.tensor([3, 3]), values))
         for name in ("embedding", *SHAPES):
             exchange.close(name)
         assert exchange.finish() is None

@@ -165,6 +165,12 @@ def test_rows_take_less_than_a_dense_gradient_and_rivals_that_cannot_take_them_s
     assert 0 < rows.by_tensor["embedding.weight"][GRADIENTS] <= 16 * 20 * (64 * 4 + 8)
 
 
+def test_of_more_words_than_rows_each_row_is_there_once():
+    predicted = predict(job_of("recurrent", optimizer=factored), batch_size=500)  # 10,000 words
+    once = Recurrent().embedding.num_embeddings * (64 * 4 + 8)
+    assert predicted.by_tensor["embedding.weight"][GRADIENTS] == once
+
+
 def test_a_model_that_asks_for_more_than_it_did_is_refused_with_the_operation():
     calls = []
 
