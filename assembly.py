@@ -76,6 +76,7 @@ def build_trainer(
         folder=folder,
         steps_per_epoch=steps_per_epoch,
         flat_config=flat_config,
+        data_facts=facts_of(splits),
         config_changes=load.changes,
         reporter=reporter,
     )
@@ -169,19 +170,22 @@ def build_splits(run: Run, comm: Comm) -> Mapping[str, Any]:
         if turn == my_turn:
             splits = build_part("configs.dataset", run.dataset)
         comm.barrier("building the dataset on the ranks that go first")
-    refuse_differences(comm, dict(fact for name in splits for fact in facts_of(name, splits[name])))
+    refuse_differences(comm, facts_of(splits))
     return splits
 
 
-def facts_of(name: str, split: Any) -> Any:
-    """Yield what must be equal on all ranks."""
-    if hasattr(split, "__len__"):
-        yield f"samples to {name}", len(split)
-    yield f"classes to {name}", getattr(split, "classes", None)
-    for fact, value in getattr(split, "facts", {}).items():
-        is_tensor = isinstance(value, torch.Tensor)
-        hashed = report.hash_tensors([(fact, value)])[fact] if is_tensor else value
-        yield f"{fact} to {name}", hashed
+def facts_of(splits: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of the data must be equal on all ranks, and when a run is taken up."""
+    facts: dict[str, Any] = {}
+    for name, split in splits.items():
+        if hasattr(split, "__len__"):
+            facts[f"samples to {name}"] = len(split)
+        facts[f"classes to {name}"] = getattr(split, "classes", None)
+        for fact, value in getattr(split, "facts", {}).items():
+            is_tensor = isinstance(value, torch.Tensor)
+            hashed = report.hash_tensors([(fact, value)])[fact] if is_tensor else value
+            facts[f"{fact} to {name}"] = hashed
+    return facts
 
 
 def build_batches(

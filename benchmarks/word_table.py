@@ -49,10 +49,10 @@ class Method:
 ADAM, MOMENTUM = "Adam", "momentum"
 WORDS_ONLY = "optim/words_only"
 METHODS = {
-    ADAM: Method(("optim/lazy_adam",), (1e-2, 5e-3), 1e-3),
-    "CS-MV": Method(("optim/sketch_adam", WORDS_ONLY), (1e-2, 5e-3), 1e-3, rival=ADAM),
-    "CS-V": Method(("optim/sketch_adam_v", WORDS_ONLY), (1e-2, 5e-3), 1e-3, rival=ADAM),
-    "SM3": Method(("optim/sm3",), (1e-2, 3e-3), 0.03, rival=ADAM),
+    ADAM: Method(("optim/lazy_adam",), (5e-3, 1e-2, 2e-2), 1e-3),
+    "CS-MV": Method(("optim/sketch_adam", WORDS_ONLY), (1e-2, 2e-2), 1e-3, rival=ADAM),
+    "CS-V": Method(("optim/sketch_adam_v", WORDS_ONLY), (1e-2, 2e-2), 1e-3, rival=ADAM),
+    "SM3": Method(("optim/sm3",), (3e-3, 1e-2), 0.03, rival=ADAM),
     MOMENTUM: Method(("optim/momentum",), (5.0, 10.0), 2.5, clip=0.25),
     "CS-momentum": Method(
         ("optim/sketch_momentum", WORDS_ONLY), (5.0, 10.0), 2.5, clip=0.25, rival=MOMENTUM

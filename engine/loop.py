@@ -42,12 +42,14 @@ class Trainer:
         folder: Path,
         steps_per_epoch: int,
         flat_config: dict[str, Any],
+        data_facts: dict[str, Any],
         config_changes: Callable[[dict[str, Any], dict[str, Any]], list[str]],
         reporter: report.Reporter | report.SilentReporter,
     ) -> None:
         self.run, self.state, self.comm, self.task = run, state, comm, task
         self.batches = batches  # by split; those other than "train" are evaluated
         self.flat_config, self.reporter = flat_config, reporter
+        self._data_facts = data_facts
         self.checkpoints = CheckpointFolder(folder / "checkpoints", comm, run.checkpoint.keep)
         self.steps_per_epoch, self._config_changes = steps_per_epoch, config_changes
         self.density, self._told_plan = 1.0, ""
@@ -101,15 +103,15 @@ class Trainer:
                 self.comm.broadcast(tensor, f"initial.{name}")
             return
         shared, worker = loaded
-        self._refuse_other_config(shared["config"])
+        self._refuse_others("settings", shared["config"], self.flat_config)
+        self._refuse_others("data", shared.get("data", self._data_facts), self._data_facts)
         self.state.restore(shared, worker)
         self.reporter.say(f"resuming after step {self.state.progress.step}")
 
-    def _refuse_other_config(self, saved: dict[str, Any]) -> None:
-        changed = self._config_changes(saved, self.flat_config)
-        if changed:
+    def _refuse_others(self, what: str, then: dict[str, Any], now: dict[str, Any]) -> None:
+        if changed := self._config_changes(then, now):
             raise CheckpointError(
-                "this run's folder holds a checkpoint made with other settings (then, now):\n  "
+                f"this run's folder holds a checkpoint made with other {what} (then, now):\n  "
                 + "\n  ".join(changed)
                 + "\nUse --suffix to start another run, or delete the folder"
             )
@@ -293,7 +295,7 @@ class Trainer:
     def _save(self, *, is_best: bool) -> None:
         self.reporter.flush()
         self.state.position = self.batches["train"].position()
-        shared = {**self.state.shared(), "config": self.flat_config}
+        shared = {**self.state.shared(), "config": self.flat_config, "data": self._data_facts}
         self.checkpoints.save(
             self.state.progress.step, shared, self.state.worker(), is_best=is_best
         )

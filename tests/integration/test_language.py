@@ -81,6 +81,17 @@ def test_a_killed_run_takes_up_streamed_shards_to_the_bit(runs, shards):
     assert one["metrics"]["perplexity/test"]["last"] < 280
 
 
+def test_going_on_with_another_text_is_refused(runs, text):
+    configs = ["--configs", "configs/text/lstm.py"]
+    settings = {**LSTM, "train__num_epochs": 1, "dataset__root": text}
+    assert runs.run(configs=configs, **settings).status == 0
+    write_text(text / "train.txt", 600, seed=7)
+    refused = runs.run(configs=configs, **settings)
+    assert refused.status != 0
+    assert "a checkpoint made with other data (then, now)" in refused.output
+    assert "word_counts to train" in refused.output
+
+
 def test_the_rate_falls_when_the_validation_text_stalls(runs, text):
     configs = ["--configs", "configs/text/lstm.py"]
     still = {**LSTM, "train__num_epochs": 3, "train__optimizer__lr": 1e-7}
