@@ -142,7 +142,7 @@ template <int DEPTH> FN float median_of(const float *x) {
 // Mirrors kernels.ops.Rule field by field; all floats.
 struct Rule {
     float lr, decay, weight_decay, sign;
-    float first_beta, first_gain, first_decay, first_scale;
+    float first_beta, first_gain, first_decay, first_scale, first_doubt;
     float second_beta, second_gain, second_decay, second_scale;
     float eps_inside, eps_outside, largest_quotient;
 };
@@ -167,20 +167,23 @@ FN float own_weight(const Rule &r) {
 }
 
 // What the update takes for a first moment in a count-sketch, x being the estimates of the entry's DEPTH
-// buckets before this step: the moment that follows from the estimate nearest to 0; or where they differ
-// in sign, so that it is unknown, the entry's own gradient. NaN if an estimate is.
+// buckets before this step: the moment that follows from their mean, as far as they agree, and for the rest
+// the entry's own gradient. Estimates that are equal are taken as they are. NaN if one of them is.
 template <int DEPTH> FN float sketched_first(const float *x, float g, float weight, const Rule &r) {
-    float least = x[0], most = x[0];
-    bool is_nan = x[0] != x[0];
-    for (int j = 1; j < DEPTH; j++) {
-        least = smaller(x[j], least);
-        most = larger(x[j], most);
-        is_nan |= x[j] != x[j];
+    const float PER_MEAN = 1.0f / DEPTH, PER_ERROR = DEPTH > 1 ? 1.0f / (DEPTH * (DEPTH - 1)) : 0.0f;
+    float mean = 0.0f, squares = 0.0f;
+    for (int j = 1; j < DEPTH; j++) mean += x[j] - x[0];
+    mean = x[0] + mean * PER_MEAN;
+    for (int j = 0; j < DEPTH; j++) {
+        float off = x[j] - mean;
+        squares += off * off;
     }
-    float nearest = least > 0.0f ? least : most < 0.0f ? most : 0.0f;
-    float known = average_first(nearest, g, r) * r.first_scale, own = g * weight;
-    known = (least < 0.0f) & (most > 0.0f) ? own : known;
-    return is_nan ? as_float(0x7fc00000u) : known;
+    float doubt = squares * PER_ERROR * r.first_doubt, square = mean * mean, known = 1.0f - doubt / square;
+    known = known > 0.0f ? known : 0.0f;
+    known = square > 0.0f ? known : doubt > 0.0f ? 0.0f : 1.0f;
+    float moment = average_first(mean, g, r) * r.first_scale;
+    float taken = known * moment + (1.0f - known) * (g * weight);
+    return taken == taken ? taken : as_float(0x7fc00000u);
 }
 
 FN float average_second(float old, float g, const Rule &r) {

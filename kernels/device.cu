@@ -63,7 +63,7 @@ struct Feeding {
     Tiling tiling;
     Sketch sketch;
     int source;
-    float gain, decay;
+    float gain, decay, keep;
     i64 *cells;          // ascending, once sorted
     const i64 *order;    // which (depth, item) the sorted cells are of
     const i64 *ranks;    // how many distinct cells there are up to each
@@ -271,7 +271,7 @@ template <class T> FN void sketch_update(const Feeding &s) {
                 i64 column = tile.column + v * s.tiling.lanes;
                 if (column >= num_columns) break;
                 i64 cell = s.cells[begin] * num_columns + column;
-                float value = s.sketch.values[cell] + sums[v];
+                float value = s.keep * s.sketch.values[cell] + sums[v];
                 value = !s.sketch.is_signed && value < 0.0f ? 0.0f : value;
                 if (s.fresh) s.fresh[(s.ranks[begin] - 1) * num_columns + column] = value;
                 else s.sketch.values[cell] = value;

@@ -109,8 +109,7 @@ class Feeding(Argument):
         ("tiling", _Tiling),
         ("sketch", _Sketch),
         ("source", c_int),
-        ("gain", c_float),
-        ("decay", c_float),
+        *((name, c_float) for name in ("gain", "decay", "keep")),
         *((name, c_void_p) for name in ("cells", "order", "ranks", "fresh", "estimates")),
     )
 
@@ -160,7 +159,8 @@ def sketch_query(table: Table, rows: Tensor) -> Tensor:
 def sketch_update(table: Table, rows: Tensor, values: Tensor, gain: float, decay: float) -> None:
     items = _Items(num_items=len(rows), dim=values.shape[1])
     items.positions, items.grad = rows.data_ptr(), values.data_ptr()
-    feeding = Feeding(rule=_NO_RULE, items=items, source=_SOURCE_VALUES, gain=gain, decay=decay)
+    scalars = {"gain": gain, "decay": decay, "keep": 1.0}
+    feeding = Feeding(rule=_NO_RULE, items=items, source=_SOURCE_VALUES, **scalars)
     _feed(table, feeding, "sketch_update_f32")
 
 
@@ -199,12 +199,14 @@ def _feed_moments(stepping: Stepping, first: First, second: Second, dtype: str) 
     """
     rule, kernel = stepping.rule, f"sketch_update_{dtype}"
     if isinstance(second, Table):
-        scalars = {"gain": rule.second_gain, "decay": rule.second_decay}
+        scalars = {"gain": rule.second_gain, "decay": rule.second_decay, "keep": 1.0}
         feeding = Feeding(rule, stepping.items, source=_SOURCE_SQUARE, **scalars)
         _feed(second, feeding, kernel)
     if not isinstance(first, Table):
         return None
-    scalars = {"gain": rule.first_gain, "decay": rule.first_decay}
+    scalars = {"gain": rule.first_gain, "decay": rule.first_decay, "keep": 1.0}
+    if stepping.items.is_dense:  # all that it holds decays alike
+        scalars |= {"decay": 0.0, "keep": rule.first_beta}
     feeding = Feeding(rule, stepping.items, source=_SOURCE_GRADIENT, **scalars)
     _feed(first, feeding, kernel, is_stored=False)
     return feeding

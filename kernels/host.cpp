@@ -247,6 +247,7 @@ struct Buckets {
 struct Block {
     const Buckets &b;
     i64 begin = 0, length = 0;
+    float keep = 1.0f;  // what the cells are scaled by as the sums are added
     Aligned cells, sums;
 
     Block(const Buckets &b_, i64 size) : b(b_), cells(b.num_slots * size), sums(b.num_slots * size) {}
@@ -276,7 +277,7 @@ struct Block {
             float *__restrict cell = &cells[s * length], *__restrict sum = &sums[s * length];
             float *__restrict kept = b.table.values + b.address[s] + begin;
             if (b.is_signed)
-                for (i64 c = 0; c < length; c++) kept[c] = cell[c] + sum[c];
+                for (i64 c = 0; c < length; c++) kept[c] = keep * cell[c] + sum[c];
             else
                 for (i64 c = 0; c < length; c++) {
                     float x = cell[c] + sum[c];
@@ -547,9 +548,11 @@ template <class T> void step_by_columns(const StepArgs &a, const Buckets *first,
     if (second) size = second->block(size, threads);
     const i64 blocks = (a.m + size - 1) / size;
     std::vector<std::vector<Block>> all(threads);
-    for (std::vector<Block> &fed : all)
+    for (std::vector<Block> &fed : all) {
         for (const Buckets *b : {first, second})
             if (b) fed.emplace_back(*b, size);
+        if (first && !a.at) fed.front().keep = a.rule.first_beta;
+    }
     Aligned scratch(threads * 3 * size);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -584,7 +587,8 @@ template <class T> void step_rows(const StepArgs &a) {
     int *cm = covers ? col_max.data() : nullptr, *rm = row_max.data();
     const Rule &r = a.rule;
     std::optional<Buckets> first, second;
-    if (a.first == FIRST_SKETCH) first.emplace(a.first_table, true, a.m, a.at, a.k, 0, r.first_decay);
+    if (a.first == FIRST_SKETCH)  // where all rows arrive, all that it holds decays alike
+        first.emplace(a.first_table, true, a.m, a.at, a.k, 0, a.at ? r.first_decay : 0.0f);
     if (a.second == SECOND_SKETCH) second.emplace(a.second_table, false, a.m, a.at, a.k, 0, r.second_decay);
     if (first || second)
         step_by_columns<T>(a, first ? &*first : nullptr, second ? &*second : nullptr,

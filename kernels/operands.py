@@ -29,9 +29,11 @@ class Rule(ctypes.Structure):
         p <- decay p - lr (first_scale m) / (sqrt(second_scale nu + eps_inside) + eps_outside)
     where 0 / 0 is 0 and the quotient is kept within +-largest_quotient. A sketch inserts
     gain x - (its decay) query instead: for an average that forgets beta is 1 - decay, for a sum
-    decay is 0. For a sketched m the update takes first_beta old + first_gain g, `old` being the
-    estimate nearest to 0 among those of its buckets before this step; where they differ in sign,
-    it takes g first_gain / first_decay (first_gain g, if that is 0) for first_scale m. The
+    decay is 0. A sketched m of which all rows arrive is scaled by first_beta instead, which makes
+    it the exact sketch of m. What the update takes for it is (w m' + (1 - w) g'), where m' is the
+    moment that follows from the mean of the estimates by its buckets before this step, g' is the
+    gradient with the weight that it gets in the long run, g first_gain / first_decay (first_gain g,
+    if that is 0), and w = max(0, 1 - first_doubt (standard error of the mean / mean)^2). The
     defaults make plain gradient descent.
     """
 
@@ -39,7 +41,7 @@ class Rule(ctypes.Structure):
         (name, ctypes.c_float)
         for name in (
             *("lr", "decay", "weight_decay", "sign"),
-            *("first_beta", "first_gain", "first_decay", "first_scale"),
+            *("first_beta", "first_gain", "first_decay", "first_scale", "first_doubt"),
             *("second_beta", "second_gain", "second_decay", "second_scale"),
             *("eps_inside", "eps_outside", "largest_quotient"),
         )
@@ -54,8 +56,8 @@ class Rule(ctypes.Structure):
 
 _RULE_NAMES = {name for name, _ in Rule._fields_}
 _ONES = dict.fromkeys(
-    ("decay", "sign", "first_beta", "first_gain", "first_scale", "second_beta", "second_gain",
-     "second_scale"), 1.0) | {"largest_quotient": math.inf}  # fmt: skip
+    ("decay", "sign", "first_beta", "first_gain", "first_scale", "first_doubt", "second_beta",
+     "second_gain", "second_scale"), 1.0) | {"largest_quotient": math.inf}  # fmt: skip
 
 
 @dataclass(frozen=True)

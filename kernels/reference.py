@@ -85,14 +85,14 @@ class _Cells:
     def query(self) -> Tensor:
         return _estimate(self.table, self.candidates())
 
-    def update(self, x: Tensor, gain: float, decay: float) -> None:
-        """Insert gain * x - decay * query()."""
+    def update(self, x: Tensor, gain: float, decay: float, keep: float = 1.0) -> None:
+        """Scale by `keep`, and insert gain * x - decay * query(), the query being from before."""
         estimate = self.query() if decay else torch.zeros_like(x)
         for cells, signs in zip(self.cells, self.signs, strict=True):
             rate = self._bounded_decay(cells, decay)
             change = (x * gain - estimate * (rate[:, None] if x.dim() == 2 else rate)) * signs
             unique, sums, _ = _ordered_sum(cells, change)
-            new = self.flat[unique] + sums
+            new = self.flat[unique] * keep + sums
             self.flat[unique] = new if self.table.signed else new.clamp_min(0)
 
     def _bounded_decay(self, cells: Tensor, decay: float) -> Tensor:
@@ -127,7 +127,7 @@ def step(
     rows = torch.arange(len(param), device=param.device) if rows is None else rows
     p = param[rows].float()
     g = _oriented(grad.float(), p, rule)
-    numerator = _first_moment(first, g, rows, rule)
+    numerator = _first_moment(first, g, rows, rule, is_dense)
     match second:
         case Full():
             nu = second.values[rows] = _average(second.values[rows], g, rule)
@@ -200,7 +200,7 @@ def _preconditioned(numerator: Tensor, nu: Tensor | None, rule: Rule) -> Tensor:
     return torch.where(root == 0, torch.zeros_like(root), quotient)
 
 
-def _first_moment(first: First, g: Tensor, at, rule: Rule) -> Tensor:
+def _first_moment(first: First, g: Tensor, at, rule: Rule, is_dense: bool = False) -> Tensor:
     """Feed the gradient to its first moment and return what the update takes for that, scaled."""
     match first:
         case Full():
@@ -209,7 +209,8 @@ def _first_moment(first: First, g: Tensor, at, rule: Rule) -> Tensor:
         case Table():
             cells = _Cells(first, *at) if isinstance(at, tuple) else _Cells(first, at)
             taken = _sketched_first(cells.candidates(), g, rule)
-            cells.update(g, rule.first_gain, rule.first_decay)
+            decay, keep = (0.0, rule.first_beta) if is_dense else (rule.first_decay, 1.0)
+            cells.update(g, rule.first_gain, decay, keep)
             return taken
         case _:
             return g
@@ -218,15 +219,20 @@ def _first_moment(first: First, g: Tensor, at, rule: Rule) -> Tensor:
 def _sketched_first(candidates: Tensor, g: Tensor, rule: Rule) -> Tensor:
     """Return what the update takes for a first moment with these estimates before this step.
 
-    That which follows from the estimate nearest to 0; or where the estimates differ in sign, so
-    that it is unknown, the entry's own gradient, with the weight that it gets in the long run.
+    That which follows from their mean, as far as they agree, and for the rest the entry's own
+    gradient, with the weight that it gets in the long run. See Rule.
     """
-    least, most = candidates.amin(0), candidates.amax(0)
-    nearest = torch.where(least > 0, least, torch.where(most < 0, most, 0.0))
-    known = (nearest * rule.first_beta + g * rule.first_gain) * rule.first_scale
+    depth, first = len(candidates), candidates[0]
+    mean = first + sum(x - first for x in candidates[1:]) * (1 / depth)
+    squares = sum((x - mean) * (x - mean) for x in candidates)
+    doubt = squares * (1 / max(1, depth * (depth - 1))) * rule.first_doubt * (depth > 1)
+    square = mean * mean
+    known = (1 - doubt / square).nan_to_num(0.0).clamp_min(0)
+    known = torch.where(square > 0, known, (~(doubt > 0)).float())
+    moment = (mean * rule.first_beta + g * rule.first_gain) * rule.first_scale
     own = g * (rule.first_gain / rule.first_decay if rule.first_decay else rule.first_gain)
-    taken = torch.where((least < 0) & (most > 0), own, known)
-    return torch.where(least.isnan(), least, taken)
+    taken = known * moment + (1 - known) * own
+    return torch.where(taken.isnan(), torch.nan, taken)
 
 
 def _velocity(first: First, update: Tensor, at, rule: Rule) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from optim.base import Group, MomentOptimizer
 from optim.options import given
 
+_DOUBT = 9.0  # divided by a rare row's small v, what collisions add to its m is not small
 SLACK = 1.001  # for rounding, where the bound is reached
 _BEYOND = 170.0  # the root of exp of it is beyond all float32
 
@@ -54,6 +55,7 @@ class Adam(MomentOptimizer):
             "first_gain": 1 - beta1,
             "first_decay": 1 - beta1,
             "first_scale": 1 / (1 - beta1**step),
+            "first_doubt": _DOUBT,
             "second_beta": beta2,
             "second_gain": 1 - beta2,
             "second_decay": 1 - beta2,
