@@ -192,9 +192,12 @@ def _feed(table: Table, feeding: Feeding, kernel: str, *, is_stored: bool = True
         _launch("sketch_store", feeding, device)
 
 
-def _feed_moments(stepping: Stepping, first: First, second: Second, dtype: str) -> Feeding | None:
+def _feed_moments(
+    stepping: Stepping, first: First, second: Second, dtype: str, is_whole: bool = True
+) -> Feeding | None:
     """Feed the gradient to the moments that are sketches, both before the parameter moves.
 
+    is_whole: all rows, or elements, have arrived.
     Returns: the first moment's feeding, to be stored after the step, which reads the old values.
     """
     rule, kernel = stepping.rule, f"sketch_update_{dtype}"
@@ -205,7 +208,7 @@ def _feed_moments(stepping: Stepping, first: First, second: Second, dtype: str) 
     if not isinstance(first, Table):
         return None
     scalars = {"gain": rule.first_gain, "decay": rule.first_decay, "keep": 1.0}
-    if stepping.items.is_dense:  # all that it holds decays alike
+    if is_whole:  # all that it holds decays alike
         scalars |= {"decay": 0.0, "keep": rule.first_beta}
     feeding = Feeding(rule, stepping.items, source=_SOURCE_GRADIENT, **scalars)
     _feed(first, feeding, kernel, is_stored=False)
@@ -225,7 +228,7 @@ def step(
         stepping.items.positions = rows.data_ptr()
     stepping.tiling = _Tiling(*grad.shape)
     dtype, device = _TYPES[param.dtype], param.device
-    unstored = _feed_moments(stepping, first, second, dtype)
+    unstored = _feed_moments(stepping, first, second, dtype, len(grad) == len(param))
     is_one_pass = stepping.second == SecondKind.COVER
     if is_one_pass:
         _make_maxima(stepping, device)
@@ -271,7 +274,7 @@ def step_elements(
     stepping.items.param, stepping.items.grad = param.data_ptr(), values.data_ptr()
     stepping.items.positions = indices.data_ptr()
     dtype, device, num_items = _TYPES[param.dtype], param.device, len(values)
-    unstored = _feed_moments(stepping, first, second, dtype)
+    unstored = _feed_moments(stepping, first, second, dtype, num_items == param.numel())
     if isinstance(second, Cover):
         stepping.point(averages=values.new_empty(2, num_items))
     if stepping.second == SecondKind.COVER_I:

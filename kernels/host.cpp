@@ -551,7 +551,7 @@ template <class T> void step_by_columns(const StepArgs &a, const Buckets *first,
     for (std::vector<Block> &fed : all) {
         for (const Buckets *b : {first, second})
             if (b) fed.emplace_back(*b, size);
-        if (first && !a.at) fed.front().keep = a.rule.first_beta;
+        if (first && a.k == a.n) fed.front().keep = a.rule.first_beta;
     }
     Aligned scratch(threads * 3 * size);
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -588,7 +588,7 @@ template <class T> void step_rows(const StepArgs &a) {
     const Rule &r = a.rule;
     std::optional<Buckets> first, second;
     if (a.first == FIRST_SKETCH)  // where all rows arrive, all that it holds decays alike
-        first.emplace(a.first_table, true, a.m, a.at, a.k, 0, a.at ? r.first_decay : 0.0f);
+        first.emplace(a.first_table, true, a.m, a.at, a.k, 0, a.k == a.n ? 0.0f : r.first_decay);
     if (a.second == SECOND_SKETCH) second.emplace(a.second_table, false, a.m, a.at, a.k, 0, r.second_decay);
     if (first || second)
         step_by_columns<T>(a, first ? &*first : nullptr, second ? &*second : nullptr,
@@ -634,9 +634,11 @@ typedef std::vector<float> Floats;
 void feed_and_take(const StepArgs &a, bool is_first, Floats &x) {
     const Rule &r = a.rule;
     const float gain = is_first ? r.first_gain : r.second_gain;
-    const float decay = is_first ? r.first_decay : r.second_decay;
+    const bool is_scaled = is_first && a.k == a.n * a.m;
+    const float decay = is_scaled ? 0.0f : is_first ? r.first_decay : r.second_decay;
     const Buckets buckets(is_first ? a.first_table : a.second_table, is_first, 1, a.at, a.k, a.m, decay);
     Block block(buckets, 1);
+    if (is_scaled) block.keep = r.first_beta;
     block.load(0, 1);
     for (i64 i = 0; i < a.k; i++) block.feed_item(i, &x[i], gain);
     block.fold();

@@ -127,7 +127,7 @@ def step(
     rows = torch.arange(len(param), device=param.device) if rows is None else rows
     p = param[rows].float()
     g = _oriented(grad.float(), p, rule)
-    numerator = _first_moment(first, g, rows, rule, is_dense)
+    numerator = _first_moment(first, g, rows, rule, len(g) == len(param))
     match second:
         case Full():
             nu = second.values[rows] = _average(second.values[rows], g, rule)
@@ -164,7 +164,7 @@ def step_elements(
     i, j = indices // param.shape[1], indices % param.shape[1]
     p = flat[indices].float()
     g = _oriented(values, p, rule)
-    numerator = _first_moment(first, g, (i, j), rule)
+    numerator = _first_moment(first, g, (i, j), rule, len(g) == param.numel())
     match second:
         case Full():
             nu = second.values[i, j] = _average(second.values[i, j], g, rule)
@@ -200,8 +200,11 @@ def _preconditioned(numerator: Tensor, nu: Tensor | None, rule: Rule) -> Tensor:
     return torch.where(root == 0, torch.zeros_like(root), quotient)
 
 
-def _first_moment(first: First, g: Tensor, at, rule: Rule, is_dense: bool = False) -> Tensor:
-    """Feed the gradient to its first moment and return what the update takes for that, scaled."""
+def _first_moment(first: First, g: Tensor, at, rule: Rule, is_whole: bool) -> Tensor:
+    """Feed the gradient to its first moment and return what the update takes for that, scaled.
+
+    is_whole: all rows, or elements, have arrived.
+    """
     match first:
         case Full():
             m = first.values[at] = first.values[at] * rule.first_beta + g * rule.first_gain
@@ -209,7 +212,7 @@ def _first_moment(first: First, g: Tensor, at, rule: Rule, is_dense: bool = Fals
         case Table():
             cells = _Cells(first, *at) if isinstance(at, tuple) else _Cells(first, at)
             taken = _sketched_first(cells.candidates(), g, rule)
-            decay, keep = (0.0, rule.first_beta) if is_dense else (rule.first_decay, 1.0)
+            decay, keep = (0.0, rule.first_beta) if is_whole else (rule.first_decay, 1.0)
             cells.update(g, rule.first_gain, decay, keep)
             return taken
         case _:

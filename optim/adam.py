@@ -90,11 +90,10 @@ class SketchAdam(Adam):
 
     Source: Spring et al. 2019 (PMLR 97), algorithm 4. Differs: the listing names M in the
         second-moment queries where V is meant; rows that arrive together are queried together.
-        The update does not take the median after the insertions for the first moment: where the
-        tables, before them, disagree on an entry's sign, its average is unknown, and its own
-        gradient is taken, without bias correction; where they agree, the average that follows
-        from the estimate nearest to 0. The median is mostly noise where rows collide: with
-        sketches of 20%, a word model's perplexity was 115, with this 89, as Adam's.
+        The update does not take the median after the insertions for the first moment, which is
+        mostly noise where rows collide: it takes the average that follows from the mean of the
+        estimates before them, as far as they agree, and for the rest the entry's own gradient,
+        without bias correction. Where all rows arrive, the sketch is that of the averages.
     """
 
     structures = {"first_moment": "sketch", "second_moment": "sketch"}  # noqa: RUF012

@@ -43,9 +43,9 @@ class SketchMomentum(Momentum):
     """Momentum in a count-sketch.
 
     Source: Spring et al. 2019 (PMLR 97), algorithm 2. Differs: the update does not take the median
-        after the insertion: where the tables, before it, disagree on an entry's sign, its momentum
-        is unknown, and g / (1 - momentum) is taken; where they agree, the momentum that follows
-        from the estimate nearest to 0.
+        after the insertion, but the momentum that follows from the mean of the estimates before
+        it, as far as they agree, and for the rest g / (1 - momentum). Where all rows arrive, the
+        sketch is that of the momentum.
     """
 
     structures = {"first_moment": "sketch"}  # noqa: RUF012

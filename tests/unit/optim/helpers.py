@@ -68,13 +68,13 @@ def assert_no_collisions(optimizer, p):
     assert num_sketches
 
 
-def tables_disagree(optimizer, p, name):
-    """Return in which entries (n, m) of p a count-sketch's estimates are of both signs."""
+def unknown_entries(optimizer, p, name, doubt):
+    """Return of which entries (n, m) of p a count-sketch's estimates say nothing."""
     state = optimizer.state[p]
     sketch = optim.CountSketch.wrap(state[name], state[name + SEEDS])
     buckets, signs = hash_rows(sketch.table, torch.arange(len(p)))
     found = sketch.values.flatten(0, 1)[buckets] * signs[:, :, None]
-    return (found > 0).any(0) & (found < 0).any(0)
+    return found.mean(0).square() < 0.99 * doubt * found.var(0) / len(found)
 
 
 def copy_of_state(optimizer):

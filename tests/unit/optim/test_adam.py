@@ -10,7 +10,7 @@ from tests.unit.optim.helpers import (
     parameter,
     row_sparse,
     step,
-    tables_disagree,
+    unknown_entries,
 )
 
 COLLISION_FREE = {"width": 5000, "min_compressed_numel": 0}
@@ -191,7 +191,7 @@ def test_a_rare_row_among_frequent_ones_moves_no_further_than_exact_state_could_
     assert 0.99 * bound < moved.max() <= 1.001 * bound
 
 
-def test_where_tables_disagree_a_rare_row_among_frequent_ones_goes_down_its_own_gradient():
+def test_where_estimates_disagree_a_rare_row_among_frequent_ones_goes_down_its_own_gradient():
     """The average after the insertions would be the frequent rows': its direction is noise."""
     p = parameter(40, 8)
     optimizer = SketchAdam([p], 1.0, size_ratio=1.0, min_compressed_numel=0)
@@ -200,7 +200,7 @@ def test_where_tables_disagree_a_rare_row_among_frequent_ones_goes_down_its_own_
         rows = torch.randperm(20, generator=generator)[:10]
         step(optimizer, p, row_sparse(rows, torch.randn(10, 8, generator=generator), (40, 8)))
     before, rare = p.detach().clone(), torch.arange(20, 40)
-    unknown = tables_disagree(optimizer, p, "exp_avg")[rare]
+    unknown = unknown_entries(optimizer, p, "exp_avg", doubt=9)[rare]
     tiny = 1e-4 * torch.randn(20, 8, generator=generator)
     step(optimizer, p, row_sparse(rare, tiny, (40, 8)))
     moved = (p.detach() - before)[rare]

@@ -9,7 +9,7 @@ from tests.unit.optim.helpers import (
     parameter,
     row_sparse,
     step,
-    tables_disagree,
+    unknown_entries,
 )
 
 
@@ -57,7 +57,7 @@ def test_a_small_sketch_does_not_blow_up(size_ratio):
     assert max(largest[100:]) < 3 * max(largest[:100])
 
 
-def test_where_tables_disagree_a_rare_row_among_frequent_ones_moves_by_its_own_gradient():
+def test_where_estimates_disagree_a_rare_row_among_frequent_ones_moves_by_its_own_gradient():
     p = parameter(40, 8)
     optimizer = SketchMomentum([p], 0.1, 0.75, size_ratio=0.5, min_compressed_numel=0)
     generator = torch.Generator().manual_seed(0)
@@ -65,7 +65,7 @@ def test_where_tables_disagree_a_rare_row_among_frequent_ones_moves_by_its_own_g
         rows = torch.randperm(20, generator=generator)[:10]
         step(optimizer, p, row_sparse(rows, torch.randn(10, 8, generator=generator), (40, 8)))
     before, rare = p.detach().clone(), torch.arange(20, 40)
-    unknown = tables_disagree(optimizer, p, "momentum_buffer")[rare]
+    unknown = unknown_entries(optimizer, p, "momentum_buffer", doubt=1)[rare]
     grad = torch.randn(20, 8, generator=generator)
     step(optimizer, p, row_sparse(rare, grad, (40, 8)))
     assert unknown.sum() > 50
