@@ -121,7 +121,8 @@ def step(
     query, then insert.
 
     What the update takes for a first moment in a sketch is not the median: see Rule. Where rows
-    collide, the median after the insertions is mostly the other rows' gradients.
+    collide, the median after the insertions is mostly the other rows' gradients. Where all rows
+    arrive, dense or as rows, such a sketch is scaled and fed, and is exactly that of the moment.
     """
     check_parameter(param, grad, rows)
     if grad.dtype != param.dtype:
