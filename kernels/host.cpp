@@ -167,17 +167,29 @@ void feed(const float *const *cells, float *const *sums, const float *sign, cons
         for (int j = 0; j < DEPTH; j++) y[j] = SIGNED ? a[j][c] * s[j] : a[j][c];
         float q = SIGNED ? median_of<DEPTH>(y) : minimum_of<DEPTH>(y), gx = gain * x[c];
         for (int j = 0; j < DEPTH; j++) {
-            float change = r[j] != 0.0f ? gx - r[j] * q : gx;  // q may be infinite
+            float change = gx - r[j] * q;
             b[j][c] += SIGNED ? change * s[j] : change;
         }
     }
 }
 
+// sums[j][c] += weight x: where nothing is given up, no estimate is needed.
+template <int DEPTH>
+void insert(float *const *sums, const float *weight, const float *__restrict x, i64 length) {
+    float *b[DEPTH], w[DEPTH];
+    for (int j = 0; j < DEPTH; j++) b[j] = sums[j], w[j] = weight[j];
+#pragma GCC ivdep
+    for (i64 c = 0; c < length; c++)
+        for (int j = 0; j < DEPTH; j++) b[j][c] += w[j] * x[c];
+}
+
 typedef void (*Estimate)(const float *const *, const float *, i64, float *);
 typedef void (*Feed)(const float *const *, float *const *, const float *, const float *, const float *,
                      float, i64);
+typedef void (*Insert)(float *const *, const float *, const float *, i64);
 typedef void (*TakeFirst)(const float *const *, const float *, i64, const Rule, float *);
 const TakeFirst firsts[5] = {take_first<1>, take_first<2>, take_first<3>, take_first<4>, take_first<5>};
+const Insert inserts[5] = {insert<1>, insert<2>, insert<3>, insert<4>, insert<5>};
 const Estimate estimates[2][5] = {
     {estimate<1, false>, estimate<2, false>, estimate<3, false>, estimate<4, false>, estimate<5, false>},
     {estimate<1, true>, estimate<2, true>, estimate<3, true>, estimate<4, true>, estimate<5, true>}};
@@ -188,7 +200,7 @@ const Feed feeds[2][5] = {{feed<1, false>, feed<2, false>, feed<3, false>, feed<
 // these can be copied together; an item's are slot[i * depth + j].
 struct Buckets {
     SketchArgs table;
-    bool is_signed;
+    bool is_signed, decays;
     i64 dim, k, num_slots = 0;
     std::vector<i64> address;  // of a slot: where its first column is in the table
     std::vector<int> slot;
@@ -196,8 +208,8 @@ struct Buckets {
 
     // Rows `at` (null: 0..k-1), whole; or with `columns` > 0 elements of a tensor that is so wide.
     Buckets(const SketchArgs &t, bool is_signed_, i64 dim_, const i64 *at, i64 k_, i64 columns, float decay)
-        : table(t), is_signed(is_signed_), dim(columns ? 1 : dim_), k(k_), slot(k * t.depth),
-          sign(k * t.depth), rate(k * t.depth) {
+        : table(t), is_signed(is_signed_), decays(decay != 0.0f), dim(columns ? 1 : dim_), k(k_),
+          slot(k * t.depth), sign(k * t.depth), rate(k * t.depth) {
         std::vector<i64> cell(k * t.depth);
         for (i64 i = 0; i < k; i++)
             for (i64 j = 0; j < t.depth; j++) {
@@ -269,6 +281,12 @@ struct Block {
         float *to[5];
         find(i, from);
         for (i64 j = 0; j < depth; j++) to[j] = &sums[b.slot[i * depth + j] * length];
+        if (!b.decays) {
+            float weight[5];
+            for (i64 j = 0; j < depth; j++) weight[j] = b.is_signed ? gain * b.sign[i * depth + j] : gain;
+            inserts[depth - 1](to, weight, x, length);
+            return;
+        }
         feeds[b.is_signed][depth - 1](from, to, &b.sign[i * depth], &b.rate[i * depth], x, gain, length);
     }
 
