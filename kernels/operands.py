@@ -20,6 +20,11 @@ MAX_ROWS = 2**31
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the state of a parameter of this dtype, and of the arithmetic on it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class Rule(ctypes.Structure):
     """The scalars of one update, held as float32; common.h has the same fields in the same order.
 
