@@ -18,7 +18,9 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
 )
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memory.inside import LAYER, layer_workspace, taken_inside
 
 aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
@@ -109,13 +111,13 @@ class Answers(TorchDispatchMode):
             return _coalesced(args[0])
         if func is aten.add_.Tensor and hasattr(args[1], "_rows"):
             return args[0]
-        inside = _taken_inside(func, args)
+        inside = taken_inside(func, args)
         result = func(*args, **kwargs)
         del inside
         if func in _SPARSE:
             result._rows = tuple(args[_SPARSE[func] : _SPARSE[func] + 2])
-        elif func is aten.mkldnn_rnn_layer.default:
-            result = (*result[:3], result[3].new_empty(_workspace(*args)))
+        elif func is LAYER:
+            result = (*result[:3], result[3].new_empty(layer_workspace(*args)))
         elif func in _SAME and hasattr(args[0], "_rows"):
             result._rows = args[0]._rows
             result._coalesced_(args[0].is_coalesced())  # torch finds no rows in it, so: coalesced
@@ -163,42 +165,6 @@ def _rows_of(func: Any, args: Sequence[Any], mask: Tensor, count: int) -> Tensor
     shape = list(args[0].shape)
     shape[axis : axis + mask.dim()] = [count]
     return args[0].new_empty(shape)
-
-
-_LAYER = (aten.mkldnn_rnn_layer.default, aten.mkldnn_rnn_layer_backward.default)
-_GATES = 4  # of an LSTM, and so wide is what oneDNN lays aside for each word
-
-
-def _taken_inside(func: Any, args: Sequence[Any]) -> list[Tensor]:
-    """Return what an operation on a CPU takes and gives back within itself, where that is much.
-
-    oneDNN computes the gradient of a convolution's weight in a layout of its own, from the outputs'
-    gradient in another; an LSTM's layer with both weights in another, beside the gates of every
-    word. What it chooses differs; this is within 4% of what it took in our networks.
-    """
-    if func in _LAYER:
-        words, state = args[0], args[5]
-        gates = words.new_empty(words.shape[0] * words.shape[1], _GATES * state.shape[-1])
-        return [gates, *(weight.new_empty(weight.shape) for weight in args[1:3])]
-    if func is not aten.convolution_backward.default or args[2].device.type != "cpu":
-        return []
-    return [x.new_empty(x.shape) for x in (args[2], args[0])]
-
-
-_SAMPLES = 16  # oneDNN rounds up what it needs for fewer
-
-
-def _workspace(*args: Any) -> int:
-    """Return the bytes that oneDNN's recurrent layer keeps for backward, of which torch's fake one
-    knows nothing: by running it on few samples."""
-    num_samples = args[0].shape[1]
-    few = min(num_samples, _SAMPLES)
-    small = [(x.shape[0], few, *x.shape[2:]) if n == 0 else (few, *x.shape[1:]) if n in (5, 6)
-             else x.shape for n, x in enumerate(args[:7])]  # fmt: skip
-    with _disable_current_modes(), torch.enable_grad():  # else nothing is kept
-        zeros = [torch.zeros(shape, dtype=args[0].dtype) for shape in small]
-        found = aten.mkldnn_rnn_layer.default(*zeros, *args[7:])
-    return found[3].numel() * num_samples // few
 
 
 def _coalesced(tensor: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ Shapes: T positions, B texts side by side, D width, V words, L layers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 from workloads.softmax import make_softmax
@@ -91,7 +93,7 @@ class LSTMLanguageModel(nn.Module):
         x, states = self.dropout(self.embedding(words)), []
         for i, layer in enumerate(self.layers):
             before = None if state is None else (state[0][i : i + 1], state[1][i : i + 1])
-            with _without_float16_on_cpu(x):
+            with _autocast_where_lstms_can(x):
                 x, after = run_layer(layer, x, before, recompute=self._recomputes)
             x = self.dropout(x)
             states.append([tensor.detach() for tensor in after])
@@ -103,11 +105,30 @@ class LSTMLanguageModel(nn.Module):
         return self.checkpoint_activations and self.training
 
 
-def _without_float16_on_cpu(x: Tensor) -> AbstractContextManager[None]:
+def _autocast_where_lstms_can(x: Tensor) -> AbstractContextManager[None]:
     """Return a context without autocast where it would ask oneDNN for an LSTM that it lacks."""
-    if x.device.type != "cpu" or torch.get_autocast_dtype("cpu") != torch.float16:
+    if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return nullcontext()
+    if _has_lstm(torch.get_autocast_dtype("cpu")):
         return nullcontext()
     return torch.autocast("cpu", enabled=False)
+
+
+@functools.cache
+def _has_lstm(dtype: torch.dtype) -> bool:
+    """Tell whether oneDNN trains an LSTM of this dtype on this processor, by asking it for one.
+
+    It has none of float16, and of bfloat16 only beside AVX-512.
+    """
+    with _disable_current_modes(), torch.enable_grad(), torch.autocast("cpu", dtype):
+        shapes = [*[(1, 1, 8)] * 3, *[(32, 8)] * 2, *[(32,)] * 2]
+        zeros = [torch.zeros(shape, device="cpu", requires_grad=True) for shape in shapes]
+        x, h, c, *weights = zeros
+        try:
+            torch.lstm(x, (h, c), weights, True, 1, 0.0, True, False, False)
+        except RuntimeError:
+            return False
+    return True
 
 
 class TransformerLanguageModel(nn.Module):

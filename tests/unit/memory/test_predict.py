@@ -1,6 +1,10 @@
 """Predictions against real steps: bytes kept to the byte, peaks within 5% of the allocator's."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ KEPT = ["Adam", "SM3, momentum 0.9", "CMS-RMSprop", "DGC-SGD", "recommended",
         "recommended, 8-bit residual"]  # fmt: skip
 PEAKS = ["Adam", "DGC-SGD", "recommended"]
 WITHIN = 0.05
+ROOT = Path(__file__).parents[3]
 
 
 def contender(job, name):
@@ -115,6 +120,34 @@ def test_settings_of_the_exchange_change_the_peak_as_they_do_in_training(name):
     settings = {"optimizer": factored, "compression": RECOMMENDED, **SETTINGS[name]}
     job = job_of("perceptron", **settings)
     assert abs(predict(job).peak_bytes / measured_peak(job) - 1) < WITHIN
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_what_onednn_takes_for_convolutions_in_16_bits_is_foreseen(precision):
+    job = job_of("convolutional", batch_size=20, optimizer=factored, precision=precision)
+    assert abs(predict(job).peak_bytes / measured_peak(job) - 1) < WITHIN
+
+
+@pytest.mark.parametrize("processor", ["AVX2", "AVX512_CORE"])
+def test_what_onednn_takes_on_older_processors_is_foreseen(processor):
+    """Without 16-bit arithmetic: what oneDNN knows of the processor it asks once, when it starts.
+
+    A processor that is older still plays itself.
+    """
+    program = (
+        "from tests.unit.memory.small_jobs import job_of, measured_peak\n"
+        "from tests.unit.memory.test_predict import WITHIN, factored, predict\n"
+        "from memory import RECOMMENDED\n"
+        "settings = dict(optimizer=factored, compression=RECOMMENDED, precision='bfloat16')\n"
+        "for name in 'perceptron', 'convolutional', 'transformer':\n"
+        "    job = job_of(name, **settings)\n"
+        "    off = predict(job).peak_bytes / measured_peak(job) - 1\n"
+        "    assert abs(off) < WITHIN, (name, off)\n"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": processor, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def factored(groups):
