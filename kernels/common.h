@@ -103,14 +103,18 @@ FN float sign_of(u32 hash) { return (hash & 1) ? -1.0f : 1.0f; }
 
 // ---- estimates from a sketch's `depth` buckets -----------------------------------------------------
 
+FN float lesser(float a, float b) { return a < b ? a : b; }  // b if one of them is NaN
+FN float greater(float a, float b) { return a > b ? a : b; }
+
 // NaN if one of them is, as torch's: what is not finite must not be lost on the way.
-FN float smaller(float a, float b) { return a < b || a != a ? a : b; }
-FN float larger(float a, float b) { return a > b || a != a ? a : b; }
-FN float not_negative(float x) { return x < 0.0f ? 0.0f : x; }  // nor here
+FN float or_nan(float x, float a) { return a != a ? a : x; }
+FN float smaller(float a, float b) { return or_nan(lesser(a, b), a); }
+FN float larger(float a, float b) { return or_nan(greater(a, b), a); }
+FN float not_negative(float x) { return x < 0.0f ? 0.0f : x; }
 
 FN void order(float &a, float &b) {
-    float low = smaller(a, b);
-    b = larger(a, b);
+    float low = lesser(a, b);
+    b = greater(a, b);
     a = low;
 }
 
@@ -120,23 +124,30 @@ template <int DEPTH> FN float minimum_of(const float *x) {
     return least;
 }
 
-// An even depth takes the mean of the two in the middle. NaN if one of them is.
-template <int DEPTH> FN float median_of(const float *x) {
+// Of numbers; an even depth takes the mean of the two in the middle.
+template <int DEPTH> FN float middle_of(const float *x) {
     if (DEPTH == 1) return x[0];
     if (DEPTH == 2) return (x[0] + x[1]) * 0.5f;
     float a = x[0], b = x[1], c = x[2];
     if (DEPTH == 3) {
         order(a, b);
-        return larger(a, smaller(b, c));
+        return greater(a, lesser(b, c));
     }
     float d = x[DEPTH > 3 ? 3 : 0];
     order(a, b);
     order(c, d);
-    float low = larger(a, c), high = smaller(b, d);  // of four, the two in the middle
+    float low = greater(a, c), high = lesser(b, d);  // of four, the two in the middle
     if (DEPTH == 4) return (low + high) * 0.5f;
     float e = x[DEPTH > 4 ? 4 : 0];
     order(low, high);
-    return larger(low, smaller(high, e));
+    return greater(low, lesser(high, e));
+}
+
+// NaN if one of them is.
+template <int DEPTH> FN float median_of(const float *x) {
+    float median = middle_of<DEPTH>(x);
+    for (int j = 0; j < DEPTH; j++) median = or_nan(median, x[j]);
+    return median;
 }
 
 // ---- the rule --------------------------------------------------------------------------------------
@@ -236,6 +247,5 @@ FN bf16 stochastic_bf16(float x, u32 random) {
 FN signed char stochastic_code(float x, float scale, u32 random) {
     float drawn = (float)(int)(random >> 17) * 3.0517578125e-5f + 1.52587890625e-5f;  // (k + 1/2) / 2^15
     float code = floorf(x / scale + drawn);
-    code = code > -127.0f ? code : -127.0f;
-    return (signed char)(int)(code < 127.0f ? code : 127.0f);
+    return (signed char)(int)lesser(greater(code, -127.0f), 127.0f);
 }
