@@ -4,8 +4,9 @@
 // Memory is read and written once where the structure allows it (none, full, SM3-II). Where the estimate
 // needs this step's gradients first (SM3-I, factored, sketches) the gradient is read twice; a sketch is
 // walked in blocks of columns, small enough that the block's part of the table stays in the cache.
-// No result depends on the number of threads, which all calculate in the caller's mode. What threads need of memory is taken before they start: an
-// exception must not leave them, and becomes a MemoryError in Python.
+// No result depends on the number of threads, which all calculate in the caller's mode (float_mode.h). What
+// they need of memory is taken before they start: an exception must not leave them, and becomes a
+// MemoryError in Python.
 #include <omp.h>
 
 #include <cmath>
