@@ -6,6 +6,7 @@ tests/unit/optim/test_not_finite.py.
 
 import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.unit.kernels.cases import CPU, Case
 BAD = (math.nan, math.inf, -math.inf, 2e19, 5e20)
 MODULES = {"host": host, "device": device}
 SIZES = ((33, 40), (65, 7), (5, 150))
-BAD_STEP = 1  # of those from 0: one before it, for state, and two after
+BAD_STEP = 1  # of those from 0: one before it, for state, and one after
 
 
 @pytest.fixture(params=MODULES)
@@ -35,43 +36,40 @@ def spoilt(case, step, bad):
     return gradient, positions
 
 
-def check(case, runs, bad):
-    for step in range(BAD_STEP + 3):
-        gradient, positions = spoilt(case, step, bad)
-        for run in runs:
-            run.step(gradient, positions)
-        expected, actual = (run.state for run in runs)
-        for name, tensor in expected.items():
-            what = f"{case}, {bad}: {name}, step {step}"
-            cases.assert_same(actual[name], tensor, what, case)
+def runs_of(case, implementation):
+    return [cases._Run(case, module, CPU) for module in (reference, implementation)]
 
 
 @pytest.mark.parametrize("mode", cases.MODES)
 def test_a_step_is_the_specification_s(implementation, mode):
-    """Every kind of first and second moment; what is bad, sizes, types and rules take turns."""
+    """Every kind of first and second moment; what is bad, sizes, types and rules by lot."""
+    lots = random.Random(mode)
     firsts = (*cases.FIRSTS, "table 2", "table 5")
-    turns = zip(*map(itertools.cycle, (SIZES, cases.DTYPES, ("averages", "sums", "forgetful", "averages"))),
-                strict=False)  # fmt: skip
-    bads = itertools.cycle(BAD)
     for first, second in itertools.product(firsts, cases.SECONDS):
-        for bad in (next(bads), next(bads)):
-            case = Case(first, second, mode, *next(turns))
-            check(case, [cases._Run(case, module, CPU) for module in (reference, implementation)], bad)
+        rest = (lots.choice(kinds) for kinds in (SIZES, cases.DTYPES, tuple(cases.RULES)))
+        case, bad = Case(first, second, mode, *rest), lots.choice(BAD)
+        expected, actual = runs = runs_of(case, implementation)
+        for step in range(BAD_STEP + 2):
+            gradient, positions = spoilt(case, step, bad)
+            for run in runs:
+                run.step(gradient, positions)
+            for name, tensor in expected.state.items():
+                what = f"{case}, {bad}: {name}, step {step}"
+                cases.assert_same(actual.state[name], tensor, what, case)
 
 
 def test_observing_is_the_specification_s(implementation):
+    lots = random.Random(0)
+    rule = Rule(lr=0.1, **cases.AVERAGES)
     for second, bad in itertools.product(cases.SECONDS[1:], BAD):
-        for dtype, scale in zip(cases.DTYPES, (None, 0.37, 4.0), strict=True):
-            case = Case("none", second, "dense", (33, 40), dtype)
-            runs = [cases._Run(case, module, CPU) for module in (reference, implementation)]
-            for step in range(BAD_STEP + 3):
-                for run in runs:
-                    factor = None if scale is None else torch.tensor([scale])
-                    rule = Rule(lr=0.1, **cases.AVERAGES)
-                    grad = spoilt(case, step, bad)[0]
-                    run.implementation.observe(grad, rule, run.second, factor)
-            for name, tensor in runs[0].state.items():
-                cases.assert_same(runs[1].state[name], tensor, f"{case}, {bad}: {name}", case)
+        case = Case("none", second, "dense", lots.choice(SIZES), lots.choice(cases.DTYPES))
+        expected, actual = runs = runs_of(case, implementation)
+        scale = lots.choice((None, torch.tensor([0.37]), torch.tensor([4.0])))
+        for step in range(BAD_STEP + 2):
+            for run in runs:
+                run.implementation.observe(spoilt(case, step, bad)[0], rule, run.second, scale)
+        for name, tensor in expected.state.items():
+            cases.assert_same(actual.state[name], tensor, f"{case}, {bad}: {name}", case)
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -125,14 +123,9 @@ def test_a_mean_that_is_not_finite_is_no_reason_to_divide_by_eps(implementation,
             before = run.param.clone()
             gradient, positions = cases.arrivals(case, 0)
             run.step(gradient, positions)
-            arrived = torch.ones(33, 40, dtype=torch.bool)
-            if mode == "rows":
-                arrived = torch.zeros(33, 40, dtype=torch.bool)
-                arrived[positions] = True
-            if mode == "elements":
-                arrived = torch.zeros(33 * 40, dtype=torch.bool)
-                arrived[positions] = True
-            arrived = arrived.view(33, 40)
+            arrived = torch.zeros_like(run.param, dtype=torch.bool)
+            shared = arrived.view(-1) if mode == "elements" else arrived
+            shared[slice(None) if positions is None else positions] = True
             assert run.param[arrived].isnan().all()
             assert torch.equal(run.param[~arrived], before[~arrived])
 
