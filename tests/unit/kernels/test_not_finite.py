@@ -74,7 +74,7 @@ def test_observing_is_the_specification_s(implementation):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_a_sketch_is_the_specification_s(implementation, signed):
-    """Of every depth; a NaN among an item's buckets is its estimate, infinities are only numbers."""
+    """Of every depth; a NaN among an item's buckets is its estimate, infinity but a number."""
     for depth, bad in itertools.product(range(1, 6), BAD):
         results = []
         for module in (reference, implementation):
