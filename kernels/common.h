@@ -45,10 +45,13 @@ FN float widen(float x) { return x; }
 
 FN float widen(bf16 x) { return as_float((u32)x.bits << 16); }
 
+// No float32 on the way is denormal, so that this is exact where a thread makes those 0, too.
 FN float widen(f16 x) {
-    u32 magnitude = (u32)(x.bits & 0x7fff) << 13;
-    float finite = as_float(magnitude) * 5.192296858534828e33f;  // 2^112 moves the exponent's bias
-    u32 bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : as_bits(finite);
+    u32 magnitude = x.bits & 0x7fffu;
+    u32 subnormal = as_bits((float)(int)magnitude * 5.9604644775390625e-8f);  // 2^-24
+    u32 normal = (magnitude << 13) + 0x38000000u;                             // moves the exponent's bias
+    u32 bits = magnitude < 0x400u ? subnormal : normal;
+    bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : bits;
     return as_float(bits | (u32)(x.bits & 0x8000) << 16);
 }
 
@@ -103,12 +106,18 @@ FN float sign_of(u32 hash) { return (hash & 1) ? -1.0f : 1.0f; }
 
 // ---- estimates from a sketch's `depth` buckets -----------------------------------------------------
 
-FN float smaller(float a, float b) { return a < b ? a : b; }
-FN float larger(float a, float b) { return a > b ? a : b; }
+FN float lesser(float a, float b) { return a < b ? a : b; }  // b if one of them is NaN
+FN float greater(float a, float b) { return a > b ? a : b; }
+
+// NaN if one of them is, as torch's: what is not finite must not be lost on the way.
+FN float or_nan(float x, float a) { return a != a ? a : x; }
+FN float smaller(float a, float b) { return or_nan(lesser(a, b), a); }
+FN float larger(float a, float b) { return or_nan(greater(a, b), a); }
+FN float not_negative(float x) { return x < 0.0f ? 0.0f : x; }
 
 FN void order(float &a, float &b) {
-    float low = smaller(a, b);
-    b = larger(a, b);
+    float low = lesser(a, b);
+    b = greater(a, b);
     a = low;
 }
 
@@ -118,23 +127,30 @@ template <int DEPTH> FN float minimum_of(const float *x) {
     return least;
 }
 
-// An even depth takes the mean of the two in the middle.
-template <int DEPTH> FN float median_of(const float *x) {
+// Of numbers; an even depth takes the mean of the two in the middle.
+template <int DEPTH> FN float middle_of(const float *x) {
     if (DEPTH == 1) return x[0];
     if (DEPTH == 2) return (x[0] + x[1]) * 0.5f;
     float a = x[0], b = x[1], c = x[2];
     if (DEPTH == 3) {
         order(a, b);
-        return larger(a, smaller(b, c));
+        return greater(a, lesser(b, c));
     }
     float d = x[DEPTH > 3 ? 3 : 0];
     order(a, b);
     order(c, d);
-    float low = larger(a, c), high = smaller(b, d);  // of four, the two in the middle
+    float low = greater(a, c), high = lesser(b, d);  // of four, the two in the middle
     if (DEPTH == 4) return (low + high) * 0.5f;
     float e = x[DEPTH > 4 ? 4 : 0];
     order(low, high);
-    return larger(low, smaller(high, e));
+    return greater(low, lesser(high, e));
+}
+
+// NaN if one of them is.
+template <int DEPTH> FN float median_of(const float *x) {
+    float median = middle_of<DEPTH>(x);
+    for (int j = 0; j < DEPTH; j++) median = or_nan(median, x[j]);
+    return median;
 }
 
 // ---- the rule --------------------------------------------------------------------------------------
@@ -168,7 +184,7 @@ FN float own_weight(const Rule &r) {
 
 // What the update takes for a first moment in a count-sketch, x being the estimates of the entry's DEPTH
 // buckets before this step: the moment that follows from their mean, as far as they agree, and for the rest
-// the entry's own gradient. Estimates that are equal are taken as they are. NaN if one of them is.
+// the entry's own gradient. Estimates that are equal are taken as they are. NaN if one of them is not finite.
 template <int DEPTH> FN float sketched_first(const float *x, float g, float weight, const Rule &r) {
     const float PER_MEAN = 1.0f / DEPTH, PER_ERROR = DEPTH > 1 ? 1.0f / (DEPTH * (DEPTH - 1)) : 0.0f;
     float mean = 0.0f, squares = 0.0f;
@@ -182,20 +198,31 @@ template <int DEPTH> FN float sketched_first(const float *x, float g, float weig
     known = known > 0.0f ? known : 0.0f;
     known = square > 0.0f ? known : doubt > 0.0f ? 0.0f : 1.0f;
     float moment = average_first(mean, g, r) * r.first_scale;
-    float taken = known * moment + (1.0f - known) * (g * weight);
-    return taken == taken ? taken : as_float(0x7fc00000u);
+    return known * moment + (1.0f - known) * (g * weight);
 }
+
+// What a gradient adds to its second moment. In torch's order: g * g overflows long before this does.
+FN float gained_square(float g, const Rule &r) { return (r.second_gain * g) * g; }
 
 FN float average_second(float old, float g, const Rule &r) {
-    return r.second_beta * old + r.second_gain * (g * g);
+    return r.second_beta * old + gained_square(g, r);
 }
 
-// 0 / 0 is 0: an entry that has never had a gradient does not move, whatever eps is.
+// A factored moment's column as a multiple of the columns' mean; 0 before the first gradient. A mean that
+// is not finite says nothing of any entry: NaN, where the quotient by infinity would be 0.
+FN float relative(float col, float mean) {
+    return mean <= 0.0f ? 0.0f : col / mean + (mean - mean);
+}
+
+// 0 / 0 is 0: an entry that has never had a gradient does not move, whatever eps is. The bound is for
+// finite numerators: others stay what they are.
 FN float preconditioned(float numerator, float nu, const Rule &r) {
-    float root = sqrtf(nu * r.second_scale + r.eps_inside) + r.eps_outside;
+    // sqrt(scale nu + eps_inside), of which the scaled moment could overflow
+    float root = sqrtf(nu + r.eps_inside / r.second_scale) * sqrtf(r.second_scale) + r.eps_outside;
     float quotient = numerator / root, most = r.largest_quotient;
-    quotient = quotient > most ? most : quotient < -most ? -most : quotient;  // NaN stays
-    return root == 0.0f ? 0.0f : quotient;
+    float bounded = quotient > most ? most : quotient < -most ? -most : quotient;  // NaN stays
+    bounded = root == 0.0f ? 0.0f : bounded;
+    return numerator - numerator == 0.0f ? bounded : quotient;
 }
 
 FN float moved(float param, float update, const Rule &r) { return param * r.decay - r.lr * update; }
@@ -223,5 +250,5 @@ FN bf16 stochastic_bf16(float x, u32 random) {
 FN signed char stochastic_code(float x, float scale, u32 random) {
     float drawn = (float)(int)(random >> 17) * 3.0517578125e-5f + 1.52587890625e-5f;  // (k + 1/2) / 2^15
     float code = floorf(x / scale + drawn);
-    return (signed char)(int)smaller(larger(code, -127.0f), 127.0f);
+    return (signed char)(int)lesser(greater(code, -127.0f), 127.0f);
 }
