@@ -1,6 +1,7 @@
 """The operations in plain torch: the specification, and the implementation for any device.
 
-Every product, sum, root and quotient is float32 and rounded by itself, sums over rows that share a
+Every product, sum, root and quotient is float32 and rounded by itself (float64 where the parameter
+is, and so are the rule's scalars then), sums over rows that share a
 bucket are taken in the order of the rows, and the means of Factored in float64; so the native
 implementations equal this one to the bit where all is finite, except Factored, which they equal to
 rounding. (A NaN spreads through shared state a little further here than there.)
@@ -12,7 +13,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.operands import Cover, Factored, First, Full, Rule, Second, Table, Velocity
+from kernels.operands import (
+    Cover,
+    Factored,
+    First,
+    Full,
+    Rule,
+    Second,
+    Table,
+    Velocity,
+    state_dtype,
+)
 
 # ---- sketches ------------------------------------------------------------------------------------
 
@@ -34,7 +45,7 @@ def hash_rows(table: Table, rows: Tensor) -> tuple[Tensor, Tensor]:
         low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
         hashed = mix(mix((rows & 0xFFFFFFFF) ^ low) ^ high)
         buckets.append(j * width + ((hashed * width) >> 32))
-        signs.append(1.0 - 2.0 * (hashed & 1).float())
+        signs.append(1.0 - 2.0 * (hashed & 1).to(table.values.dtype))
     return torch.stack(buckets), torch.stack(signs)
 
 
@@ -97,7 +108,7 @@ class _Cells:
 
     def _bounded_decay(self, cells: Tensor, decay: float) -> Tensor:
         _, inverse, counts = cells.unique(return_inverse=True, return_counts=True)
-        count, most = counts[inverse].float(), 2 if self.table.signed else 1
+        count, most = counts[inverse].to(self.flat.dtype), 2 if self.table.signed else 1
         return torch.where(count * decay <= most, torch.full_like(count, decay), most / count)
 
 
@@ -125,8 +136,8 @@ def step(
 ) -> None:
     is_dense = rows is None
     rows = torch.arange(len(param), device=param.device) if rows is None else rows
-    p = param[rows].float()
-    g = _oriented(grad.float(), p, rule)
+    p = param[rows].to(state_dtype(param.dtype))
+    g = _oriented(grad.to(p.dtype), p, rule)
     numerator = _first_moment(first, g, rows, rule, len(g) == len(param))
     match second:
         case Full():
@@ -144,7 +155,9 @@ def step(
 
 
 def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> None:
-    g = grad.float() if scale is None else grad.float() * scale
+    g = grad.to(state_dtype(grad.dtype))
+    if scale is not None:
+        g = g * scale
     rows = torch.arange(len(g), device=g.device)
     match second:
         case Full():
@@ -162,7 +175,7 @@ def step_elements(
 ) -> None:
     flat = param.view(-1)
     i, j = indices // param.shape[1], indices % param.shape[1]
-    p = flat[indices].float()
+    p = flat[indices].to(state_dtype(param.dtype))
     g = _oriented(values, p, rule)
     numerator = _first_moment(first, g, (i, j), rule, len(g) == param.numel())
     match second:
@@ -194,7 +207,7 @@ def _preconditioned(numerator: Tensor, nu: Tensor | None, rule: Rule) -> Tensor:
         return numerator
     scaled = nu * rule.second_scale + rule.eps_inside
     root = (
-        scaled.double().sqrt().float() + rule.eps_outside
+        scaled.double().sqrt().to(scaled.dtype) + rule.eps_outside
     )  # torch's float32 root is MKL's: inexact
     quotient = (numerator / root).clamp(-rule.largest_quotient, rule.largest_quotient)
     return torch.where(root == 0, torch.zeros_like(root), quotient)
@@ -231,7 +244,7 @@ def _sketched_first(candidates: Tensor, g: Tensor, rule: Rule) -> Tensor:
     doubt = squares * (1 / max(1, depth * (depth - 1))) * rule.first_doubt * (depth > 1)
     square = mean * mean
     known = (1 - doubt / square).nan_to_num(0.0).clamp_min(0)
-    known = torch.where(square > 0, known, (~(doubt > 0)).float())
+    known = torch.where(square > 0, known, (~(doubt > 0)).to(g.dtype))
     moment = (mean * rule.first_beta + g * rule.first_gain) * rule.first_scale
     own = g * (rule.first_gain / rule.first_decay if rule.first_decay else rule.first_gain)
     taken = known * moment + (1 - known) * own
@@ -286,7 +299,7 @@ def _cover_elements(cover: Cover, g: Tensor, i: Tensor, j: Tensor, rule: Rule) -
 
 def _relative(col: Tensor) -> Tensor:
     """Return the columns as multiples of their mean, which is also the mean of the rows."""
-    mean = col.double().mean().float()
+    mean = col.double().mean().to(col.dtype)
     return torch.where(mean > 0, col / mean, torch.zeros_like(col))
 
 
@@ -294,13 +307,13 @@ def _factored_rows(
     factored: Factored, g: Tensor, rows: Tensor, is_dense: bool, rule: Rule
 ) -> Tensor:
     row, col, square = factored.row[rows], factored.col, (g * g).double()
-    mean = square.mean(1).float()
+    mean = square.mean(1).to(g.dtype)
     if is_dense:
-        new_col = col * rule.second_beta + square.mean(0).float() * rule.second_gain
+        new_col = col * rule.second_beta + square.mean(0).to(g.dtype) * rule.second_gain
     else:
         estimate = row[:, None] * _relative(col)
         change = (square * rule.second_gain - estimate.double() * rule.second_decay).sum(0)
-        new_col = (col + (change / len(factored.row)).float()).clamp_min(0)
+        new_col = (col + (change / len(factored.row)).to(col.dtype)).clamp_min(0)
     row = row * rule.second_beta + mean * rule.second_gain
     factored.row[rows] = row
     factored.col.copy_(new_col)
@@ -313,5 +326,5 @@ def _factored_elements(factored: Factored, g: Tensor, i: Tensor, j: Tensor, rule
     change = (g * g).double() * rule.second_gain - estimate.double() * rule.second_decay
     for means, at, share in ((row, i, len(col)), (col, j, len(row))):
         unique, sums, _ = _ordered_sum(at, change)
-        means[unique] = (means[unique] + (sums / share).float()).clamp_min(0)
+        means[unique] = (means[unique] + (sums / share).to(means.dtype)).clamp_min(0)
     return row[i] * _relative(col)[j]

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from kernels import ops
+from kernels.operands import state_dtype
 from optim import options
 from optim.gradients import Gradient, check_parameter, read_gradient
-from optim.moments import STRUCTURES, Moment, Spec, balanced_split, fit_state, matrix_shape
+from optim.moments import STRUCTURES, Moment, Spec, count_of_steps, fit_state
 from optim.preconditioner import Preconditioner
+from optim.update import update
 
 Group = dict[str, Any]
 _FIRST, _SECOND = 0, 1
@@ -88,8 +90,8 @@ class MomentOptimizer(Optimizer):
         """Update the parameters that have a gradient, and return the closure's loss.
 
         Args: elements: parameter -> (indices (k,) int64 into it flattened, ascending and unique;
-            values (k,) float32): what has arrived of its gradient, instead of its .grad. Decoupled
-            weight decay reaches all of the parameter.
+            values (k,), float32, or float64 of a float64 parameter): what has arrived of its
+            gradient, instead of its .grad. Decoupled weight decay reaches all of the parameter.
         """
         loss = None
         if closure is not None:
@@ -111,36 +113,15 @@ class MomentOptimizer(Optimizer):
         moments = self._moments(position, group, p)
         step = int(self.state[p]["step"]) + 1
         rule = self._rule(group, step)
-        if gradient.indices is not None and not gradient.is_alone and rule.decay != 1:
-            p.mul_(rule.decay)  # what has not arrived decays too
-            rule.decay = 1.0
+        if gradient.indices is not None and not gradient.is_alone:
+            if (decay := rule.scalars(p.dtype).decay) != 1:
+                p.mul_(decay)  # what has not arrived decays too
+                rule = rule.replace(decay=1.0)
         if gradient.values.numel():
-            self._launch(p, gradient, rule, moments)
+            update(p, gradient, rule, moments)
         self.state[p]["step"] += 1
         if moments[1] is not None:
             moments[1].end_step(step, group)
-
-    def _launch(
-        self, p: Tensor, gradient: Gradient, rule: ops.Rule, moments: tuple[Moment | None, ...]
-    ) -> None:
-        """Run the kernel on the parameter as a matrix."""
-        any_split = gradient.rows is None and all(m.any_split for m in moments if m)
-        split = balanced_split(tuple(p.shape)) if any_split else 1
-        shape = matrix_shape(tuple(p.shape), split)
-        target = p.contiguous()
-        matrix, values = target.view(shape), gradient.values.contiguous()
-        first, second = (m and m.operand(split) for m in moments)
-        if gradient.indices is None:
-            values = values.view(-1, shape[1])
-            ops.step(matrix, values, rule, first=first, second=second, rows=gradient.rows)
-        else:
-            ops.step_elements(matrix, values, gradient.indices, rule, first=first, second=second)
-        for moment, operand in zip(moments, (first, second), strict=True):
-            if moment is not None:
-                moment.write_back(operand, split, is_dense=gradient.is_dense)
-        if target.data_ptr() != p.data_ptr():
-            p.copy_(target)
-        torch.autograd.graph.increment_version(p)  # native kernels write behind autograd's back
 
     def _rule(self, group: Group, step: int) -> ops.Rule:
         lr, weight_decay = float(group["lr"]), group["weight_decay"]
@@ -223,7 +204,7 @@ class MomentOptimizer(Optimizer):
         check_parameter(p)
         state = {} if as_layout else self.state[p]
         if "step" not in state:
-            state["step"] = torch.zeros(())
+            state["step"] = count_of_steps()
         device = torch.device("meta") if as_layout else p.device
         first = self._moment(position, group, p, state, _FIRST, device)
         if p in self._delegated:
@@ -247,6 +228,7 @@ class MomentOptimizer(Optimizer):
             name=chosen[0],
             shape=tuple(p.shape),
             device=device or p.device,
+            dtype=state_dtype(p.dtype),
             is_first=turn == _FIRST,
             follows_update=turn == _FIRST and self.first_follows_update,
             seed_key=(group.get("seed", 0), position, turn),
@@ -257,7 +239,7 @@ class MomentOptimizer(Optimizer):
     def estimate(self, p: Tensor) -> Tensor:
         """Return the second moment of each element as it is kept: before bias correction.
 
-        It takes the full size in float32: for tests and benchmarks.
+        It takes the full size in the state's dtype: for tests and benchmarks.
         """
         for position, group, parameter in self._places():
             second = self._moments(position, group, p)[1] if parameter is p else None
@@ -325,7 +307,7 @@ class MomentOptimizer(Optimizer):
         for key, (position, group, p) in zip(keys, self._places(), strict=False):
             theirs = loaded["state"].get(key)
             if theirs:
-                layout: dict[str, Tensor] = {"step": torch.zeros(())}
+                layout: dict[str, Tensor] = {"step": count_of_steps()}
                 for moment in self._moments(position, group, p, as_layout=True):
                     layout.update(moment.tensors if moment else {})
                 fitted[p] = fit_state(position, layout, theirs, p.device)

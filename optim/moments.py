@@ -31,10 +31,16 @@ class Spec:
     name: str
     shape: tuple[int, ...]
     device: torch.device
+    dtype: torch.dtype  # of the state
     is_first: bool  # of both signs
     follows_update: bool  # a first moment of the preconditioned updates
     seed_key: tuple[int, ...]
     options: Mapping[str, Any]  # of the parameter's group
+
+
+def count_of_steps() -> Tensor:
+    """Return a parameter's `step`, 0: on the CPU, so that reading it waits for no device."""
+    return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def matrix_shape(shape: tuple[int, ...], split: int) -> tuple[int, int]:
@@ -59,8 +65,10 @@ class Moment(ABC):
         if not state.keys() >= set(names):
             state.update(self.zeros())
         for name in names:
-            if state[name].device != spec.device and not name.endswith(SEEDS):
-                state[name] = state[name].to(spec.device)  # the parameter has moved
+            if name.endswith(SEEDS):
+                continue
+            if state[name].device != spec.device or state[name].dtype != spec.dtype:
+                state[name] = state[name].to(spec.device, spec.dtype)  # the parameter has changed
         self.tensors = {name: state[name] for name in names}
 
     @abstractmethod
@@ -85,18 +93,18 @@ class Moment(ABC):
 
     @abstractmethod
     def at(self, indices_K: Tensor) -> Tensor:
-        """Return the moment of the elements (K,) int64 of the flattened parameter: (K,) float32."""
+        """Return the moment of the elements (K,) int64 of the flattened parameter: (K,)."""
 
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, device=self.spec.device)
+        return torch.zeros(shape, dtype=self.spec.dtype, device=self.spec.device)
 
 
 class Full(Moment):
-    """One float32 for each element, as torch.optim keeps it."""
+    """One number for each element, as torch.optim keeps it."""
 
     def names(self) -> tuple[str, ...]:
         return (self.spec.name,)
@@ -201,7 +209,7 @@ class Factored(Moment):
 
     @staticmethod
     def _relative(col: Tensor) -> Tensor:
-        mean = col.double().mean().float()
+        mean = col.double().mean().to(col.dtype)
         return torch.where(mean > 0, col / mean, torch.zeros_like(col))
 
 
@@ -263,7 +271,7 @@ def fit_state(
     Numbers for `step` are taken, others dropped."""
     mine = {name: tuple(tensor.shape) for name, tensor in layout.items()}
     theirs = {
-        name: torch.as_tensor(value)
+        name: value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
         for name, value in theirs.items()
         if name == "step" or isinstance(value, Tensor)
     }
