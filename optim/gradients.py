@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from kernels.checks import check_elements
 from kernels.operands import STEP_DTYPES, state_dtype
@@ -31,8 +32,9 @@ class Gradient:
 def check_parameter(p: Tensor) -> None:
     if p.dtype not in STEP_DTYPES or p.layout != torch.strided:
         allowed = ", ".join(map(str, STEP_DTYPES))
+        whose = "an uninitialized parameter" if is_lazy(p) else f"a parameter of {tuple(p.shape)}"
         raise ValueError(
-            f"a parameter of shape {tuple(p.shape)} is {p.layout} {p.dtype}; allowed: dense and "
+            f"{whose} is {p.layout} {p.dtype}; allowed: dense and "
             f"{allowed}. Give others to an optimizer of torch.optim"
         )
 

@@ -263,18 +263,20 @@ def _merged(accumulators: list[Tensor]) -> Tensor:
     return merged
 
 
+def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a loaded state; a number is taken for `step`, others are dropped."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if "step" in state and "step" not in tensors:
+        tensors["step"] = torch.tensor(state["step"], dtype=torch.float32, device="cpu")
+    return tensors
+
+
 def fit_state(
     position: int, layout: dict[str, Tensor], theirs: Mapping[str, Any], device: torch.device
 ) -> dict[str, Tensor]:
-    """Return copies of a parameter's loaded state, where it has the layout's names and shapes.
-
-    Numbers for `step` are taken, others dropped."""
+    """Return copies of a parameter's loaded state, where it has the layout's names and shapes."""
     mine = {name: tuple(tensor.shape) for name, tensor in layout.items()}
-    theirs = {
-        name: value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
-        for name, value in theirs.items()
-        if name == "step" or isinstance(value, Tensor)
-    }
+    theirs = tensors_of(theirs)
     shapes = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
     if shapes != mine:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The kernel's step of one parameter of any shape, seen as a matrix."""
+"""When parameters may be stepped, and the kernel's step of one, of any shape, as a matrix."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from torch import Tensor
 from kernels import ops
 from optim.gradients import Gradient
 from optim.moments import Moment, balanced_split, matrix_shape
+
+
+def refuse_capture() -> None:
+    """Raise RuntimeError while a CUDA graph is captured."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured: it would repeat this step's rate and bias correction "
+            "in every replay; capture forward and backward, and call step() outside of the graph"
+        )
 
 
 def update(
