@@ -1,14 +1,17 @@
 """The operations in plain torch: the specification, and the implementation for any device.
 
-Every product, sum, root and quotient is float32 and rounded by itself (float64 where the parameter
-is, and so are the rule's scalars then), sums over rows that share a
+Every product, sum, root and quotient is float32 and rounded by itself, sums over rows that share a
 bucket are taken in the order of the rows, and the means of Factored in float64; so the native
-implementations equal this one to the bit where all is finite, except Factored, which they equal to
-rounding. (A NaN spreads through shared state a little further here than there.)
+implementations equal this one to the bit, except Factored, which they equal to rounding. Where the
+parameter is float64, which only this one steps, so is all else, the rule's scalars too. What is
+not finite is so in all of them: a gradient that is NaN or infinite reaches what it touches, and
+through shared state what it shares that with; nothing hides it. (NaNs may differ in their bits.)
 Tensors as large as the gradient come and go here; see kernels.ops for what each operation means.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -70,9 +73,10 @@ def _estimate(table: Table, candidates: Tensor) -> Tensor:
     if not table.signed:
         return candidates.amin(0)
     ordered, depth = candidates.sort(0).values, len(candidates)
-    if depth % 2:
-        return ordered[depth // 2]
-    return (ordered[depth // 2 - 1] + ordered[depth // 2]) * 0.5
+    median = ordered[depth // 2]
+    if depth % 2 == 0:
+        median = (ordered[depth // 2 - 1] + median) * 0.5
+    return torch.where(ordered[-1].isnan(), ordered[-1], median)  # where sorting puts any NaN
 
 
 class _Cells:
@@ -167,7 +171,7 @@ def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> N
         case Factored():
             _factored_rows(second, g, rows, True, rule)
         case Table():
-            _Cells(second, rows).update(g * g, rule.second_gain, rule.second_decay)
+            _Cells(second, rows).update(_square(g, rule), 1.0, rule.second_decay)
 
 
 def step_elements(
@@ -198,19 +202,25 @@ def _oriented(g: Tensor, p: Tensor, rule: Rule) -> Tensor:
     return g + p * rule.weight_decay if rule.weight_decay else g
 
 
+def _square(g: Tensor, rule: Rule) -> Tensor:
+    """Return what a gradient adds to its second moment; in torch's order, or g * g overflows."""
+    return (g * rule.second_gain) * g
+
+
 def _average(old: Tensor, g: Tensor, rule: Rule) -> Tensor:
-    return old * rule.second_beta + (g * g) * rule.second_gain
+    return old * rule.second_beta + _square(g, rule)
 
 
 def _preconditioned(numerator: Tensor, nu: Tensor | None, rule: Rule) -> Tensor:
     if nu is None:
         return numerator
-    scaled = nu * rule.second_scale + rule.eps_inside
-    root = (
-        scaled.double().sqrt().to(scaled.dtype) + rule.eps_outside
-    )  # torch's float32 root is MKL's: inexact
-    quotient = (numerator / root).clamp(-rule.largest_quotient, rule.largest_quotient)
-    return torch.where(root == 0, torch.zeros_like(root), quotient)
+    # sqrt(scale nu + eps_inside), of which the scaled moment could overflow; MKL's root is inexact
+    inside = (nu + rule.eps_inside / rule.second_scale).double().sqrt().to(nu.dtype)
+    root = inside * math.sqrt(rule.second_scale) + rule.eps_outside
+    quotient = numerator / root
+    bounded = quotient.clamp(-rule.largest_quotient, rule.largest_quotient)
+    bounded = torch.where(root == 0, torch.zeros_like(root), bounded)
+    return torch.where(numerator.isfinite(), bounded, quotient)
 
 
 def _first_moment(first: First, g: Tensor, at, rule: Rule, is_whole: bool) -> Tensor:
@@ -247,8 +257,7 @@ def _sketched_first(candidates: Tensor, g: Tensor, rule: Rule) -> Tensor:
     known = torch.where(square > 0, known, (~(doubt > 0)).to(g.dtype))
     moment = (mean * rule.first_beta + g * rule.first_gain) * rule.first_scale
     own = g * (rule.first_gain / rule.first_decay if rule.first_decay else rule.first_gain)
-    taken = known * moment + (1 - known) * own
-    return torch.where(taken.isnan(), torch.nan, taken)
+    return known * moment + (1 - known) * own
 
 
 def _velocity(first: First, update: Tensor, at, rule: Rule) -> Tensor:
@@ -259,7 +268,7 @@ def _velocity(first: First, update: Tensor, at, rule: Rule) -> Tensor:
 
 
 def _sketched(cells: _Cells, g: Tensor, rule: Rule) -> Tensor:
-    cells.update(g * g, rule.second_gain, rule.second_decay)
+    cells.update(_square(g, rule), 1.0, rule.second_decay)
     return cells.query()
 
 
@@ -269,9 +278,9 @@ def _sketched(cells: _Cells, g: Tensor, rule: Rule) -> Tensor:
 def _cover_rows(cover: Cover, g: Tensor, rows: Tensor, is_dense: bool, rule: Rule) -> Tensor:
     row, col = cover.row[rows], cover.col
     if cover.variant == "I":
-        square = g * g
-        row = row * rule.second_beta + square.amax(1) * rule.second_gain
-        new_col = col * rule.second_beta + square.amax(0) * rule.second_gain
+        square = _square(g, rule)
+        row = row * rule.second_beta + square.amax(1)
+        new_col = col * rule.second_beta + square.amax(0)
     else:
         prior = torch.minimum(row[:, None], col) if is_dense else row[:, None]
         nu = _average(prior, g, rule)
@@ -297,34 +306,37 @@ def _cover_elements(cover: Cover, g: Tensor, i: Tensor, j: Tensor, rule: Rule) -
 # ---- factored means ------------------------------------------------------------------------------
 
 
-def _relative(col: Tensor) -> Tensor:
-    """Return the columns as multiples of their mean, which is also the mean of the rows."""
+def relative(col: Tensor) -> Tensor:
+    """Return the columns as multiples of their mean, which is also the mean of the rows.
+
+    0 before the first gradient; NaN where the mean is not finite, as it says nothing of any entry.
+    """
     mean = col.double().mean().to(col.dtype)
-    return torch.where(mean > 0, col / mean, torch.zeros_like(col))
+    return torch.where(mean <= 0, torch.zeros_like(col), col / mean + (mean - mean))
 
 
 def _factored_rows(
     factored: Factored, g: Tensor, rows: Tensor, is_dense: bool, rule: Rule
 ) -> Tensor:
-    row, col, square = factored.row[rows], factored.col, (g * g).double()
+    row, col, square = factored.row[rows], factored.col, _square(g, rule).double()
     mean = square.mean(1).to(g.dtype)
     if is_dense:
-        new_col = col * rule.second_beta + square.mean(0).to(g.dtype) * rule.second_gain
+        new_col = col * rule.second_beta + square.mean(0).to(g.dtype)
     else:
-        estimate = row[:, None] * _relative(col)
-        change = (square * rule.second_gain - estimate.double() * rule.second_decay).sum(0)
+        estimate = row[:, None] * relative(col)
+        change = (square - estimate.double() * rule.second_decay).sum(0)
         new_col = (col + (change / len(factored.row)).to(col.dtype)).clamp_min(0)
-    row = row * rule.second_beta + mean * rule.second_gain
+    row = row * rule.second_beta + mean
     factored.row[rows] = row
     factored.col.copy_(new_col)
-    return row[:, None] * _relative(new_col)
+    return row[:, None] * relative(new_col)
 
 
 def _factored_elements(factored: Factored, g: Tensor, i: Tensor, j: Tensor, rule: Rule) -> Tensor:
     row, col = factored.row, factored.col
-    estimate = row[i] * _relative(col)[j]
-    change = (g * g).double() * rule.second_gain - estimate.double() * rule.second_decay
+    estimate = row[i] * relative(col)[j]
+    change = _square(g, rule).double() - estimate.double() * rule.second_decay
     for means, at, share in ((row, i, len(col)), (col, j, len(row))):
         unique, sums, _ = _ordered_sum(at, change)
         means[unique] = (means[unique] + (sums / share).to(means.dtype)).clamp_min(0)
-    return row[i] * _relative(col)[j]
+    return row[i] * relative(col)[j]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels import operands, ops
+from kernels.reference import relative
 from optim.sketch import CountMinSketch, CountSketch, hash_seeds, width_for
 
 SEEDS = "_seeds"  # what the names of the tensors end in that stay on the CPU
@@ -201,16 +202,11 @@ class Factored(Moment):
 
     def estimate(self) -> Tensor:
         row, col = self.tensors.values()
-        return (row[:, None] * self._relative(col)).view(self.spec.shape)
+        return (row[:, None] * relative(col)).view(self.spec.shape)
 
     def at(self, indices_K: Tensor) -> Tensor:
         row, col = self.tensors.values()
-        return row[indices_K // len(col)] * self._relative(col)[indices_K % len(col)]
-
-    @staticmethod
-    def _relative(col: Tensor) -> Tensor:
-        mean = col.double().mean().to(col.dtype)
-        return torch.where(mean > 0, col / mean, torch.zeros_like(col))
+        return row[indices_K // len(col)] * relative(col)[indices_K % len(col)]
 
 
 class Sketch(Moment):

@@ -7,6 +7,7 @@ Shapes: N elements of the flattened parameter, K of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,8 +70,9 @@ class Preconditioner:
         """
         nu = self._moment.estimate().view(-1) if indices_K is None else self._moment.at(indices_K)
         scalars = self._scalars()
-        nu.mul_(scalars.get("second_scale", 1.0)).add_(scalars.get("eps_inside", 0.0))
-        return nu.sqrt_().add_(scalars.get("eps_outside", 0.0))
+        scale = scalars.get("second_scale", 1.0)  # the scaled moment could overflow
+        nu.add_(scalars.get("eps_inside", 0.0) / scale).sqrt_().mul_(math.sqrt(scale))
+        return nu.add_(scalars.get("eps_outside", 0.0))
 
     def _scalars(self) -> Scalars:
         return self._scalars_of(int(self.tensors["step"]))
