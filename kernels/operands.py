@@ -61,9 +61,9 @@ class Rule(ctypes.Structure):
     def __init__(self, lr: float, **scalars: float) -> None:
         self._given = {**_ONES, **scalars, "lr": lr}
         super().__init__(**self._given)
-        unknown = scalars.keys() - _RULE_NAMES
-        if unknown:
-            raise TypeError(f"Rule has no {', '.join(sorted(unknown))}")
+        if not scalars.keys() <= _RULE_NAMES:
+            unknown = sorted(scalars.keys() - _RULE_NAMES)
+            raise TypeError(f"Rule has no {', '.join(unknown)}")
 
     def scalars(self, dtype: torch.dtype) -> Rule | SimpleNamespace:
         """Return what steps a parameter of this dtype: this rule; for float64 what it came from."""

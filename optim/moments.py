@@ -9,11 +9,11 @@ others the columns.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ from optim.sketch import CountMinSketch, CountSketch, hash_seeds, width_for
 SEEDS = "_seeds"  # what the names of the tensors end in that stay on the CPU
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(NamedTuple):
     """Whose moment it is, and which."""
 
     name: str
@@ -44,10 +43,12 @@ def count_of_steps() -> Tensor:
     return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
+@functools.cache
 def matrix_shape(shape: tuple[int, ...], split: int) -> tuple[int, int]:
     return math.prod(shape[:split]), math.prod(shape[split:])
 
 
+@functools.cache
 def balanced_split(shape: tuple[int, ...]) -> int:
     """Return the split with the smallest n + m; 0, which makes one row, for vectors and scalars."""
     if len(shape) < 2:
