@@ -2,7 +2,8 @@
 
 Every product, sum, root and quotient is float32 and rounded by itself, sums over rows that share a
 bucket are taken in the order of the rows, and the means of Factored in float64; so the native
-implementations equal this one to the bit, except Factored, which they equal to rounding. What is
+implementations equal this one to the bit, except Factored, which they equal to rounding. Where the
+parameter is float64, which only this one steps, so is all else, the rule's scalars too. What is
 not finite is so in all of them: a gradient that is NaN or infinite reaches what it touches, and
 through shared state what it shares that with; nothing hides it. (NaNs may differ in their bits.)
 Tensors as large as the gradient come and go here; see kernels.ops for what each operation means.
@@ -15,7 +16,17 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.operands import Cover, Factored, First, Full, Rule, Second, Table, Velocity
+from kernels.operands import (
+    Cover,
+    Factored,
+    First,
+    Full,
+    Rule,
+    Second,
+    Table,
+    Velocity,
+    state_dtype,
+)
 
 # ---- sketches ------------------------------------------------------------------------------------
 
@@ -37,7 +48,7 @@ def hash_rows(table: Table, rows: Tensor) -> tuple[Tensor, Tensor]:
         low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
         hashed = mix(mix((rows & 0xFFFFFFFF) ^ low) ^ high)
         buckets.append(j * width + ((hashed * width) >> 32))
-        signs.append(1.0 - 2.0 * (hashed & 1).float())
+        signs.append(1.0 - 2.0 * (hashed & 1).to(table.values.dtype))
     return torch.stack(buckets), torch.stack(signs)
 
 
@@ -101,7 +112,7 @@ class _Cells:
 
     def _bounded_decay(self, cells: Tensor, decay: float) -> Tensor:
         _, inverse, counts = cells.unique(return_inverse=True, return_counts=True)
-        count, most = counts[inverse].float(), 2 if self.table.signed else 1
+        count, most = counts[inverse].to(self.flat.dtype), 2 if self.table.signed else 1
         return torch.where(count * decay <= most, torch.full_like(count, decay), most / count)
 
 
@@ -129,8 +140,8 @@ def step(
 ) -> None:
     is_dense = rows is None
     rows = torch.arange(len(param), device=param.device) if rows is None else rows
-    p = param[rows].float()
-    g = _oriented(grad.float(), p, rule)
+    p = param[rows].to(state_dtype(param.dtype))
+    g = _oriented(grad.to(p.dtype), p, rule)
     numerator = _first_moment(first, g, rows, rule, len(g) == len(param))
     match second:
         case Full():
@@ -148,7 +159,9 @@ def step(
 
 
 def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> None:
-    g = grad.float() if scale is None else grad.float() * scale
+    g = grad.to(state_dtype(grad.dtype))
+    if scale is not None:
+        g = g * scale
     rows = torch.arange(len(g), device=g.device)
     match second:
         case Full():
@@ -166,7 +179,7 @@ def step_elements(
 ) -> None:
     flat = param.view(-1)
     i, j = indices // param.shape[1], indices % param.shape[1]
-    p = flat[indices].float()
+    p = flat[indices].to(state_dtype(param.dtype))
     g = _oriented(values, p, rule)
     numerator = _first_moment(first, g, (i, j), rule, len(g) == param.numel())
     match second:
@@ -201,8 +214,8 @@ def _average(old: Tensor, g: Tensor, rule: Rule) -> Tensor:
 def _preconditioned(numerator: Tensor, nu: Tensor | None, rule: Rule) -> Tensor:
     if nu is None:
         return numerator
-    # sqrt(scale nu + eps_inside), of which the scaled moment could overflow
-    inside = (nu + rule.eps_inside / rule.second_scale).double().sqrt().float()  # MKL's is inexact
+    # sqrt(scale nu + eps_inside), of which the scaled moment could overflow; MKL's root is inexact
+    inside = (nu + rule.eps_inside / rule.second_scale).double().sqrt().to(nu.dtype)
     root = inside * math.sqrt(rule.second_scale) + rule.eps_outside
     quotient = numerator / root
     bounded = quotient.clamp(-rule.largest_quotient, rule.largest_quotient)
@@ -241,7 +254,7 @@ def _sketched_first(candidates: Tensor, g: Tensor, rule: Rule) -> Tensor:
     doubt = squares * (1 / max(1, depth * (depth - 1))) * rule.first_doubt * (depth > 1)
     square = mean * mean
     known = (1 - doubt / square).nan_to_num(0.0).clamp_min(0)
-    known = torch.where(square > 0, known, (~(doubt > 0)).float())
+    known = torch.where(square > 0, known, (~(doubt > 0)).to(g.dtype))
     moment = (mean * rule.first_beta + g * rule.first_gain) * rule.first_scale
     own = g * (rule.first_gain / rule.first_decay if rule.first_decay else rule.first_gain)
     return known * moment + (1 - known) * own
@@ -298,7 +311,7 @@ def relative(col: Tensor) -> Tensor:
 
     0 before the first gradient; NaN where the mean is not finite, as it says nothing of any entry.
     """
-    mean = col.double().mean().float()
+    mean = col.double().mean().to(col.dtype)
     return torch.where(mean <= 0, torch.zeros_like(col), col / mean + (mean - mean))
 
 
@@ -306,13 +319,13 @@ def _factored_rows(
     factored: Factored, g: Tensor, rows: Tensor, is_dense: bool, rule: Rule
 ) -> Tensor:
     row, col, square = factored.row[rows], factored.col, _square(g, rule).double()
-    mean = square.mean(1).float()
+    mean = square.mean(1).to(g.dtype)
     if is_dense:
-        new_col = col * rule.second_beta + square.mean(0).float()
+        new_col = col * rule.second_beta + square.mean(0).to(g.dtype)
     else:
         estimate = row[:, None] * relative(col)
         change = (square - estimate.double() * rule.second_decay).sum(0)
-        new_col = (col + (change / len(factored.row)).float()).clamp_min(0)
+        new_col = (col + (change / len(factored.row)).to(col.dtype)).clamp_min(0)
     row = row * rule.second_beta + mean
     factored.row[rows] = row
     factored.col.copy_(new_col)
@@ -325,5 +338,5 @@ def _factored_elements(factored: Factored, g: Tensor, i: Tensor, j: Tensor, rule
     change = _square(g, rule).double() - estimate.double() * rule.second_decay
     for means, at, share in ((row, i, len(col)), (col, j, len(row))):
         unique, sums, _ = _ordered_sum(at, change)
-        means[unique] = (means[unique] + (sums / share).float()).clamp_min(0)
+        means[unique] = (means[unique] + (sums / share).to(means.dtype)).clamp_min(0)
     return row[i] * relative(col)[j]

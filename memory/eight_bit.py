@@ -32,14 +32,15 @@ class EightBitAdam(Optimizer):
     def _state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
         if p.numel() < LEAST:
             return {name: torch.zeros_like(p, dtype=torch.float32) for name in _NAMES}
+        where = {"dtype": torch.float32, "device": p.device}
         maps = self._maps.setdefault(
-            p.device, {f"qmap{n}": torch.zeros(BLOCK, device=p.device) for n in (1, 2)}
+            p.device, {f"qmap{n}": torch.zeros(BLOCK, **where) for n in (1, 2)}
         )
         blocks = -(-p.numel() // BLOCK)
         return {
             **{name: torch.zeros_like(p, dtype=torch.uint8) for name in _NAMES},
             **maps,
-            **{f"absmax{n}": torch.zeros(blocks, device=p.device) for n in (1, 2)},
+            **{f"absmax{n}": torch.zeros(blocks, **where) for n in (1, 2)},
         }
 
 

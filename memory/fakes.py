@@ -5,7 +5,8 @@ on values is taken as in a step of the steady state: every gradient is finite, e
 the entries that it aims at, every message is of the length expected. All else is the code that
 trains, so that a prediction changes when that code does.
 Not foreseen: steps that look through a residual again, or put back what is too much. Of 0.1% of the
-entries that is nothing; of 1% up to 4% of a small model's peak, of 10% up to a quarter.
+entries that is nothing; of 1% up to 4% of a small model's peak, of 10% up to a quarter. Nor what
+plain torch takes and frees in a step in float64, where elements arrive or a sketch is fed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ import kernels.packing
 from dgc.codec import Codec, Entries
 from dgc.compensate import Taken
 from dgc.sparsify import Selector
-from kernels.operands import BINS, Blocks, Buffer, Found, Report, Selection
+from kernels import reference
+from kernels.operands import BINS, Blocks, Buffer, Found, Report, Selection, Table
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _merge(positions: Sequence[Tensor], values: Sequence[Tensor], dim: int) -> A
     missing = math.prod(1 - part.numel() / universe for part in positions)
     count = min(total, math.ceil(universe * (1 - missing))) if universe < math.inf else total
     positions_U = room[:count].clone()
-    return positions_U, torch.zeros(count * dim, device=room.device)
+    return positions_U, torch.zeros(count * dim, dtype=torch.float32, device=room.device)
 
 
 _MODULES = {
@@ -115,7 +117,7 @@ _MODULES = {
         **dict.fromkeys(("sketch_insert", "sketch_update"), lambda *_: None),
         **dict.fromkeys(("step", "step_elements", "observe"), lambda *_: None),
         sketch_query=lambda table, rows: rows.new_empty(
-            len(rows), table.values.shape[2], dtype=torch.float32
+            len(rows), table.values.shape[2], dtype=table.values.dtype
         ),
     ),
     "_buffers": SimpleNamespace(accumulate=_accumulate),
@@ -127,8 +129,21 @@ _MODULES = {
 }
 
 
-def _implementing_module(suffix: str, device_type: str) -> ModuleType | SimpleNamespace:
-    return _MODULES[suffix]
+def _unless_sketched(operation: Any) -> Any:
+    """Run plain torch's operation; not with a sketch, where shapes depend on the hashes."""
+    return lambda *args: None if any(isinstance(x, Table) for x in args) else operation(*args)
+
+
+_MODULE_OF_FLOAT64 = SimpleNamespace(
+    **vars(_MODULES[""])
+    | {name: _unless_sketched(getattr(reference, name)) for name in ("step", "observe")}
+)
+
+
+def _implementing_module(
+    suffix: str, device_type: str, dtype: torch.dtype = torch.float32
+) -> ModuleType | SimpleNamespace:
+    return _MODULE_OF_FLOAT64 if dtype == torch.float64 and not suffix else _MODULES[suffix]
 
 
 def _data_ptr(tensor: Tensor) -> int:

@@ -9,11 +9,11 @@ others the columns.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,23 +26,30 @@ SEEDS = "_seeds"  # what the names of the tensors end in that stay on the CPU
 _LARGEST_FACTORED = 16.0  # normal gradients: 5 in large matrices, 14 in the first step of tiny ones
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(NamedTuple):
     """Whose moment it is, and which."""
 
     name: str
     shape: tuple[int, ...]
     device: torch.device
+    dtype: torch.dtype  # of the state
     is_first: bool  # of both signs
     follows_update: bool  # a first moment of the preconditioned updates
     seed_key: tuple[int, ...]
     options: Mapping[str, Any]  # of the parameter's group
 
 
+def count_of_steps() -> Tensor:
+    """Return a parameter's `step`, 0: on the CPU, so that reading it waits for no device."""
+    return torch.zeros((), dtype=torch.float32, device="cpu")
+
+
+@functools.cache
 def matrix_shape(shape: tuple[int, ...], split: int) -> tuple[int, int]:
     return math.prod(shape[:split]), math.prod(shape[split:])
 
 
+@functools.cache
 def balanced_split(shape: tuple[int, ...]) -> int:
     """Return the split with the smallest n + m; 0, which makes one row, for vectors and scalars."""
     if len(shape) < 2:
@@ -61,8 +68,10 @@ class Moment(ABC):
         if not state.keys() >= set(names):
             state.update(self.zeros())
         for name in names:
-            if state[name].device != spec.device and not name.endswith(SEEDS):
-                state[name] = state[name].to(spec.device)  # the parameter has moved
+            if name.endswith(SEEDS):
+                continue
+            if state[name].device != spec.device or state[name].dtype != spec.dtype:
+                state[name] = state[name].to(spec.device, spec.dtype)  # the parameter has changed
         self.tensors = {name: state[name] for name in names}
 
     @abstractmethod
@@ -87,18 +96,18 @@ class Moment(ABC):
 
     @abstractmethod
     def at(self, indices_K: Tensor) -> Tensor:
-        """Return the moment of the elements (K,) int64 of the flattened parameter: (K,) float32."""
+        """Return the moment of the elements (K,) int64 of the flattened parameter: (K,)."""
 
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, device=self.spec.device)
+        return torch.zeros(shape, dtype=self.spec.dtype, device=self.spec.device)
 
 
 class Full(Moment):
-    """One float32 for each element, as torch.optim keeps it."""
+    """One number for each element, as torch.optim keeps it."""
 
     def names(self) -> tuple[str, ...]:
         return (self.spec.name,)
@@ -263,18 +272,20 @@ def _merged(accumulators: list[Tensor]) -> Tensor:
     return merged
 
 
+def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a loaded state; a number is taken for `step`, others are dropped."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if "step" in state and "step" not in tensors:
+        tensors["step"] = torch.tensor(state["step"], dtype=torch.float32, device="cpu")
+    return tensors
+
+
 def fit_state(
     position: int, layout: dict[str, Tensor], theirs: Mapping[str, Any], device: torch.device
 ) -> dict[str, Tensor]:
-    """Return copies of a parameter's loaded state, where it has the layout's names and shapes.
-
-    Numbers for `step` are taken, others dropped."""
+    """Return copies of a parameter's loaded state, where it has the layout's names and shapes."""
     mine = {name: tuple(tensor.shape) for name, tensor in layout.items()}
-    theirs = {
-        name: torch.as_tensor(value)
-        for name, value in theirs.items()
-        if name == "step" or isinstance(value, Tensor)
-    }
+    theirs = tensors_of(theirs)
     shapes = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
     if shapes != mine:
         raise ValueError(

@@ -150,6 +150,27 @@ def test_what_onednn_takes_on_older_processors_is_foreseen(processor):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def perceptron_in_float64():
+    return nn.Sequential(nn.Linear(64, 512, dtype=torch.float64), nn.ReLU(),
+                         nn.Linear(512, 512, dtype=torch.float64))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [optim.FactoredAdam, optim.SM3, optim.SketchAdam])
+def test_float64_keeps_twice_as_much_and_its_steps_take_what_plain_torch_takes(kind):
+    def task(model, batch, carried):
+        return model(batch[0].double()).square().mean(), torch.zeros(1, dtype=torch.float64), None
+
+    job = job_of("perceptron", optimizer=lambda groups: kind(groups, lr=1e-3))
+    job = dataclasses.replace(job, make_model=perceptron_in_float64, task=task)
+    found, step_bytes = predict(job), 4 * 4
+    assert found.kept[f"{STATE}step"] == step_bytes
+    optimizer = kind(perceptron_in_float64().parameters())
+    states = sum(size for name, size in found.kept.items() if name.startswith(STATE))
+    assert states == optimizer.num_bytes
+    if kind is not optim.SketchAdam:
+        assert abs(found.peak_bytes / measured_peak(job) - 1) < WITHIN
+
+
 def factored(groups):
     return optim.FactoredAdam(groups, lr=1e-3, betas=(0.0, 0.999), decoupled_weight_decay=True)
 
