@@ -131,6 +131,15 @@ class Exchange:
         self._closed.add(name)
         self._start_ready_buckets()
 
+    def returns_gradients(self, name: str) -> bool:
+        """Tell whether what arrives for a tensor is the mean of the ranks' gradients in this step,
+        neither accumulated nor divided or scaled."""
+        bucket, spec = self._bucket_of[name], self._specs[name]
+        is_scaled = spec.compressible and self.compression.update_scale != 1
+        is_divided = name in self.statistics.preconditioners
+        is_accumulated = bucket.is_sparse or self.compensation.momentum != 0
+        return bucket.protocol == "rows" or not (is_accumulated or is_divided or is_scaled)
+
     def open_names(self) -> list[str]:
         """Names of the tensors that are not closed in this step."""
         return [name for name in self._bucket_of if name not in self._closed]

@@ -32,23 +32,22 @@ class Scaling:
         *,
         world_size: int,
         num_tensors: int,
-        micro_batches: int,
     ) -> None:
         self._clip_norm, self._scope = compression.clip_norm, compression.clip_scope
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self._world_size, self._micro_batches = world_size, micro_batches
-        self._num_tensors = num_tensors
+        self._world_size, self._num_tensors = world_size, num_tensors
         self._unscale: float | None = None
 
     @property
     def clips_globally(self) -> bool:
         return self._clip_norm is not None and self._scope == "global"
 
-    def of_tensor(self, grad: Tensor) -> Tensor | None:
-        """Return (1,) what to multiply one tensor's gradient with; None for 1."""
+    def of_tensor(self, grad: Tensor, num_parts: int) -> Tensor | None:
+        """Return (1,) what to multiply one of the `num_parts` gradients of a tensor in this step
+        with; None for 1."""
         if self._clip_norm is not None:
-            norm = torch.linalg.vector_norm(grad.float()) * self._micro_batches
-            return self._clip(norm, self._num_tensors * self._micro_batches)
+            norm = torch.linalg.vector_norm(grad.float()) * num_parts
+            return self._clip(norm, self._num_tensors * num_parts)
         unscale = self._unscale_factor()
         return None if unscale == 1 else torch.full((1,), unscale, device=grad.device)
 
