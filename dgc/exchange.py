@@ -234,7 +234,9 @@ class Exchange:
 
     def finish(self) -> Update | None:
         """Wait for all buckets and return what to apply; None if the step was undone."""
-        sharing = self._start_sharing()
+        # An island's means replace its ranks' statistics whenever they arrive: till then what would
+        # be shared is not the same on all ranks.
+        sharing = self._start_sharing() if self.island is None else None
         while waiting := [t for t in self._under_way if t.handle is not None]:
             if not self._go_on():
                 with self.stats.timed("wait"):
@@ -242,6 +244,8 @@ class Exchange:
         update = Update()
         for travelling in self._under_way:
             update.take_in(travelling.update)
+        if self.island is not None:
+            sharing = self._start_sharing()
         if sharing is not None:
             self._finish_sharing(*sharing, is_bad=bool(update.bad))
         if self._first_start is not None:

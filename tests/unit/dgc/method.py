@@ -110,7 +110,7 @@ class Job:
         self.optimizer = DistributedOptimizer(
             OPTIMIZERS[name](self.model.parameters()), self.model.named_parameters(), comm=comm,
             compression=compression_of(choice), micro_batches_per_step=self.micro_batches,
-            bucket_bytes=2000, **settings,
+            **{"bucket_bytes": 2000, **settings},
         )  # fmt: skip
         self.generator = torch.Generator().manual_seed(comm.rank)
         self.scaler = settings.get("grad_scaler")
@@ -143,8 +143,8 @@ class Job:
         )
 
 
-def run_jobs(world_size, name, choice, work, **settings):
-    return run_local(world_size, lambda comm: work(Job(comm, name, choice, **settings)))
+def run_jobs(world_size, name, choice, work, wrap=lambda comm: comm, **settings):
+    return run_local(world_size, lambda comm: work(Job(wrap(comm), name, choice, **settings)))
 
 
 def assert_equal(one, other):
