@@ -87,7 +87,18 @@ def _step_sgd(
 def _put_grad(parameter: Tensor, mean_N: Tensor) -> None:
     if parameter.dtype == torch.float16:
         mean_N = mean_N.clamp(-_LARGEST_FLOAT16, _LARGEST_FLOAT16)
-    parameter.grad = mean_N.view_as(parameter).to(parameter.dtype)
+    parameter.grad = _laid_out_as(parameter, mean_N.to(parameter.dtype))
+
+
+def _laid_out_as(parameter: Tensor, values_N: Tensor) -> Tensor:
+    """Return values, which are in the order of indices, in a parameter's shape and strides: torch's
+    fused optimizers go through both memories at once. A copy only if they are in another order."""
+    if parameter.is_contiguous():  # of axes of length 1 the strides are arbitrary
+        return values_N.as_strided(parameter.shape, parameter.stride())
+    grad = torch.empty_like(parameter, memory_format=torch.preserve_format)
+    if grad.stride() != parameter.stride():  # with gaps, or elements that are one: as torch's own
+        return values_N.view(parameter.shape)
+    return grad.copy_(values_N.view(parameter.shape))
 
 
 def _densify(mean: SparseGrad) -> Tensor:

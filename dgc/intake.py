@@ -114,7 +114,8 @@ class Intake:
             self._exchange.add_rows(name, grad.detach(), scale)
             return
         may_keep = is_sole_owner(grad)
-        grad_N = grad.detach().reshape(-1)
+        grad_N = grad.detach().resolve_neg().reshape(-1).contiguous()  # maybe a copy, and ours
+        may_keep = may_keep or grad_N.data_ptr() != grad.data_ptr()
         del grad
         if grad_N.dtype not in PARAMETER_DTYPES:
             grad_N = grad_N.float()

@@ -23,7 +23,7 @@ class RowGradients:
     def add(self, name: str, grad: Tensor, scale: Tensor | None) -> None:
         """Take a sparse gradient (of all rows, M), times scale (1,); rows may repeat."""
         grad = grad.coalesce()  # itself, where it is
-        values_KM = grad.values().reshape(-1, math.prod(grad.shape[1:]))
+        values_KM = grad.values().reshape(-1, math.prod(grad.shape[1:])).contiguous()
         values_KM = scaled(values_KM, scale)
         self._parts.setdefault(name, []).append((grad.indices()[0], values_KM))
 
