@@ -39,7 +39,7 @@ DTYPES = ("float32", "bfloat16", "int8")
 def empty(numel: int, dtype: str, device: torch.device) -> Buffer:
     """Return a buffer to write to. dtype: float32, bfloat16, or int8 for 8-bit blocks."""
     if dtype == "int8":
-        scales = torch.empty(-(-numel // BLOCK), device=device)
+        scales = torch.empty(-(-numel // BLOCK), dtype=torch.float32, device=device)
         return Blocks(torch.empty(numel, dtype=torch.int8, device=device), scales)
     return torch.empty(numel, dtype=getattr(torch, dtype), device=device)
 
@@ -76,7 +76,8 @@ def put(buffer: Buffer, indices_K: Tensor, values_K: Tensor | float, key: int) -
     as it is: no value may be beyond the largest of its block.
     """
     if not isinstance(values_K, Tensor):
-        values_K = torch.full(indices_K.shape, values_K, device=indices_K.device)
+        where = {"dtype": torch.float32, "device": indices_K.device}
+        values_K = torch.full(indices_K.shape, values_K, **where)
     if isinstance(buffer, Blocks):
         scales_K = buffer.scales[indices_K // BLOCK]
         buffer.codes[indices_K] = round_codes(values_K, scales_K, indices_K, key)

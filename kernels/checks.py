@@ -8,7 +8,8 @@ from torch import Tensor
 from kernels.operands import (
     MAX_DEPTH,
     MAX_ROWS,
-    PARAMETER_DTYPES,
+    STATE_DTYPES,
+    STEP_DTYPES,
     Cover,
     Factored,
     First,
@@ -16,6 +17,7 @@ from kernels.operands import (
     Second,
     Table,
     Velocity,
+    state_dtype,
 )
 
 
@@ -37,15 +39,21 @@ def check_tensor(
         )
 
 
-def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    check_tensor(name, tensor, device, (torch.float32,), len(shape))
+def check_shape(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+) -> None:
+    check_tensor(name, tensor, device, dtypes, len(shape))
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {shape}")
 
 
 def check_parameter(param: Tensor, grad: Tensor, rows: Tensor | None) -> None:
-    check_tensor("param", param, param.device, PARAMETER_DTYPES, 2)
-    check_tensor("grad", grad, param.device, PARAMETER_DTYPES, 2)
+    check_tensor("param", param, param.device, STEP_DTYPES, 2)
+    check_tensor("grad", grad, param.device, STEP_DTYPES, 2)
     num_rows = param.shape[0]
     check_num_rows(param)
     if rows is not None:
@@ -63,7 +71,7 @@ def check_num_rows(param: Tensor) -> None:
 
 def check_elements(values: Tensor, indices: Tensor, param: Tensor) -> None:
     """Raise ValueError unless these are elements of a parameter of any shape: see step_elements."""
-    check_tensor("values", values, param.device, (torch.float32,), 1)
+    check_tensor("values", values, param.device, (state_dtype(param.dtype),), 1)
     _check_positions("indices", indices, values.shape[0], param.numel(), param.device)
 
 
@@ -83,20 +91,25 @@ def _check_positions(
         raise ValueError(f"{name} are not ascending and unique; coalesce the gradient first")
 
 
-def check_rows(rows: Tensor, values: Tensor | None) -> None:
-    """Rows of a sketch: any order, repeats allowed."""
+def check_rows(rows: Tensor, values: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
+    """Rows of a sketch: any order, repeats allowed; values in the sketch's dtype."""
     check_tensor("rows", rows, rows.device, (torch.int64,), 1)
     if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= MAX_ROWS):
         raise ValueError(f"rows lie in {int(rows.min())}..{int(rows.max())}; allowed: "
                          f"0..{MAX_ROWS - 1}")  # fmt: skip
     if values is not None:
-        check_tensor("values", values, rows.device, (torch.float32,), 2)
+        check_tensor("values", values, rows.device, (dtype,), 2)
         if values.shape[0] != rows.shape[0]:
             raise ValueError(f"{rows.shape[0]} rows for {values.shape[0]} rows of values")
 
 
-def check_table(table: Table, num_columns: int, device: torch.device) -> None:
-    check_tensor("table", table.values, device, (torch.float32,), 3)
+def check_table(
+    table: Table,
+    num_columns: int,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...] = STATE_DTYPES,
+) -> None:
+    check_tensor("table", table.values, device, dtypes, 3)
     depth, width, dim = table.values.shape
     if not 1 <= depth <= MAX_DEPTH:
         raise ValueError(f"the sketch has depth {depth}; allowed: 1 to {MAX_DEPTH}")
@@ -112,25 +125,27 @@ def check_table(table: Table, num_columns: int, device: torch.device) -> None:
 
 
 def check_first(first: First, param: Tensor) -> None:
+    dtypes = (state_dtype(param.dtype),)
     match first:
         case Full() | Velocity():
-            check_shape("first moment", first.values, tuple(param.shape), param.device)
+            check_shape("first moment", first.values, tuple(param.shape), param.device, dtypes)
         case Table():
-            check_table(first, param.shape[1], param.device)
+            check_table(first, param.shape[1], param.device, dtypes)
             if not first.signed:
                 raise ValueError("a first moment has both signs; its sketch must be signed")
 
 
 def check_second(second: Second, param: Tensor) -> None:
+    dtypes = (state_dtype(param.dtype),)
     match second:
         case Full():
-            check_shape("second moment", second.values, tuple(param.shape), param.device)
+            check_shape("second moment", second.values, tuple(param.shape), param.device, dtypes)
         case Cover() | Factored():
-            check_shape("row", second.row, (param.shape[0],), param.device)
-            check_shape("col", second.col, (param.shape[1],), param.device)
+            check_shape("row", second.row, (param.shape[0],), param.device, dtypes)
+            check_shape("col", second.col, (param.shape[1],), param.device, dtypes)
             if isinstance(second, Cover) and second.variant not in ("I", "II"):
                 raise ValueError(f"SM3 variant {second.variant!r}; allowed: I, II")
         case Table():
-            check_table(second, param.shape[1], param.device)
+            check_table(second, param.shape[1], param.device, dtypes)
             if second.signed:
                 raise ValueError("a second moment's sketch is a count-min sketch, without signs")

@@ -103,8 +103,10 @@ FN float sign_of(u32 hash) { return (hash & 1) ? -1.0f : 1.0f; }
 
 // ---- estimates from a sketch's `depth` buckets -----------------------------------------------------
 
-FN float smaller(float a, float b) { return a < b ? a : b; }
-FN float larger(float a, float b) { return a > b ? a : b; }
+// NaN if one of them is, as torch's: what is not finite must not be lost on the way.
+FN float smaller(float a, float b) { return a < b || a != a ? a : b; }
+FN float larger(float a, float b) { return a > b || a != a ? a : b; }
+FN float not_negative(float x) { return x < 0.0f ? 0.0f : x; }  // nor here
 
 FN void order(float &a, float &b) {
     float low = smaller(a, b);
@@ -118,7 +120,7 @@ template <int DEPTH> FN float minimum_of(const float *x) {
     return least;
 }
 
-// An even depth takes the mean of the two in the middle.
+// An even depth takes the mean of the two in the middle. NaN if one of them is.
 template <int DEPTH> FN float median_of(const float *x) {
     if (DEPTH == 1) return x[0];
     if (DEPTH == 2) return (x[0] + x[1]) * 0.5f;
@@ -168,7 +170,7 @@ FN float own_weight(const Rule &r) {
 
 // What the update takes for a first moment in a count-sketch, x being the estimates of the entry's DEPTH
 // buckets before this step: the moment that follows from their mean, as far as they agree, and for the rest
-// the entry's own gradient. Estimates that are equal are taken as they are. NaN if one of them is.
+// the entry's own gradient. Estimates that are equal are taken as they are. NaN if one of them is not finite.
 template <int DEPTH> FN float sketched_first(const float *x, float g, float weight, const Rule &r) {
     const float PER_MEAN = 1.0f / DEPTH, PER_ERROR = DEPTH > 1 ? 1.0f / (DEPTH * (DEPTH - 1)) : 0.0f;
     float mean = 0.0f, squares = 0.0f;
@@ -182,20 +184,31 @@ template <int DEPTH> FN float sketched_first(const float *x, float g, float weig
     known = known > 0.0f ? known : 0.0f;
     known = square > 0.0f ? known : doubt > 0.0f ? 0.0f : 1.0f;
     float moment = average_first(mean, g, r) * r.first_scale;
-    float taken = known * moment + (1.0f - known) * (g * weight);
-    return taken == taken ? taken : as_float(0x7fc00000u);
+    return known * moment + (1.0f - known) * (g * weight);
 }
+
+// What a gradient adds to its second moment. In torch's order: g * g overflows long before this does.
+FN float gained_square(float g, const Rule &r) { return (r.second_gain * g) * g; }
 
 FN float average_second(float old, float g, const Rule &r) {
-    return r.second_beta * old + r.second_gain * (g * g);
+    return r.second_beta * old + gained_square(g, r);
 }
 
-// 0 / 0 is 0: an entry that has never had a gradient does not move, whatever eps is.
+// A factored moment's column as a multiple of the columns' mean; 0 before the first gradient. A mean that
+// is not finite says nothing of any entry: NaN, where the quotient by infinity would be 0.
+FN float relative(float col, float mean) {
+    return mean <= 0.0f ? 0.0f : col / mean + (mean - mean);
+}
+
+// 0 / 0 is 0: an entry that has never had a gradient does not move, whatever eps is. The bound is for
+// finite numerators: others stay what they are.
 FN float preconditioned(float numerator, float nu, const Rule &r) {
-    float root = sqrtf(nu * r.second_scale + r.eps_inside) + r.eps_outside;
+    // sqrt(scale nu + eps_inside), of which the scaled moment could overflow
+    float root = sqrtf(nu + r.eps_inside / r.second_scale) * sqrtf(r.second_scale) + r.eps_outside;
     float quotient = numerator / root, most = r.largest_quotient;
-    quotient = quotient > most ? most : quotient < -most ? -most : quotient;  // NaN stays
-    return root == 0.0f ? 0.0f : quotient;
+    float bounded = quotient > most ? most : quotient < -most ? -most : quotient;  // NaN stays
+    bounded = root == 0.0f ? 0.0f : bounded;
+    return numerator - numerator == 0.0f ? bounded : quotient;
 }
 
 FN float moved(float param, float update, const Rule &r) { return param * r.decay - r.lr * update; }
@@ -223,5 +236,6 @@ FN bf16 stochastic_bf16(float x, u32 random) {
 FN signed char stochastic_code(float x, float scale, u32 random) {
     float drawn = (float)(int)(random >> 17) * 3.0517578125e-5f + 1.52587890625e-5f;  // (k + 1/2) / 2^15
     float code = floorf(x / scale + drawn);
-    return (signed char)(int)smaller(larger(code, -127.0f), 127.0f);
+    code = code > -127.0f ? code : -127.0f;
+    return (signed char)(int)(code < 127.0f ? code : 127.0f);
 }

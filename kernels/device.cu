@@ -221,14 +221,14 @@ KERNEL(sketch_query, Feeding) {
 
 FN bool is_first_of_cell(const i64 *cells, i64 i) { return i == 0 || cells[i - 1] != cells[i]; }
 
-// What an item adds, for one column: the values, the gradient or its square.
+// What an item adds, for one column, times the gain: the values, the gradient or its square.
 template <class T> FN float fed_value(const Feeding &s, i64 item, i64 row, i64 column) {
     const Items &x = s.items;
     i64 source = x.is_elements ? item : item * x.dim + column;
-    if (s.source == SOURCE_VALUES) return ((const float *)x.grad)[source];
+    if (s.source == SOURCE_VALUES) return ((const float *)x.grad)[source] * s.gain;
     i64 at = x.is_elements ? x.positions[item] : row * x.dim + column;
     float g = gradient<T>(x, s.rule, source, at);
-    return s.source == SOURCE_SQUARE ? g * g : g;
+    return s.source == SOURCE_SQUARE ? g * s.gain * g : g * s.gain;
 }
 
 // The sums of gain x - rate estimate over the items of entries [begin, end), which share a cell.
@@ -246,7 +246,7 @@ FN void sum_of_cell(const Feeding &s, i64 begin, i64 end, i64 first_column, floa
             if (column >= s.tiling.num_columns) break;
             if (s.items.is_elements) column = column_of(s.items, item, row);
             float old = s.decay != 0.0f ? query(k, cells, column) : 0.0f;
-            sums[v] += (fed_value<T>(s, item, row, column) * s.gain - old * rate) * sign;
+            sums[v] += (fed_value<T>(s, item, row, column) - old * rate) * sign;
         }
     }
 }
@@ -272,7 +272,7 @@ template <class T> FN void sketch_update(const Feeding &s) {
                 if (column >= num_columns) break;
                 i64 cell = s.cells[begin] * num_columns + column;
                 float value = s.keep * s.sketch.values[cell] + sums[v];
-                value = !s.sketch.is_signed && value < 0.0f ? 0.0f : value;
+                if (!s.sketch.is_signed) value = not_negative(value);
                 if (s.fresh) s.fresh[(s.ranks[begin] - 1) * num_columns + column] = value;
                 else s.sketch.values[cell] = value;
             }
@@ -312,8 +312,6 @@ struct Place {
     i64 column, at;
     float row_value, col_value;
 };
-
-FN float relative(float col, float mean) { return mean > 0.0f ? col / mean : 0.0f; }
 
 // The second moment after this step; Full's is stored here, the others' by other kernels.
 FN float second_moment(const Stepping &s, int kind, const Place &q, const Cells &cells, float g) {
@@ -486,7 +484,7 @@ FOR_EACH_TYPE(DEFINE)
 // What an entry's row and column take their maxima of. A step does variant II in its own pass; here
 // it comes only from dense gradients that are observed.
 FN float covered_square(const Stepping &s, i64 row, i64 column, float g) {
-    if (s.second == SECOND_COVER_I) return g * g;
+    if (s.second == SECOND_COVER_I) return gained_square(g, s.rule);
     return average_second(smaller(s.row[row], s.col[column]), g, s.rule);
 }
 
@@ -525,7 +523,7 @@ FOR_EACH_TYPE(DEFINE)
 
 FN float covered(const Stepping &s, float old, u32 max) {
     if (s.second == SECOND_COVER) return as_float(max);
-    return s.rule.second_beta * old + s.rule.second_gain * as_float(max);
+    return s.rule.second_beta * old + as_float(max);
 }
 
 // Flat over num_items rows, then dim columns: the accumulators after a step of rows. No atomics.
@@ -573,11 +571,11 @@ FN double sum_over_lanes(double x, int lanes) {
     return x;
 }
 
-// What an entry adds to its column: its square, or for sparse rows what it changes (see ops.step).
+// What an entry adds to its column: the square, or for sparse rows what it changes (see ops.step).
 FN double column_share(const Stepping &s, float square, float row, float col) {
     if (s.items.is_dense) return (double)square;
     double estimate = (double)(row * relative(col, *s.mean));
-    return (double)square * s.rule.second_gain - estimate * s.rule.second_decay;
+    return (double)square - estimate * s.rule.second_decay;
 }
 
 // One row's part of a tile; returns the sum of its squares in these columns.
@@ -589,8 +587,9 @@ FN double factored_row(const Stepping &s, const Tile &tile, double *column_sums)
         i64 column = tile.column + v * s.tiling.lanes;
         if (column >= dim) break;
         float g = gradient<T>(s.items, s.rule, tile.row * dim + column, row * dim + column);
-        row_sum += (double)(g * g);
-        column_sums[v] += column_share(s, g * g, s.row[row], s.col[column]);
+        float square = gained_square(g, s.rule);
+        row_sum += (double)square;
+        column_sums[v] += column_share(s, square, s.row[row], s.col[column]);
     }
     return row_sum;
 }
@@ -636,10 +635,8 @@ FN double sum_of(const double *partial, i64 count, i64 stride) {
     return sum;
 }
 
-FN float not_negative(float x) { return x < 0.0f ? 0.0f : x; }
-
 FN float average_mean(const Stepping &s, float old, double mean) {
-    return s.rule.second_beta * old + s.rule.second_gain * (float)mean;
+    return s.rule.second_beta * old + (float)mean;
 }
 
 // Flat over num_items rows, then dim columns: the means after a step of rows. No atomics.
@@ -666,7 +663,7 @@ template <class T> FN void factored_changes(const Stepping &s) {
     for (i64 i = flat_start(); i < s.items.num_items; i += flat_stride()) {
         i64 row = row_of(s.items, i), column = column_of(s.items, i, row);
         float g = gradient<T>(s.items, s.rule, i, s.items.positions[i]);
-        s.changes[i] = column_share(s, g * g, s.row[row], s.col[column]);
+        s.changes[i] = column_share(s, gained_square(g, s.rule), s.row[row], s.col[column]);
     }
 }
 

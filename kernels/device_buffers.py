@@ -96,10 +96,10 @@ def _make_room(
     work.sample_every, work.sample_first = selection.sample_every, selection.sample_first
     work.point(
         indices=torch.empty(room, dtype=torch.int64, device=where),
-        values=torch.empty(room, device=where),
+        values=torch.empty(room, dtype=torch.float32, device=where),
     )
     if velocity is not None and selection.mask_velocity:
-        work.point(velocities=torch.empty(room, device=where))
+        work.point(velocities=torch.empty(room, dtype=torch.float32, device=where))
 
 
 def _launch(name: str, work: Accumulation, where: torch.device) -> None:

@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <optional>
 #include <vector>
@@ -297,10 +298,7 @@ struct Block {
             if (b.is_signed)
                 for (i64 c = 0; c < length; c++) kept[c] = keep * cell[c] + sum[c];
             else
-                for (i64 c = 0; c < length; c++) {
-                    float x = cell[c] + sum[c];
-                    kept[c] = cell[c] = x < 0.0f ? 0.0f : x;
-                }
+                for (i64 c = 0; c < length; c++) kept[c] = cell[c] = not_negative(cell[c] + sum[c]);
         }
     }
 
@@ -335,9 +333,11 @@ template <class T> struct Rows {
             for (i64 c = 0; c < length; c++) x[c] = oriented(widen(g[c]), widen(p[c]), rule);
     }
 
+    // x[c] = what its square adds to the second moment.
     void read_squares(i64 i, float *__restrict x) const {
         read(i, 0, a.m, x);
-        for (i64 c = 0; c < a.m; c++) x[c] *= x[c];
+        const Rule rule = a.rule;
+        for (i64 c = 0; c < a.m; c++) x[c] = gained_square(x[c], rule);
     }
 };
 
@@ -360,33 +360,33 @@ template <class T, bool FIRST_VARIANT> void feed_cover(const StepArgs &a) {
 #pragma omp simd reduction(max : row_max)
         for (i64 j = 0; j < a.m; j++) {
             float prior = r.second_beta * smaller(old, col[j]);
-            int bits = ordered_bits(FIRST_VARIANT ? x[j] : prior + r.second_gain * x[j]);
+            int bits = ordered_bits(FIRST_VARIANT ? x[j] : prior + x[j]);
             row_max = max_of(row_max, bits);
             col_max[j] = max_of(col_max[j], bits);
         }
-        row = FIRST_VARIANT ? old * r.second_beta + as_float(row_max) * r.second_gain : as_float(row_max);
+        row = FIRST_VARIANT ? old * r.second_beta + as_float(row_max) : as_float(row_max);
     }
     for (i64 j = 0; j < a.m; j++) {
         int largest = 0;
         for (const std::vector<int> &maxima : own) largest = max_of(largest, maxima[j]);
-        float raised = a.col[j] * r.second_beta + as_float(largest) * r.second_gain;
+        float raised = a.col[j] * r.second_beta + as_float(largest);
         if (!FIRST_VARIANT) a.col[j] = as_float(largest);
         else a.col[j] = a.at ? larger(a.col[j], raised) : raised;
     }
 }
 
-// Columns as multiples of their mean; all 0 before the first gradient.
-std::vector<float> relative(const float *col, i64 m) {
+// Columns as multiples of their mean.
+std::vector<float> relative_columns(const float *col, i64 m) {
     double sum = 0;
     for (i64 j = 0; j < m; j++) sum += col[j];
     const float mean = (float)(sum / (double)m);
-    std::vector<float> result(m, 0.0f);
-    if (mean > 0.0f)
-        for (i64 j = 0; j < m; j++) result[j] = col[j] / mean;
+    std::vector<float> result(m);
+    for (i64 j = 0; j < m; j++) result[j] = relative(col[j], mean);
     return result;
 }
 
-// Sums over stretches of 64 columns are float32, in 16 lanes; the rest of a row's sum is double.
+// Sums over stretches of 64 columns are float32, in 16 lanes; the rest of a row's sum is double. All of it
+// is where a lane overflows.
 double sum_of(const float *x, i64 length) {
     double total = 0;
     i64 j = 0;
@@ -399,6 +399,9 @@ double sum_of(const float *x, i64 length) {
                  (double)((half[2] + half[6]) + (half[3] + half[7]));
     }
     for (; j < length; j++) total += x[j];
+    if (total <= std::numeric_limits<double>::max()) return total;
+    total = 0;
+    for (j = 0; j < length; j++) total += x[j];
     return total;
 }
 
@@ -409,7 +412,7 @@ template <class T> void feed_factored(const StepArgs &a) {
     Rows<T> rows{a};
     const Rule &r = a.rule;
     const bool is_dense = !a.at;
-    const std::vector<float> prior = is_dense ? std::vector<float>() : relative(a.col, a.m);
+    const std::vector<float> prior = is_dense ? std::vector<float>() : relative_columns(a.col, a.m);
     std::vector<double> total(a.m, 0.0);
     const int threads = a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
     std::vector<std::vector<float>> squares(threads, std::vector<float>(a.m));
@@ -427,9 +430,9 @@ template <class T> void feed_factored(const StepArgs &a) {
                     for (i64 j = 0; j < a.m; j++) sums[j] += x[j];
                 else
                     for (i64 j = 0; j < a.m; j++)
-                        sums[j] += (double)r.second_gain * x[j] - (double)r.second_decay * (row * prior[j]);
+                        sums[j] += (double)x[j] - (double)r.second_decay * (row * prior[j]);
                 const float mean = (float)(sum_of(x.data(), a.m) / (double)a.m);
-                row = row * r.second_beta + mean * r.second_gain;
+                row = row * r.second_beta + mean;
             }
         }
         for (i64 group = first; group < last; group++)
@@ -437,8 +440,7 @@ template <class T> void feed_factored(const StepArgs &a) {
     }
     for (i64 j = 0; j < a.m; j++) {
         const float mean = (float)(total[j] / (double)a.n);
-        if (is_dense) a.col[j] = a.col[j] * r.second_beta + mean * r.second_gain;
-        else a.col[j] = larger(a.col[j] + mean, 0.0f);
+        a.col[j] = is_dense ? a.col[j] * r.second_beta + mean : not_negative(a.col[j] + mean);
     }
 }
 
@@ -560,6 +562,7 @@ template <class T> void step_by_rows(const StepArgs &a, const float *col, int *c
 template <class T> void step_by_columns(const StepArgs &a, const Buckets *first, const Buckets *second,
                                         WalkRows walk_all, const float *col, int *col_max, int *row_max) {
     const Rows<T> rows{a};
+    const Rule rule = a.rule;
     const int threads = col_max || a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
     i64 size = a.m;
     if (first) size = first->block(size, threads);
@@ -585,8 +588,8 @@ template <class T> void step_by_columns(const StepArgs &a, const Buckets *first,
                 rows.read(i, begin, length, x);
                 if (first) fed.front().feed_item(i, x, a.rule.first_gain);
                 if (!second) continue;
-                for (i64 c = 0; c < length; c++) x[c] *= x[c];
-                fed.back().feed_item(i, x, a.rule.second_gain);
+                for (i64 c = 0; c < length; c++) x[c] = gained_square(x[c], rule);
+                fed.back().feed_item(i, x, 1.0f);
             }
             for (Block &f : fed) f.fold();
             if (walk_all) walk_all(a, 0, a.k, begin, length, col, e, x, col_max, row_max);
@@ -598,7 +601,7 @@ template <class T> void step_rows(const StepArgs &a) {
     if (a.second == SECOND_COVER_I) feed_cover<T, true>(a);
     if (a.second == SECOND_FACTORED) feed_factored<T>(a);
     std::vector<float> scaled;
-    if (a.second == SECOND_FACTORED) scaled = relative(a.col, a.m);
+    if (a.second == SECOND_FACTORED) scaled = relative_columns(a.col, a.m);
     const float *col = a.second == SECOND_FACTORED ? scaled.data() : a.col;
     const bool covers = a.second == SECOND_COVER;
     std::vector<int> col_max(covers ? a.m : 0, 0), row_max(covers ? a.k : 0, 0);
@@ -648,10 +651,10 @@ template <class T> void observe(const StepArgs &a) {
 
 typedef std::vector<float> Floats;
 
-// x, gradients or their squares, become what the update takes for the moment that a sketch keeps.
+// x, gradients or what their squares add, become what the update takes for the moment that a sketch keeps.
 void feed_and_take(const StepArgs &a, bool is_first, Floats &x) {
     const Rule &r = a.rule;
-    const float gain = is_first ? r.first_gain : r.second_gain;
+    const float gain = is_first ? r.first_gain : 1.0f;
     const bool is_scaled = is_first && a.k == a.n * a.m;
     const float decay = is_scaled ? 0.0f : is_first ? r.first_decay : r.second_decay;
     const Buckets buckets(is_first ? a.first_table : a.second_table, is_first, 1, a.at, a.k, a.m, decay);
@@ -686,22 +689,22 @@ void cover_elements(const StepArgs &a, const Floats &g, Floats &nu) {
 
 void factored_elements(const StepArgs &a, const Floats &g, Floats &nu) {
     const Rule &r = a.rule;
-    Floats prior = relative(a.col, a.m);
+    Floats prior = relative_columns(a.col, a.m);
     std::vector<double> change(a.k), col_change(a.m, 0.0);
     for (i64 e = 0; e < a.k; e++) {
-        const float square = g[e] * g[e], old = a.row[a.at[e] / a.m] * prior[a.at[e] % a.m];
-        change[e] = (double)square * r.second_gain - (double)old * r.second_decay;
+        const float old = a.row[a.at[e] / a.m] * prior[a.at[e] % a.m];
+        change[e] = (double)gained_square(g[e], r) - (double)old * r.second_decay;
         col_change[a.at[e] % a.m] += change[e];
     }
     for (i64 e = 0; e < a.k;) {  // ascending: a row's elements lie together
         const i64 row = a.at[e] / a.m;
         double sum = 0;
         for (; e < a.k && a.at[e] / a.m == row; e++) sum += change[e];
-        a.row[row] = larger(a.row[row] + (float)(sum / (double)a.m), 0.0f);
+        a.row[row] = not_negative(a.row[row] + (float)(sum / (double)a.m));
     }
     for (i64 j = 0; j < a.m; j++)
-        if (col_change[j] != 0.0) a.col[j] = larger(a.col[j] + (float)(col_change[j] / (double)a.n), 0.0f);
-    prior = relative(a.col, a.m);
+        if (col_change[j] != 0.0) a.col[j] = not_negative(a.col[j] + (float)(col_change[j] / (double)a.n));
+    prior = relative_columns(a.col, a.m);
     for (i64 e = 0; e < a.k; e++) nu[e] = a.row[a.at[e] / a.m] * prior[a.at[e] % a.m];
 }
 
@@ -714,7 +717,7 @@ void second_of_elements(const StepArgs &a, const Floats &g, Floats &nu) {
     if (a.second == SECOND_COVER || a.second == SECOND_COVER_I) cover_elements(a, g, nu);
     if (a.second == SECOND_FACTORED) factored_elements(a, g, nu);
     if (a.second == SECOND_SKETCH) {
-        for (i64 e = 0; e < a.k; e++) nu[e] = g[e] * g[e];
+        for (i64 e = 0; e < a.k; e++) nu[e] = gained_square(g[e], a.rule);
         feed_and_take(a, false, nu);
     }
 }

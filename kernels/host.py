@@ -55,7 +55,7 @@ def sketch_update(table: Table, rows: Tensor, values: Tensor, gain: float, decay
 
 
 def sketch_query(table: Table, rows: Tensor) -> Tensor:
-    out = torch.empty(len(rows), table.values.shape[2])
+    out = torch.empty(len(rows), table.values.shape[2], dtype=torch.float32, device="cpu")
     _library().parsimony_sketch_query(
         ctypes.byref(_sketch_args(table)), _int(table.signed), _i64(out.shape[1]),
         _at(rows), _at(out), _i64(len(rows)), _int(torch.get_num_threads()),

@@ -67,15 +67,17 @@ def accumulate(
     )  # fmt: skip
     room = 0 if selection is None else min(selection.capacity, n)
     places = args.threads * room  # most of them are never touched, and so take no memory
-    indices, values = torch.empty(places, dtype=torch.int64), torch.empty(places)
-    report = torch.zeros(2 if selection is None else 2 + BINS, dtype=torch.int32)
+    indices = torch.empty(places, dtype=torch.int64, device="cpu")
+    values = torch.empty(places, dtype=torch.float32, device="cpu")
+    size = 2 if selection is None else 2 + BINS
+    report = torch.zeros(size, dtype=torch.int32, device="cpu")
     args.report, velocities = report.data_ptr(), None
     if selection is not None:
         args.indices, args.values, args.capacity = indices.data_ptr(), values.data_ptr(), room
         args.sample_every, args.sample_first = selection.sample_every, selection.sample_first
         args.threshold = selection.limit
         if velocity is not None and selection.mask_velocity:
-            velocities = torch.empty(places)
+            velocities = torch.empty_like(values)
             args.velocities = velocities.data_ptr()
     listed = (_i64 * args.threads)()
     _library().parsimony_accumulate(ctypes.byref(args), listed)

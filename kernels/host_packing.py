@@ -37,8 +37,8 @@ def pack(words: Tensor, parts: Sections, positions_K: Tensor, values_M: Tensor) 
 
 
 def unpack(words: Tensor, parts: Sections) -> tuple[Tensor, Tensor, int]:
-    positions_K = torch.empty(parts.num_entries, dtype=torch.int64)
-    values_M = torch.empty(parts.num_values)
+    positions_K = torch.empty(parts.num_entries, dtype=torch.int64, device="cpu")
+    values_M = torch.empty(parts.num_values, dtype=torch.float32, device="cpu")
     problems = _library().parsimony_unpack(
         ctypes.byref(parts), _at(words), _at(positions_K), _at(values_M)
     )
@@ -49,10 +49,10 @@ def merge(positions: Sequence[Tensor], values: Sequence[Tensor], dim: int) -> tu
     pairs = zip(positions, values, strict=True)
     lists = (_List * len(positions))(*((p.data_ptr(), v.data_ptr(), p.numel()) for p, v in pairs))
     what = lists, _i64(len(lists))
-    room = torch.empty(sum(p.numel() for p in positions), dtype=torch.int64)
+    room = torch.empty(sum(p.numel() for p in positions), dtype=torch.int64, device="cpu")
     count = _checked(_library().parsimony_unite(*what, _at(room)))
     positions_U = room[:count].clone()  # not a view of what may be as long as all lists together
-    sums = torch.zeros(count * dim)
+    sums = torch.zeros(count * dim, dtype=torch.float32, device="cpu")
     sizes = _i64(count), _i64(dim)
     _checked(_library().parsimony_add_up(*what, _at(positions_U), *sizes, _at(sums)))
     return positions_U, sums

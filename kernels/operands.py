@@ -11,13 +11,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 MAX_DEPTH = 5
 MAX_ROWS = 2**31
-PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # native kernels step these
+STEP_DTYPES = (*PARAMETER_DTYPES, torch.float64)  # parameters that can be stepped
+STATE_DTYPES = (torch.float32, torch.float64)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,6 +30,9 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 class Rule(ctypes.Structure):
     """The scalars of one update, held as float32; common.h has the same fields in the same order.
+
+    What it was made from is kept, and steps a float64 parameter (1 - 0.999 in float32 is wrong in
+    the eighth digit): `replace` a scalar, do not set the field.
 
     With g = sign * gradient + weight_decay * p (coupled decay; `sign` -1 maximizes):
         first moment   m  <- first_beta m + first_gain g          (of the update, for a Velocity)
@@ -53,10 +59,21 @@ class Rule(ctypes.Structure):
     ]
 
     def __init__(self, lr: float, **scalars: float) -> None:
-        super().__init__(lr=lr, **(_ONES | scalars))
+        self._given = {**_ONES, **scalars, "lr": lr}
+        super().__init__(**self._given)
         unknown = scalars.keys() - _RULE_NAMES
         if unknown:
             raise TypeError(f"Rule has no {', '.join(sorted(unknown))}")
+
+    def scalars(self, dtype: torch.dtype) -> Rule | SimpleNamespace:
+        """Return what steps a parameter of this dtype: this rule; for float64 what it came from."""
+        if dtype != torch.float64:
+            return self
+        return SimpleNamespace(**{n: float(self._given.get(n, 0.0)) for n in _RULE_NAMES})
+
+    def replace(self, **scalars: float) -> Rule:
+        """Return a rule with other values for these scalars."""
+        return Rule(**(self._given | scalars))
 
 
 _RULE_NAMES = {name for name, _ in Rule._fields_}
@@ -67,7 +84,7 @@ _ONES = dict.fromkeys(
 
 @dataclass(frozen=True)
 class Full:
-    """One float32 for each element: values (n, m)."""
+    """One number for each element: values (n, m)."""
 
     values: Tensor
 
@@ -98,7 +115,9 @@ class Factored:
 
 @dataclass(frozen=True)
 class Table:
-    """A sketch over rows: values (depth, width, m) float32, seeds (depth,) int64 on the CPU.
+    """A sketch over rows: values (depth, width, m) in the state's dtype, seeds (depth,) int64.
+
+    The seeds are on the CPU.
 
     Signed: a count-sketch, whose estimate is the median; otherwise a count-min sketch.
     """

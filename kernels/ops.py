@@ -3,8 +3,12 @@
 Three implementations stand behind every operation and agree: `kernels.reference` (plain torch, the
 specification), `kernels.host` (C++, for CPU tensors) and `kernels.device` (CUDA). "native", the
 default, is C++ or CUDA, whichever the tensors are on; "reference" works on any device. `use` or the
-environment variable PARSIMONY_KERNELS chooses; nothing falls back to another by itself.
+environment variable PARSIMONY_KERNELS chooses; nothing falls back to another by itself, with one
+exception: what is float64 (a parameter, or where there is none a gradient or a sketch) is plain
+torch's whatever is chosen, since the native kernels have none of it.
 
+State has one dtype, `operands.state_dtype` of the parameter's: float64 for float64, else float32.
+So has the arithmetic; "state's dtype" below is that.
 Shapes: n rows of m columns make the parameter's 2-D view; k of its rows, or elements, arrive.
 """
 
@@ -17,6 +21,7 @@ import os
 from collections.abc import Iterator
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from kernels.checks import (
@@ -30,7 +35,7 @@ from kernels.checks import (
     check_table,
     check_tensor,
 )
-from kernels.operands import PARAMETER_DTYPES, First, Rule, Second, Table
+from kernels.operands import STATE_DTYPES, STEP_DTYPES, First, Rule, Second, Table
 
 IMPLEMENTATIONS = ("native", "reference")
 
@@ -56,26 +61,28 @@ def use(name: str) -> Iterator[None]:
 
 
 def sketch_insert(table: Table, rows: Tensor, values: Tensor) -> None:
-    """Add values (k, m) float32 to the buckets of rows (k,) int64, in order; rows may repeat.
+    """Add values (k, m), in the table's dtype, to the buckets of rows (k,) int64, in order.
+
+    Rows may repeat.
 
     A bucket's values are summed in the order of `rows` before they are added to it, so that the
     result does not depend on threads or devices.
     """
     check_table(table, values.shape[-1], values.device)
-    check_rows(rows, values)
+    check_rows(rows, values, table.values.dtype)
     if values.numel() > 0:
         _run(table.values).sketch_insert(table, rows, values)
 
 
 def sketch_query(table: Table, rows: Tensor) -> Tensor:
-    """Return the estimates (k, m) float32 for rows (k,) int64."""
+    """Return the estimates (k, m), in the table's dtype, for rows (k,) int64."""
     check_table(table, table.values.shape[-1], rows.device)
     check_rows(rows, None)
     return _run(table.values).sketch_query(table, rows)
 
 
 def sketch_query_elements(table: Table, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the estimates (k,) float32 in columns (k,) int64 of rows (k,) int64.
+    """Return the estimates (k,) in columns (k,) int64 of rows (k,) int64.
 
     Plain torch everywhere: for few elements.
     """
@@ -96,7 +103,7 @@ def sketch_update(
     0.9 in a count-sketch of 5% of the size grows to infinity in a hundred steps.
     """
     check_table(table, values.shape[-1], values.device)
-    check_rows(rows, values)
+    check_rows(rows, values, table.values.dtype)
     if values.numel() > 0:
         _run(table.values).sketch_update(table, rows, values, gain, decay)
 
@@ -113,7 +120,7 @@ def step(
     """Update state and parameter (n, m) in place from a gradient: dense (n, m), or rows (k, m).
 
     `rows` (k,) int64, ascending and unique, are the only ones that are read or written, with what
-    their state shares. `grad` has the parameter's dtype; state and arithmetic are float32.
+    their state shares. `grad` has the parameter's dtype; state and arithmetic the state's dtype.
 
     How a row-sparse gradient meets state that rows share: a Cover's estimate is that of the row
     accumulator alone and its column accumulators can only rise (as in SM3's own code); Factored
@@ -130,7 +137,7 @@ def step(
     check_first(first, param)
     check_second(second, param)
     if grad.numel() > 0:
-        _run(param).step(param, grad, rule, first, second, rows)
+        _run(param).step(param, grad, rule.scalars(param.dtype), first, second, rows)
 
 
 def step_elements(
@@ -144,34 +151,37 @@ def step_elements(
 ) -> None:
     """Update state and parameter (n, m) in place where elements of the gradient arrive.
 
-    `indices` (k,) int64 into the flattened parameter, ascending and unique; `values` (k,) float32.
+    `indices` (k,) int64 into the flattened parameter, ascending and unique; `values` (k,) in the
+    state's dtype.
     A Cover's accumulators can only rise; Factored rows and columns change by what the arriving
     elements change; a sketch is queried and fed in the columns that arrived.
     """
-    check_tensor("param", param, param.device, PARAMETER_DTYPES, 2)
+    check_tensor("param", param, param.device, STEP_DTYPES, 2)
     check_num_rows(param)
     check_elements(values, indices, param)
     check_first(first, param)
     check_second(second, param)
     if values.numel() > 0:
-        _run(param).step_elements(param, values, indices, rule, first, second)
+        _run(param).step_elements(param, values, indices, rule.scalars(param.dtype), first, second)
 
 
 def observe(grad: Tensor, rule: Rule, second: Second, *, scale: Tensor | None = None) -> None:
     """Feed a second moment from a dense gradient (n, m), as a dense `step` would, and no more.
 
     The rule's second_beta, second_gain and second_decay count, the rest does not. `scale` (1,)
-    float32 multiplies the gradient; the product, rounded to float32, is what is fed.
+    multiplies the gradient; the product, rounded to the state's dtype, is what is fed. It is
+    float32; of a float64 gradient it may be float64.
     """
-    check_tensor("grad", grad, grad.device, PARAMETER_DTYPES, 2)
+    check_tensor("grad", grad, grad.device, STEP_DTYPES, 2)
     check_num_rows(grad)
     if second is None:
         raise ValueError("second is None; allowed: a second moment to feed")
     check_second(second, grad)
     if scale is not None:
-        check_shape("scale", scale, (1,), grad.device)
+        is_double = grad.dtype == torch.float64
+        check_shape("scale", scale, (1,), grad.device, STATE_DTYPES[: 1 + is_double])
     if grad.numel() > 0:
-        _run(grad).observe(grad, rule, second, scale)
+        _run(grad).observe(grad, rule.scalars(grad.dtype), second, scale)
 
 
 # ---- choice of implementation --------------------------------------------------------------------
@@ -184,13 +194,18 @@ def _check_implementation(name: str) -> None:
 
 
 def _run(tensor: Tensor) -> ModuleType:
-    """Return the module that implements the operations on this tensor's device."""
-    return implementing_module("", tensor.device.type)
+    """Return the module that implements the operations on this tensor's device, in its dtype."""
+    return implementing_module("", tensor.device.type, tensor.dtype)
 
 
-def implementing_module(suffix: str, device_type: str) -> ModuleType:
-    """Return the chosen implementation of the operations here, or ("_buffers") of buffers.py."""
-    return _module(_chosen, suffix, device_type)
+def implementing_module(
+    suffix: str, device_type: str, dtype: torch.dtype = torch.float32
+) -> ModuleType:
+    """Return the implementation of the operations here, or ("_buffers") of buffers.py.
+
+    It is the chosen one, but of float64 the reference.
+    """
+    return _module("reference" if dtype == torch.float64 else _chosen, suffix, device_type)
 
 
 @functools.cache

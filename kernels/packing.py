@@ -89,7 +89,7 @@ def pack(
         ) from error
     words = torch.zeros(parts.end, dtype=torch.int32, device=device)
     head = [MAGIC, 4 * parts.end, layout, num_entries, 0, *_flag_words(flags)]
-    words[: len(head)] = torch.tensor(list(map(_signed, head)), dtype=torch.int32)
+    words[: len(head)] = torch.tensor(list(map(_signed, head)), dtype=torch.int32, device="cpu")
     problems = _run(words).pack(words, parts, positions_K, values_M)
     if problems:
         raise ValueError(f"positions must ascend within 0..{universe - 1}: there are "

@@ -2,17 +2,31 @@
 
 Every product, sum, root and quotient is float32 and rounded by itself, sums over rows that share a
 bucket are taken in the order of the rows, and the means of Factored in float64; so the native
-implementations equal this one to the bit where all is finite, except Factored, which they equal to
-rounding. (A NaN spreads through shared state a little further here than there.)
+implementations equal this one to the bit, except Factored, which they equal to rounding. Where the
+parameter is float64, which only this one steps, so is all else, the rule's scalars too. What is
+not finite is so in all of them: a gradient that is NaN or infinite reaches what it touches, and
+through shared state what it shares that with; nothing hides it. (NaNs may differ in their bits.)
 Tensors as large as the gradient come and go here; see kernels.ops for what each operation means.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from kernels.operands import Cover, Factored, First, Full, Rule, Second, Table, Velocity
+from kernels.operands import (
+    Cover,
+    Factored,
+    First,
+    Full,
+    Rule,
+    Second,
+    Table,
+    Velocity,
+    state_dtype,
+)
 
 # ---- sketches ------------------------------------------------------------------------------------
 
@@ -34,7 +48,7 @@ def hash_rows(table: Table, rows: Tensor) -> tuple[Tensor, Tensor]:
         low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
         hashed = mix(mix((rows & 0xFFFFFFFF) ^ low) ^ high)
         buckets.append(j * width + ((hashed * width) >> 32))
-        signs.append(1.0 - 2.0 * (hashed & 1).float())
+        signs.append(1.0 - 2.0 * (hashed & 1).to(table.values.dtype))
     return torch.stack(buckets), torch.stack(signs)
 
 
@@ -59,9 +73,10 @@ def _estimate(table: Table, candidates: Tensor) -> Tensor:
     if not table.signed:
         return candidates.amin(0)
     ordered, depth = candidates.sort(0).values, len(candidates)
-    if depth % 2:
-        return ordered[depth // 2]
-    return (ordered[depth // 2 - 1] + ordered[depth // 2]) * 0.5
+    median = ordered[depth // 2]
+    if depth % 2 == 0:
+        median = (ordered[depth // 2 - 1] + median) * 0.5
+    return torch.where(ordered[-1].isnan(), ordered[-1], median)  # where sorting puts any NaN
 
 
 class _Cells:
@@ -97,7 +112,7 @@ class _Cells:
 
     def _bounded_decay(self, cells: Tensor, decay: float) -> Tensor:
         _, inverse, counts = cells.unique(return_inverse=True, return_counts=True)
-        count, most = counts[inverse].float(), 2 if self.table.signed else 1
+        count, most = counts[inverse].to(self.flat.dtype), 2 if self.table.signed else 1
         return torch.where(count * decay <= most, torch.full_like(count, decay), most / count)
 
 
@@ -125,8 +140,8 @@ def step(
 ) -> None:
     is_dense = rows is None
     rows = torch.arange(len(param), device=param.device) if rows is None else rows
-    p = param[rows].float()
-    g = _oriented(grad.float(), p, rule)
+    p = param[rows].to(state_dtype(param.dtype))
+    g = _oriented(grad.to(p.dtype), p, rule)
     numerator = _first_moment(first, g, rows, rule, len(g) == len(param))
     match second:
         case Full():
@@ -144,7 +159,9 @@ def step(
 
 
 def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> None:
-    g = grad.float() if scale is None else grad.float() * scale
+    g = grad.to(state_dtype(grad.dtype))
+    if scale is not None:
+        g = g * scale
     rows = torch.arange(len(g), device=g.device)
     match second:
         case Full():
@@ -154,7 +171,7 @@ def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> N
         case Factored():
             _factored_rows(second, g, rows, True, rule)
         case Table():
-            _Cells(second, rows).update(g * g, rule.second_gain, rule.second_decay)
+            _Cells(second, rows).update(_square(g, rule), 1.0, rule.second_decay)
 
 
 def step_elements(
@@ -162,7 +179,7 @@ def step_elements(
 ) -> None:
     flat = param.view(-1)
     i, j = indices // param.shape[1], indices % param.shape[1]
-    p = flat[indices].float()
+    p = flat[indices].to(state_dtype(param.dtype))
     g = _oriented(values, p, rule)
     numerator = _first_moment(first, g, (i, j), rule, len(g) == param.numel())
     match second:
@@ -185,19 +202,25 @@ def _oriented(g: Tensor, p: Tensor, rule: Rule) -> Tensor:
     return g + p * rule.weight_decay if rule.weight_decay else g
 
 
+def _square(g: Tensor, rule: Rule) -> Tensor:
+    """Return what a gradient adds to its second moment; in torch's order, or g * g overflows."""
+    return (g * rule.second_gain) * g
+
+
 def _average(old: Tensor, g: Tensor, rule: Rule) -> Tensor:
-    return old * rule.second_beta + (g * g) * rule.second_gain
+    return old * rule.second_beta + _square(g, rule)
 
 
 def _preconditioned(numerator: Tensor, nu: Tensor | None, rule: Rule) -> Tensor:
     if nu is None:
         return numerator
-    scaled = nu * rule.second_scale + rule.eps_inside
-    root = (
-        scaled.double().sqrt().float() + rule.eps_outside
-    )  # torch's float32 root is MKL's: inexact
-    quotient = (numerator / root).clamp(-rule.largest_quotient, rule.largest_quotient)
-    return torch.where(root == 0, torch.zeros_like(root), quotient)
+    # sqrt(scale nu + eps_inside), of which the scaled moment could overflow; MKL's root is inexact
+    inside = (nu + rule.eps_inside / rule.second_scale).double().sqrt().to(nu.dtype)
+    root = inside * math.sqrt(rule.second_scale) + rule.eps_outside
+    quotient = numerator / root
+    bounded = quotient.clamp(-rule.largest_quotient, rule.largest_quotient)
+    bounded = torch.where(root == 0, torch.zeros_like(root), bounded)
+    return torch.where(numerator.isfinite(), bounded, quotient)
 
 
 def _first_moment(first: First, g: Tensor, at, rule: Rule, is_whole: bool) -> Tensor:
@@ -231,11 +254,10 @@ def _sketched_first(candidates: Tensor, g: Tensor, rule: Rule) -> Tensor:
     doubt = squares * (1 / max(1, depth * (depth - 1))) * rule.first_doubt * (depth > 1)
     square = mean * mean
     known = (1 - doubt / square).nan_to_num(0.0).clamp_min(0)
-    known = torch.where(square > 0, known, (~(doubt > 0)).float())
+    known = torch.where(square > 0, known, (~(doubt > 0)).to(g.dtype))
     moment = (mean * rule.first_beta + g * rule.first_gain) * rule.first_scale
     own = g * (rule.first_gain / rule.first_decay if rule.first_decay else rule.first_gain)
-    taken = known * moment + (1 - known) * own
-    return torch.where(taken.isnan(), torch.nan, taken)
+    return known * moment + (1 - known) * own
 
 
 def _velocity(first: First, update: Tensor, at, rule: Rule) -> Tensor:
@@ -246,7 +268,7 @@ def _velocity(first: First, update: Tensor, at, rule: Rule) -> Tensor:
 
 
 def _sketched(cells: _Cells, g: Tensor, rule: Rule) -> Tensor:
-    cells.update(g * g, rule.second_gain, rule.second_decay)
+    cells.update(_square(g, rule), 1.0, rule.second_decay)
     return cells.query()
 
 
@@ -256,9 +278,9 @@ def _sketched(cells: _Cells, g: Tensor, rule: Rule) -> Tensor:
 def _cover_rows(cover: Cover, g: Tensor, rows: Tensor, is_dense: bool, rule: Rule) -> Tensor:
     row, col = cover.row[rows], cover.col
     if cover.variant == "I":
-        square = g * g
-        row = row * rule.second_beta + square.amax(1) * rule.second_gain
-        new_col = col * rule.second_beta + square.amax(0) * rule.second_gain
+        square = _square(g, rule)
+        row = row * rule.second_beta + square.amax(1)
+        new_col = col * rule.second_beta + square.amax(0)
     else:
         prior = torch.minimum(row[:, None], col) if is_dense else row[:, None]
         nu = _average(prior, g, rule)
@@ -284,34 +306,37 @@ def _cover_elements(cover: Cover, g: Tensor, i: Tensor, j: Tensor, rule: Rule) -
 # ---- factored means ------------------------------------------------------------------------------
 
 
-def _relative(col: Tensor) -> Tensor:
-    """Return the columns as multiples of their mean, which is also the mean of the rows."""
-    mean = col.double().mean().float()
-    return torch.where(mean > 0, col / mean, torch.zeros_like(col))
+def relative(col: Tensor) -> Tensor:
+    """Return the columns as multiples of their mean, which is also the mean of the rows.
+
+    0 before the first gradient; NaN where the mean is not finite, as it says nothing of any entry.
+    """
+    mean = col.double().mean().to(col.dtype)
+    return torch.where(mean <= 0, torch.zeros_like(col), col / mean + (mean - mean))
 
 
 def _factored_rows(
     factored: Factored, g: Tensor, rows: Tensor, is_dense: bool, rule: Rule
 ) -> Tensor:
-    row, col, square = factored.row[rows], factored.col, (g * g).double()
-    mean = square.mean(1).float()
+    row, col, square = factored.row[rows], factored.col, _square(g, rule).double()
+    mean = square.mean(1).to(g.dtype)
     if is_dense:
-        new_col = col * rule.second_beta + square.mean(0).float() * rule.second_gain
+        new_col = col * rule.second_beta + square.mean(0).to(g.dtype)
     else:
-        estimate = row[:, None] * _relative(col)
-        change = (square * rule.second_gain - estimate.double() * rule.second_decay).sum(0)
-        new_col = (col + (change / len(factored.row)).float()).clamp_min(0)
-    row = row * rule.second_beta + mean * rule.second_gain
+        estimate = row[:, None] * relative(col)
+        change = (square - estimate.double() * rule.second_decay).sum(0)
+        new_col = (col + (change / len(factored.row)).to(col.dtype)).clamp_min(0)
+    row = row * rule.second_beta + mean
     factored.row[rows] = row
     factored.col.copy_(new_col)
-    return row[:, None] * _relative(new_col)
+    return row[:, None] * relative(new_col)
 
 
 def _factored_elements(factored: Factored, g: Tensor, i: Tensor, j: Tensor, rule: Rule) -> Tensor:
     row, col = factored.row, factored.col
-    estimate = row[i] * _relative(col)[j]
-    change = (g * g).double() * rule.second_gain - estimate.double() * rule.second_decay
+    estimate = row[i] * relative(col)[j]
+    change = _square(g, rule).double() - estimate.double() * rule.second_decay
     for means, at, share in ((row, i, len(col)), (col, j, len(row))):
         unique, sums, _ = _ordered_sum(at, change)
-        means[unique] = (means[unique] + (sums / share).float()).clamp_min(0)
-    return row[i] * _relative(col)[j]
+        means[unique] = (means[unique] + (sums / share).to(means.dtype)).clamp_min(0)
+    return row[i] * relative(col)[j]

@@ -27,7 +27,8 @@ LEVELS = 127
 
 def random_bits(indices: Tensor, key: int) -> Tensor:
     """Return 32 random bits for each element, as int64: common.h's function of that name."""
-    low, high = (torch.tensor((key >> shift) & 0xFFFFFFFF) for shift in (0, 32))
+    halves = (key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF)
+    low, high = (torch.tensor(half, dtype=torch.int64, device="cpu") for half in halves)
     return mix((indices & 0xFFFFFFFF) ^ int(mix(low ^ mix(high))))
 
 
@@ -94,7 +95,8 @@ def accumulate(
 ) -> Found:
     if grad_N is None:
         u = None if velocity is None else decode(velocity)
-        found = _find(torch.zeros(1), decode(residual), u, selection)
+        v = decode(residual)
+        found = _find(v.new_zeros(1), v, u, selection)
         _mask(found, residual, velocity)
         return found
     x = grad_N.float()
@@ -124,7 +126,7 @@ def _find(x: Tensor, v: Tensor, u: Tensor | None, selection: Selection | None) -
     if selection is None:
         nothing = torch.zeros(0, dtype=torch.int64, device=v.device)
         return Found(torch.cat([largest, largest.new_zeros(1)]), nothing, nothing.float(), None)
-    is_above = (v.abs() >= torch.tensor(selection.limit, dtype=torch.float32)) & (v != 0)
+    is_above = (v.abs() >= v.new_tensor(selection.limit)) & (v != 0)
     indices = is_above.nonzero().view(-1)
     blocks = torch.arange(v.numel(), device=v.device) // BLOCK
     sampled = v[blocks % selection.sample_every == selection.sample_first]

@@ -85,7 +85,8 @@ def merge(positions: Sequence[Tensor], values: Sequence[Tensor], dim: int) -> tu
     if any(_order_problem(positions_K, 2**63 - 1) for positions_K in positions):
         raise ValueError("positions of a list that are negative or do not ascend")
     positions_U = torch.cat(list(positions)).unique()
-    sums = torch.zeros(positions_U.numel(), dim, device=positions_U.device)
+    shape, where = (positions_U.numel(), dim), positions_U.device
+    sums = torch.zeros(shape, dtype=torch.float32, device=where)
     for positions_K, values_M in zip(positions, values, strict=True):  # a list's are unique
         sums[torch.searchsorted(positions_U, positions_K)] += values_M.view(-1, dim)
     return positions_U, sums.view(-1)

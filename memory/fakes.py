@@ -5,7 +5,8 @@ on values is taken as in a step of the steady state: every gradient is finite, e
 the entries that it aims at, every message is of the length expected. All else is the code that
 trains, so that a prediction changes when that code does.
 Not foreseen: steps that look through a residual again, or put back what is too much. Of 0.1% of the
-entries that is nothing; of 1% up to 4% of a small model's peak, of 10% up to a quarter.
+entries that is nothing; of 1% up to 4% of a small model's peak, of 10% up to a quarter. Nor what a
+step in float64, which is plain torch, takes and frees.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ _MODULES = {
         **dict.fromkeys(("sketch_insert", "sketch_update"), lambda *_: None),
         **dict.fromkeys(("step", "step_elements", "observe"), lambda *_: None),
         sketch_query=lambda table, rows: rows.new_empty(
-            len(rows), table.values.shape[2], dtype=torch.float32
+            len(rows), table.values.shape[2], dtype=table.values.dtype
         ),
     ),
     "_buffers": SimpleNamespace(accumulate=_accumulate),
@@ -127,7 +128,9 @@ _MODULES = {
 }
 
 
-def _implementing_module(suffix: str, device_type: str) -> ModuleType | SimpleNamespace:
+def _implementing_module(
+    suffix: str, device_type: str, dtype: torch.dtype = torch.float32
+) -> ModuleType | SimpleNamespace:
     return _MODULES[suffix]
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from kernels.checks import check_elements
-from kernels.operands import PARAMETER_DTYPES
+from kernels.operands import STEP_DTYPES, state_dtype
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,11 @@ class Gradient:
 
 
 def check_parameter(p: Tensor) -> None:
-    if p.dtype not in PARAMETER_DTYPES or p.layout != torch.strided:
-        allowed = ", ".join(map(str, PARAMETER_DTYPES))
+    if p.dtype not in STEP_DTYPES or p.layout != torch.strided:
+        allowed = ", ".join(map(str, STEP_DTYPES))
+        whose = "an uninitialized parameter" if is_lazy(p) else f"a parameter of {tuple(p.shape)}"
         raise ValueError(
-            f"a parameter of shape {tuple(p.shape)} is {p.layout} {p.dtype}; allowed: dense and "
+            f"{whose} is {p.layout} {p.dtype}; allowed: dense and "
             f"{allowed}. Give others to an optimizer of torch.optim"
         )
 
@@ -40,8 +42,8 @@ def check_parameter(p: Tensor) -> None:
 def read_gradient(p: Tensor, elements: tuple[Tensor, Tensor] | None) -> Gradient | None:
     """Return what has arrived for a parameter, coalesced; None if nothing has.
 
-    Args: elements: indices (k,) int64, ascending and unique, and values (k,) float32; or p.grad is
-        taken.
+    Args: elements: indices (k,) int64, ascending and unique, and values (k,) in the dtype of the
+        parameter's state; or p.grad is taken.
     """
     if elements is not None:
         if p.grad is not None:
@@ -74,4 +76,4 @@ def _read_sparse(p: Tensor, grad: Tensor) -> Gradient:
     flat = torch.zeros_like(positions[0])
     for size, position in zip(p.shape, positions, strict=True):
         flat = flat * size + position
-    return Gradient(values.float(), indices=flat)
+    return Gradient(values.to(state_dtype(p.dtype)), indices=flat)

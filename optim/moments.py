@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels import operands, ops
+from kernels.reference import relative
 from optim.sketch import CountMinSketch, CountSketch, hash_seeds, width_for
 
 SEEDS = "_seeds"  # what the names of the tensors end in that stay on the CPU
@@ -31,10 +32,16 @@ class Spec:
     name: str
     shape: tuple[int, ...]
     device: torch.device
+    dtype: torch.dtype  # of the state
     is_first: bool  # of both signs
     follows_update: bool  # a first moment of the preconditioned updates
     seed_key: tuple[int, ...]
     options: Mapping[str, Any]  # of the parameter's group
+
+
+def count_of_steps() -> Tensor:
+    """Return a parameter's `step`, 0: on the CPU, so that reading it waits for no device."""
+    return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def matrix_shape(shape: tuple[int, ...], split: int) -> tuple[int, int]:
@@ -59,8 +66,10 @@ class Moment(ABC):
         if not state.keys() >= set(names):
             state.update(self.zeros())
         for name in names:
-            if state[name].device != spec.device and not name.endswith(SEEDS):
-                state[name] = state[name].to(spec.device)  # the parameter has moved
+            if name.endswith(SEEDS):
+                continue
+            if state[name].device != spec.device or state[name].dtype != spec.dtype:
+                state[name] = state[name].to(spec.device, spec.dtype)  # the parameter has changed
         self.tensors = {name: state[name] for name in names}
 
     @abstractmethod
@@ -85,18 +94,18 @@ class Moment(ABC):
 
     @abstractmethod
     def at(self, indices_K: Tensor) -> Tensor:
-        """Return the moment of the elements (K,) int64 of the flattened parameter: (K,) float32."""
+        """Return the moment of the elements (K,) int64 of the flattened parameter: (K,)."""
 
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, device=self.spec.device)
+        return torch.zeros(shape, dtype=self.spec.dtype, device=self.spec.device)
 
 
 class Full(Moment):
-    """One float32 for each element, as torch.optim keeps it."""
+    """One number for each element, as torch.optim keeps it."""
 
     def names(self) -> tuple[str, ...]:
         return (self.spec.name,)
@@ -193,16 +202,11 @@ class Factored(Moment):
 
     def estimate(self) -> Tensor:
         row, col = self.tensors.values()
-        return (row[:, None] * self._relative(col)).view(self.spec.shape)
+        return (row[:, None] * relative(col)).view(self.spec.shape)
 
     def at(self, indices_K: Tensor) -> Tensor:
         row, col = self.tensors.values()
-        return row[indices_K // len(col)] * self._relative(col)[indices_K % len(col)]
-
-    @staticmethod
-    def _relative(col: Tensor) -> Tensor:
-        mean = col.double().mean().float()
-        return torch.where(mean > 0, col / mean, torch.zeros_like(col))
+        return row[indices_K // len(col)] * relative(col)[indices_K % len(col)]
 
 
 class Sketch(Moment):
@@ -255,18 +259,20 @@ def _merged(accumulators: list[Tensor]) -> Tensor:
     return merged
 
 
+def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a loaded state; a number is taken for `step`, others are dropped."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if "step" in state and "step" not in tensors:
+        tensors["step"] = torch.tensor(state["step"], dtype=torch.float32, device="cpu")
+    return tensors
+
+
 def fit_state(
     position: int, layout: dict[str, Tensor], theirs: Mapping[str, Any], device: torch.device
 ) -> dict[str, Tensor]:
-    """Return copies of a parameter's loaded state, where it has the layout's names and shapes.
-
-    Numbers for `step` are taken, others dropped."""
+    """Return copies of a parameter's loaded state, where it has the layout's names and shapes."""
     mine = {name: tuple(tensor.shape) for name, tensor in layout.items()}
-    theirs = {
-        name: torch.as_tensor(value)
-        for name, value in theirs.items()
-        if name == "step" or isinstance(value, Tensor)
-    }
+    theirs = tensors_of(theirs)
     shapes = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
     if shapes != mine:
         raise ValueError(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kernels.operands import MAX_DEPTH, MAX_ROWS
+from kernels.operands import MAX_DEPTH, MAX_ROWS, STATE_DTYPES
 
 STRUCTURE_NAMES = ("full", "cover", "factored", "sketch")
 
@@ -50,6 +50,7 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: x is None or _count(1, MAX_ROWS - 1)(x),
         f"an integer, 1 to {MAX_ROWS - 1}, or None to take it from size_ratio",
     ),
+    "dtype": (_one_of(*STATE_DTYPES), ", ".join(map(str, STATE_DTYPES))),
     "seed": (_count(0, 2**32 - 1), f"an integer, 0 to {2**32 - 1}"),
     "clean_factor": (_number(0, 1), "0 to 1 (the paper's is 0.2)"),
     "clean_interval": (

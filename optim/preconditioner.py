@@ -7,14 +7,14 @@ Shapes: N elements of the flattened parameter, K of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kernels import ops
-from optim.moments import SEEDS, Moment, balanced_split, matrix_shape
+from optim.moments import SEEDS, Moment, balanced_split, count_of_steps, matrix_shape
 
 Scalars = dict[str, float]
 
@@ -33,7 +33,7 @@ class Preconditioner:
         options: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._moment, self._scalars_of, self._options = moment, scalars_of, options
-        self.tensors = {**moment.tensors, "step": torch.zeros(())}
+        self.tensors = {**moment.tensors, "step": count_of_steps()}
         self.shared_names = [name for name in moment.tensors if not name.endswith(SEEDS)]
 
     def observe(
@@ -42,7 +42,8 @@ class Preconditioner:
         """Take in one of the `num_parts` gradients that sum to a step's.
 
         The moment is of num_parts * grad, the gradient of a part by itself, averaged over parts.
-        Args: scale: (1,) float32 that multiplies the gradient, or None. is_first: of the step.
+        Args: scale: (1,) that multiplies the gradient, or None: see kernels.ops.observe. is_first:
+            of the step.
         """
         if is_first:
             if step := int(self.tensors["step"]):
@@ -62,14 +63,16 @@ class Preconditioner:
         self._moment.write_back(operand, split, is_dense=True)
 
     def root(self, indices_K: Tensor | None = None) -> Tensor:
-        """Return what to divide by, at indices (K,) int64 or everywhere (N,): float32, 0 or more.
+        """Return what to divide by, at indices (K,) int64 or everywhere (N,): 0 or more.
 
+        In the state's dtype: float64 for a float64 parameter, else float32.
         sqrt(moment, with its bias corrected) + eps, as the optimizer's rule has it.
         """
         nu = self._moment.estimate().view(-1) if indices_K is None else self._moment.at(indices_K)
         scalars = self._scalars()
-        nu.mul_(scalars.get("second_scale", 1.0)).add_(scalars.get("eps_inside", 0.0))
-        return nu.sqrt_().add_(scalars.get("eps_outside", 0.0))
+        scale = scalars.get("second_scale", 1.0)  # the scaled moment could overflow
+        nu.add_(scalars.get("eps_inside", 0.0) / scale).sqrt_().mul_(math.sqrt(scale))
+        return nu.add_(scalars.get("eps_outside", 0.0))
 
     def _scalars(self) -> Scalars:
         return self._scalars_of(int(self.tensors["step"]))

@@ -1,9 +1,9 @@
 """CountSketch and CountMinSketch: sketches over the rows of a matrix, as value types.
 
 Source: Spring et al. 2019 (PMLR 97), after Charikar et al. 2002 and Cormode and Muthukrishnan 2005.
-A sketch holds `values` (depth, width, dim) float32 and its hash's `seeds` (depth,) int64 on the
-CPU; row i lives in one bucket of each of the `depth` tables. Owns their sizes and seeds; the hash
-and the arithmetic are kernels.ops'.
+A sketch holds `values` (depth, width, dim), float32 or float64, and its hash's `seeds` (depth,)
+int64 on the CPU; row i lives in one bucket of each of the `depth` tables. Owns their sizes and
+seeds; the hash and the arithmetic are kernels.ops'.
 
 Shapes: k rows of `dim` columns arrive.
 """
@@ -11,6 +11,7 @@ Shapes: k rows of `dim` columns arrive.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -27,11 +28,12 @@ def width_for(num_rows: int, depth: int, size_ratio: float) -> int:
 
 def hash_seeds(depth: int, *key: int) -> Tensor:
     """Return `depth` non-negative seeds that depend on nothing but the key's numbers below 2^32."""
-    generator, state = torch.Generator(), 0
+    generator, state = torch.Generator("cpu"), 0
+    drawn = partial(torch.randint, generator=generator, dtype=torch.int64, device="cpu")
     for part in key:
         generator.manual_seed(state ^ part)
-        state = int(torch.randint(2**32, (), generator=generator))
-    return torch.randint(2**63 - 1, (depth,), generator=generator)
+        state = int(drawn(2**32, ()))
+    return drawn(2**63 - 1, (depth,))
 
 
 class _RowSketch:
@@ -44,6 +46,8 @@ class _RowSketch:
         size_ratio: the size of the whole sketch relative to num_rows x dim.
         width: buckets a table, instead of size_ratio.
         seed: of the hashes. Sketches can be merged only where seeds are equal.
+        dtype: of the values and of the arithmetic: float32 or float64.
+        device: of the values; None: the CPU, whatever torch's default is.
     """
 
     signed: ClassVar[bool]
@@ -58,15 +62,16 @@ class _RowSketch:
         width: int | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        sizes = {"dim": dim, "depth": depth, "size_ratio": size_ratio, "width": width, "seed": seed}
-        options.check(sizes)
+        sizes = {"dim": dim, "depth": depth, "size_ratio": size_ratio, "width": width}
+        options.check({**sizes, "seed": seed, "dtype": dtype})
         if width is None:
             if num_rows is None:
                 raise ValueError("neither num_rows nor width is given; give one of them")
             options.check({"num_rows": num_rows})
             width = width_for(num_rows, depth, size_ratio)
-        self.values = torch.zeros(depth, width, dim, device=device)
+        self.values = torch.zeros(depth, width, dim, dtype=dtype, device=device or "cpu")
         self.seeds = hash_seeds(depth, seed)
 
     @classmethod
@@ -82,7 +87,7 @@ class _RowSketch:
         return operands.Table(self.values, self.seeds, self.signed)
 
     def insert(self, rows: Tensor, values: Tensor) -> None:
-        """Add values (k, dim) float32 to rows (k,) int64, in any order; rows may repeat."""
+        """Add values (k, dim), in the sketch's dtype, to rows (k,) int64, which may repeat."""
         ops.sketch_insert(self.table, rows, values)
 
     def query(self, rows: Tensor) -> Tensor:
@@ -118,6 +123,9 @@ class _RowSketch:
         if not torch.equal(other.seeds, self.seeds):
             raise ValueError(f"the other sketch has seeds {other.seeds.tolist()}; allowed: "
                              f"{self.seeds.tolist()}, as this one (the same `seed`)")  # fmt: skip
+        if other.values.dtype != self.values.dtype:
+            raise ValueError(f"the other sketch is {other.values.dtype}; allowed: "
+                             f"{self.values.dtype}, as this one")  # fmt: skip
         self.values.add_(other.values.to(self.values.device))
 
     @property

@@ -27,7 +27,7 @@ def elements(indices, values=None, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"param": torch.zeros(N, M, dtype=torch.float64)}, "param is torch.float64; allowed"),
+        ({"param": torch.zeros(N, M, dtype=torch.int32)}, "param is torch.int32; allowed"),
         ({"param": torch.zeros(M, N).t()}, r"param has strides \(1, 6\); allowed: contiguous"),
         ({"param": torch.zeros(N)}, r"param has shape \(6,\); allowed: 2 dimensions"),
         ({"grad": torch.zeros(N, M + 1)}, r"grad has shape \(6, 5\); allowed: \(6, 4\)"),
@@ -63,6 +63,43 @@ def test_rows_out_of_range_or_order_are_refused(rows, message):
         step(grad=torch.zeros(2, M), rows=torch.tensor(rows))
     with pytest.raises(ValueError, match="rows is torch.int32"):
         step(grad=torch.zeros(2, M), rows=torch.tensor([0, 1], dtype=torch.int32))
+
+
+DOUBLES = {"param": torch.zeros(N, M).double(), "grad": torch.zeros(N, M).double()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grad": torch.zeros(N, M)}, "grad is torch.float32; allowed: the parameter's dtype"),
+        ({"first": Full(torch.zeros(N, M))}, "first moment is torch.float32; allowed: torch.f"),
+        ({"first": Velocity(torch.zeros(N, M))}, "first moment is torch.float32; allowed: torch"),
+        ({"first": table(signed=True)}, "table is torch.float32; allowed: torch.float64"),
+        ({"second": Full(torch.zeros(N, M))}, "second moment is torch.float32; allowed"),
+        ({"second": Cover(torch.zeros(N), torch.zeros(M))}, "row is torch.float32; allowed: torch"),
+        ({"second": Factored(torch.zeros(N).double(), torch.zeros(M))}, "col is torch.float32; al"),
+        ({"second": table()}, "table is torch.float32; allowed: torch.float64"),
+    ],
+)  # fmt: skip
+def test_state_is_float64_where_the_parameter_is_and_only_there(changes, message):
+    with pytest.raises(ValueError, match=message):
+        step(**{**DOUBLES, **changes})
+    doubled = Full(torch.zeros(N, M).double())
+    with pytest.raises(ValueError, match="second moment is torch.float64; allowed: torch.float32"):
+        step(second=doubled)
+    step(**DOUBLES, second=doubled)
+
+
+def test_a_float64_gradient_is_observed_in_float64_with_a_scale_of_either():
+    grad, rule = torch.full((N, M), 1e140, dtype=torch.float64), Rule(0.1)
+    for dtype in (torch.float32, torch.float64):
+        second = Full(torch.zeros(N, M).double())
+        ops.observe(grad, rule, second, scale=torch.tensor([2.0**-30], dtype=dtype))
+        assert (second.values == (1e140 * 2.0**-30) ** 2).all()
+    with pytest.raises(ValueError, match="second moment is torch.float32; allowed: torch.float64"):
+        ops.observe(grad, rule, Full(torch.zeros(N, M)))
+    with pytest.raises(ValueError, match="scale is torch.float64; allowed: torch.float32"):
+        ops.observe(grad.float(), rule, Full(torch.zeros(N, M)), scale=torch.ones(1).double())
 
 
 def test_elements_are_checked_too():
@@ -109,6 +146,17 @@ def test_the_choice_of_implementation_is_visible_and_checked():
         pass
     with pytest.raises(ValueError, match="no native kernels for device meta"):
         step(param=torch.zeros(N, M, device="meta"), grad=torch.zeros(N, M, device="meta"))
+
+
+def test_a_rule_is_float32_and_for_float64_what_it_was_made_from():
+    rule = Rule(0.1, second_gain=1 - 0.999, weight_decay=torch.tensor(0.5))
+    assert rule.scalars(torch.bfloat16) is rule and rule.second_gain != 1 - 0.999
+    exact = rule.scalars(torch.float64)
+    assert (exact.lr, exact.second_gain, exact.weight_decay, exact.decay, exact.eps_inside) == (
+        0.1, 1 - 0.999, 0.5, 1.0, 0.0)  # fmt: skip
+    other = rule.replace(decay=0.9)
+    assert (other.decay, other.scalars(torch.float64).decay) == (Rule(0.1, decay=0.9).decay, 0.9)
+    assert other.second_gain == rule.second_gain and other.lr == rule.lr and rule.decay == 1.0
 
 
 def test_a_rule_refuses_names_that_it_does_not_have():

@@ -274,6 +274,44 @@ def test_parameters_need_not_be_contiguous(name):
     assert first.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_capture_in_a_cuda_graph_is_refused_and_changes_nothing(monkeypatch):
+    """A replay would repeat the rate and the bias correction of the step that was captured."""
+    optimizer, p = warmed_up("FactoredAdam", (4, 3))
+    before, state = p.detach().clone(), copy_of_state(optimizer)
+    p.grad = torch.ones(4, 3)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="repeat this step's rate .*call step.. outside of the"):
+        optimizer.step()
+    assert torch.equal(p, before)
+    assert_same_state(copy_of_state(optimizer), state)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 4
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rate_that_groups_share_as_a_tensor_is_read_and_never_written(name, dtype):
+    (optimizer, p), lr = warmed_up(name, (4, 3)), torch.tensor(0.05, dtype=dtype)
+    other, q = warmed_up(name, (4, 3))
+    decay = {"weight_decay": 0.1, "decoupled_weight_decay": True}
+    for each, rate in ((optimizer, lr), (other, lr.item())):
+        each.param_groups[0].update(decay, lr=rate)
+        each.add_param_group({"params": [parameter(5), parameter(2, 3)], "lr": rate, **decay})
+    saved = optimizer.state_dict()
+    for each in (optimizer, other):
+        for group in each.param_groups:
+            for x in group["params"]:
+                x.grad = torch.ones_like(x)
+        each.step()
+        each.load_state_dict(each.state_dict())
+        each.step()
+    assert lr.item() == torch.tensor(0.05, dtype=dtype).item()
+    assert all(group["lr"] is lr for group in saved["param_groups"])
+    assert torch.equal(p, q)
+
+
 def test_autograd_notices_that_a_step_changed_what_it_saved():
     p = parameter(3, 4)
     loss, optimizer = (p * p).sum(), SM3([p])
@@ -290,7 +328,7 @@ def test_frozen_parameters_get_state_when_they_are_thawed():
     assert set(optimizer.state[p]) == {"step", "accumulator_0", "accumulator_1"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 def test_other_dtypes_are_refused(dtype):
     with pytest.raises(ValueError, match=rf"{dtype}; allowed: dense and torch.float32, torch.bf"):
         SM3([torch.nn.Parameter(torch.zeros(3, dtype=dtype))])

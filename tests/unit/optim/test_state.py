@@ -39,7 +39,7 @@ def train(optimizer, parameters, turns):
 
 
 @every_optimizer
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_resuming_is_never_having_stopped(name, dtype, tmp_path):
     """torch's own load would round the state to the parameter's dtype (pytorch issue 43706)."""
     straight, parameters = make(name, dtype)

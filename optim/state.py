@@ -1,0 +1,206 @@
+"""StatefulOptimizer: options and their checks, state, checkpoints of a torch.optim.Optimizer.
+
+See MomentOptimizer for what the options are and when state is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from kernels.operands import state_dtype
+from optim import options
+from optim.gradients import check_parameter
+from optim.moments import STRUCTURES, Moment, Spec, count_of_steps, fit_state, tensors_of
+
+Group = dict[str, Any]
+FIRST, SECOND = 0, 1
+
+
+class StatefulOptimizer(Optimizer):
+    """What an optimizer of a first and a second moment keeps."""
+
+    first_follows_update: ClassVar[bool] = False
+    structures: ClassVar[Mapping[str, str]] = {"first_moment": "full", "second_moment": "full"}
+
+    def __init__(self, params: Any, defaults: Group) -> None:
+        self._delegated: set[Tensor] = set()
+        self._unfitted: set[Tensor] = set()  # loaded before their shape was known
+        unset = {k: v for k, v in self.structures.items() if defaults.get(k, "") is None}
+        super().__init__(params, {**defaults, **unset})
+
+    def __getstate__(self) -> dict[str, Any]:
+        sets = {"_delegated": self._delegated, "_unfitted": self._unfitted}
+        return {**super().__getstate__(), **sets}  # else copies lack them
+
+    # ---- what a subclass says --------------------------------------------------------------------
+
+    def _first(self, group: Group) -> tuple[str, str] | None:
+        """Return the name and structure of the first moment; None if there is none."""
+        return None
+
+    def _second(self, group: Group) -> tuple[str, str] | None:
+        return None
+
+    # ---- state -----------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        super().add_param_group(param_group)
+        try:
+            options.check(self.param_groups[-1])
+            for position, group, p in self._places():
+                if group is self.param_groups[-1] and p.requires_grad:
+                    self._make_state(position, group, p)
+        except ValueError:
+            for p in self.param_groups.pop()["params"]:
+                self.state.pop(p, None)
+            raise
+
+    def _places(self) -> Iterator[tuple[int, Group, Tensor]]:
+        """Yield every parameter with its position in the optimizer and its group."""
+        pairs = ((group, p) for group in self.param_groups for p in group["params"])
+        return ((position, group, p) for position, (group, p) in enumerate(pairs))
+
+    def _make_state(self, position: int, group: Group, p: Tensor) -> None:
+        """Make a parameter's state, if its shape is known."""
+        check_parameter(p)
+        if not is_lazy(p):
+            self._moments(position, group, p)
+
+    def _moments(
+        self, position: int, group: Group, p: Tensor, *, as_layout: bool = False
+    ) -> tuple[Moment | None, Moment | None]:
+        """Return a parameter's moments, after making those parts of its state that are not there.
+
+        Args: as_layout: make new ones, without memory and not in the state, to compare with.
+        """
+        check_parameter(p)
+        if p in self._unfitted and not as_layout:
+            layout = self._layout(position, group, p)
+            self.state[p] = fit_state(position, layout, self.state[p], p.device)
+            self._unfitted.discard(p)
+        state = {} if as_layout else self.state[p]
+        if "step" not in state:
+            state["step"] = count_of_steps()
+        device = torch.device("meta") if as_layout else p.device
+        first = self._moment(position, group, p, state, FIRST, device)
+        if p in self._delegated:
+            return first, None
+        return first, self._moment(position, group, p, state, SECOND, device)
+
+    def _moment(
+        self,
+        position: int,
+        group: Group,
+        p: Tensor,
+        state: dict[str, Tensor],
+        turn: int,
+        device: torch.device | None = None,
+    ) -> Moment | None:
+        chosen = (self._first, self._second)[turn](group)
+        if chosen is None:
+            return None
+        is_small = p.dim() < 2 or p.numel() < group["min_compressed_numel"] or p.numel() == 0
+        spec = Spec(
+            name=chosen[0],
+            shape=tuple(p.shape),
+            device=device or p.device,
+            dtype=state_dtype(p.dtype),
+            is_first=turn == FIRST,
+            follows_update=turn == FIRST and self.first_follows_update,
+            seed_key=(group.get("seed", 0), position, turn),
+            options=group,
+        )
+        return STRUCTURES["full" if is_small else chosen[1]](spec, state)
+
+    def estimate(self, p: Tensor) -> Tensor:
+        """Return the second moment of each element as it is kept: before bias correction.
+
+        It takes the full size in the state's dtype: for tests and benchmarks.
+        """
+        for position, group, parameter in self._places():
+            second = self._moments(position, group, p)[1] if parameter is p else None
+            if second is not None:
+                return second.estimate()
+        raise ValueError("not a parameter of this optimizer, or one without a second moment")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all state."""
+        return sum(self.state_bytes().values())
+
+    def state_bytes(self) -> dict[str, int]:
+        """Return each parameter's bytes of state, by its name, or its position if it has none."""
+        named = [group.get("param_names", [None] * len(group["params"]))
+                 for group in self.param_groups]  # fmt: skip
+        names = chain.from_iterable(named)
+        return {
+            name or str(position): sum(t.nbytes for t in self.state.get(p, {}).values())
+            for name, (position, _, p) in zip(names, self._places(), strict=True)
+        }
+
+    # ---- checkpoints -----------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a checkpoint's options and a copy of its state, in the dtype that it has here.
+
+        torch's own would cast the state to the parameter's dtype (pytorch issue 43706), share
+        tensors with `state_dict`, and take any shape. Seeds and `step` stay on the CPU.
+        Raises: ValueError, before anything changes, if a parameter's state was kept otherwise; of
+            an uninitialized parameter in its first step.
+        """
+        fitted: dict[Tensor, dict[str, Tensor]] = {}
+
+        def take(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            groups = [
+                {**{k: v for k, v in mine.items() if k != "params"}, **theirs}
+                for mine, theirs in zip(self.param_groups, loaded["param_groups"], strict=False)
+            ]
+            groups += loaded["param_groups"][len(groups) :]  # which torch will refuse
+            for group in groups:
+                options.check(group)
+            fitted.update(self._fit(loaded))
+            return {**loaded, "state": {}, "param_groups": groups}
+
+        def put(_: Optimizer) -> None:
+            self.state.update(fitted)
+            self._unfitted = {p for p in fitted if is_lazy(p)}
+            for position, group, p in self._places():
+                if p.requires_grad:
+                    self._make_state(position, group, p)
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _fit(self, loaded: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+        """Return copies of the loaded tensors for each parameter, once all are known to fit."""
+        keys = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+        fitted = {}
+        for key, (position, group, p) in zip(keys, self._places(), strict=False):
+            theirs = loaded["state"].get(key)
+            if theirs and is_lazy(p):
+                fitted[p] = {name: t.clone() for name, t in tensors_of(theirs).items()}
+            elif theirs:
+                layout = self._layout(position, group, p)
+                fitted[p] = fit_state(position, layout, theirs, p.device)
+        return fitted
+
+    def _layout(self, position: int, group: Group, p: Tensor) -> dict[str, Tensor]:
+        """Return what a parameter's state is now to look like, without memory."""
+        layout = {"step": count_of_steps()}
+        for moment in self._moments(position, group, p, as_layout=True):
+            layout.update(moment.tensors if moment else {})
+        return layout

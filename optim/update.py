@@ -1,0 +1,42 @@
+"""When parameters may be stepped, and the kernel's step of one, of any shape, as a matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import ops
+from optim.gradients import Gradient
+from optim.moments import Moment, balanced_split, matrix_shape
+
+
+def refuse_capture() -> None:
+    """Raise RuntimeError while a CUDA graph is captured."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured: it would repeat this step's rate and bias correction "
+            "in every replay; capture forward and backward, and call step() outside of the graph"
+        )
+
+
+def update(
+    p: Tensor, gradient: Gradient, rule: ops.Rule, moments: tuple[Moment | None, ...]
+) -> None:
+    """Update the parameter and its moments, (first, second), in place."""
+    any_split = gradient.rows is None and all(m.any_split for m in moments if m)
+    split = balanced_split(tuple(p.shape)) if any_split else 1
+    shape = matrix_shape(tuple(p.shape), split)
+    target = p.contiguous()
+    matrix, values = target.view(shape), gradient.values.contiguous()
+    first, second = (m and m.operand(split) for m in moments)
+    if gradient.indices is None:
+        values = values.view(-1, shape[1])
+        ops.step(matrix, values, rule, first=first, second=second, rows=gradient.rows)
+    else:
+        ops.step_elements(matrix, values, gradient.indices, rule, first=first, second=second)
+    for moment, operand in zip(moments, (first, second), strict=True):
+        if moment is not None:
+            moment.write_back(operand, split, is_dense=gradient.is_dense)
+    if target.data_ptr() != p.data_ptr():
+        p.copy_(target)
+    torch.autograd.graph.increment_version(p)  # native kernels write behind autograd's back
