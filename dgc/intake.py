@@ -11,10 +11,10 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor
 
+from dgc.elements import element_dtype, flattened, to_reals
 from dgc.exchange import Exchange
 from dgc.ownership import is_sole_owner
 from dgc.scaling import Scaling
-from kernels.operands import PARAMETER_DTYPES
 
 
 class Intake:
@@ -114,11 +114,9 @@ class Intake:
             self._exchange.add_rows(name, grad.detach(), scale)
             return
         may_keep = is_sole_owner(grad)
-        grad_N = grad.detach().resolve_neg().reshape(-1).contiguous()  # maybe a copy, and ours
+        grad_N = flattened(grad.detach())  # maybe a copy, and ours
         may_keep = may_keep or grad_N.data_ptr() != grad.data_ptr()
         del grad
-        if grad_N.dtype not in PARAMETER_DTYPES:
-            grad_N = grad_N.float()
         self._exchange.add(name, grad_N, scale, num_parts, is_last, may_keep)
 
     def _take_by_hand(self) -> None:
@@ -150,7 +148,8 @@ class Intake:
         if mine:
             scale = self._scaling.of_all([_values(self._named[name].grad) for name in mine])
             for name in mine:  # each gradient is given up in its turn
-                self._take(name, scale.to(self._named[name].device), 1)
+                parameter = self._named[name]
+                self._take(name, scale.to(parameter.device, element_dtype(parameter)), 1)
 
     def _is_update(self, name: str) -> bool:
         """Tell whether `p.grad` is still what the step before left there, made of gradients but not
@@ -161,4 +160,4 @@ class Intake:
 
 def _values(grad: Tensor) -> Tensor:
     """Return what a gradient's norm is of."""
-    return grad.coalesce().values() if grad.is_sparse else grad
+    return to_reals(grad.coalesce().values() if grad.is_sparse else grad)
