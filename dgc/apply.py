@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from dgc.elements import gradient_of, row_gradient_of
 from dgc.protocols import Update
 from dgc.sparsify import SparseGrad
 from kernels import ops
-from kernels.operands import PARAMETER_DTYPES
+from kernels.operands import STEP_DTYPES
 
-_LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 Elements = dict[Tensor, tuple[Tensor, Tensor]]
 
 
@@ -28,20 +28,16 @@ def hand_over(optimizer: Optimizer, named: Mapping[str, Tensor], update: Update)
     elements: Elements = {}
     wants_entries = _wants_entries(optimizer)
     for name, mean_N in update.dense.items():
-        _put_grad(named[name], mean_N)
+        named[name].grad = gradient_of(named[name], mean_N)
     for name, (rows_K, means_KM) in update.rows.items():
-        parameter = named[name]
-        values = means_KM.view(-1, *parameter.shape[1:]).to(parameter.dtype)
-        parameter.grad = torch.sparse_coo_tensor(
-            rows_K[None], values, parameter.shape, is_coalesced=True, check_invariants=False
-        )
+        named[name].grad = row_gradient_of(named[name], rows_K, means_KM)
     for name, mean in update.sparse.items():
         parameter = named[name]
-        if wants_entries and parameter.dtype in PARAMETER_DTYPES:
+        if wants_entries and parameter.dtype in STEP_DTYPES:
             elements[parameter] = (mean.indices, mean.values)
             parameter.grad = None  # of an earlier step, if it was not set to none
         else:
-            _put_grad(parameter, _densify(mean))
+            parameter.grad = gradient_of(parameter, _densify(mean))
     return elements
 
 
@@ -84,13 +80,7 @@ def _step_sgd(
     torch.autograd.graph.increment_version(parameter)  # kernels write behind autograd's back
 
 
-def _put_grad(parameter: Tensor, mean_N: Tensor) -> None:
-    if parameter.dtype == torch.float16:
-        mean_N = mean_N.clamp(-_LARGEST_FLOAT16, _LARGEST_FLOAT16)
-    parameter.grad = mean_N.view_as(parameter).to(parameter.dtype)
-
-
 def _densify(mean: SparseGrad) -> Tensor:
-    dense_N = torch.zeros(mean.numel, device=mean.values.device)
+    dense_N = torch.zeros(mean.numel, dtype=mean.values.dtype, device=mean.values.device)
     dense_N[mean.indices] = mean.values
     return dense_N

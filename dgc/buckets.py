@@ -13,7 +13,7 @@ import torch
 
 from dgc.codec import Codec
 from dgc.compression import Compression
-from dgc.cost import DENSE_BYTES, Cost, cheapest, dense_cost, gather_cost, sparse_all_reduce_cost
+from dgc.cost import Cost, cheapest, dense_cost, gather_cost, sparse_all_reduce_cost
 from dgc.sparsify import SparsityPlan, plan_sparsity
 
 ENTRIES_A_MESSAGE = 64  # with a header of some ten entries
@@ -26,6 +26,8 @@ class TensorSpec:
     numel: the elements whose exchange is this rank's affair: all, or in two levels its share of
     them, of which the last is padded. whole: all. compressible: it may be sent sparsely.
     row_size: elements of a row if its gradient is row-sparse, else 0.
+    dtype: of the elements as they are accumulated and exchanged, float32 or float64. A complex
+    tensor's are its real and imaginary parts in turn: two to one of its own.
     """
 
     name: str
@@ -34,6 +36,7 @@ class TensorSpec:
     compressible: bool
     whole: int = 0
     row_size: int = 0
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "whole", self.whole or self.numel)
@@ -59,6 +62,11 @@ class Bucket:
         return self.protocol in ("gather", "sparse_all_reduce")
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of all its elements."""
+        return self.specs[0].dtype
+
+    @property
     def num_entries(self) -> int:
         """Entries that a rank aims at."""
         return sum(plan.k for plan in self.plans)
@@ -74,20 +82,21 @@ def plan_buckets(
     """Group tensors into buckets of at least `bucket_bytes` of gradient, but for the last ones; of
     more where a sparse all-reduce would send many messages of few entries.
 
-    Tensors that may be sent sparsely and others fill buckets of their own; a row-sparse one has a
-    bucket to itself. Buckets are ordered by their last tensor, so that given tensors in the order
-    in which backward finishes them, none waits for a later one.
+    Tensors that may be sent sparsely and others, and those of float64, fill buckets of their own; a
+    row-sparse one has a bucket to itself. Buckets are ordered by their last tensor, so that given
+    tensors in the order in which backward finishes them, none waits for a later one.
     """
-    bucket_bytes = max(bucket_bytes, _least_bytes(compression, density, world_size))
+    least = _least_elements(compression, density, world_size)
     groups: list[list[TensorSpec]] = []
-    filling: dict[tuple[bool, torch.device], list[TensorSpec]] = {}
+    filling: dict[tuple[bool, torch.device, torch.dtype], list[TensorSpec]] = {}
     for spec in specs:
-        key = (spec.compressible and density < 1, spec.device)
+        key = (spec.compressible and density < 1, spec.device, spec.dtype)
         group = [] if spec.row_size else filling.setdefault(key, [])
         group.append(spec)
+        numel = sum(member.numel for member in group)
         if spec.row_size:
             groups.append(group)
-        elif sum(member.numel for member in group) * DENSE_BYTES >= bucket_bytes:
+        elif numel * spec.dtype.itemsize >= bucket_bytes and numel >= least:
             groups.append(filling.pop(key))
     position = {spec.name: place for place, spec in enumerate(specs)}
     groups += sorted(filling.values(), key=lambda group: position[group[-1].name])
@@ -97,12 +106,12 @@ def plan_buckets(
     ]
 
 
-def _least_bytes(compression: Compression, density: float, world_size: int) -> int:
-    """Return from how many bytes of gradient a sparse all-reduce's headers are few beside them."""
+def _least_elements(compression: Compression, density: float, world_size: int) -> int:
+    """Return from how many elements of a bucket a sparse all-reduce's headers are few beside it."""
     many = compression.protocol == "auto" and world_size > 1 + compression.merged_factor
     if density >= 1 or not (many or compression.protocol == "sparse_all_reduce"):
         return 0
-    return math.ceil(DENSE_BYTES * ENTRIES_A_MESSAGE * world_size / density)
+    return math.ceil(ENTRIES_A_MESSAGE * world_size / density)
 
 
 def _plan_bucket(
@@ -112,14 +121,14 @@ def _plan_bucket(
     density: float,
     world_size: int,
 ) -> Bucket:
-    names = tuple(spec.name for spec in specs)
+    names, dtype = tuple(spec.name for spec in specs), specs[0].dtype
     if specs[0].row_size:
         (spec,) = specs
-        codec = Codec(names, (spec.whole // spec.row_size,), dim=spec.row_size,
+        codec = Codec(names, (spec.whole // spec.row_size,), dim=spec.row_size, dtype=dtype,
                       value_dtype="float32", index_coding=compression.index_coding)  # fmt: skip
         return Bucket(f"{name}.rows", specs, "rows", codec)
     numel = sum(spec.numel for spec in specs)
-    costs = {"dense": dense_cost(numel, world_size, compression.network)}
+    costs = {"dense": dense_cost(numel, world_size, compression.network, dtype.itemsize)}
     if density >= 1 or not specs[0].compressible:
         return Bucket(f"{name}.dense", specs, "dense", costs=costs)
     plans = tuple(
@@ -131,7 +140,7 @@ def _plan_bucket(
     )  # fmt: skip
     codec = Codec(
         names, tuple(spec.numel for spec in specs), value_dtype=compression.value_dtype,
-        index_coding=compression.index_coding,
+        index_coding=compression.index_coding, dtype=dtype,
     )  # fmt: skip
     num_entries = sum(plan.k for plan in plans)
     costs["gather"] = gather_cost(codec.message_bytes(num_entries), world_size, compression.network)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from dgc.comm import Comm
+from dgc.elements import check_dtype
 
 
 def at_least_one(micro_batches_per_step: int) -> int:
@@ -32,6 +33,7 @@ def match_parameters(
         if name in named:
             raise ValueError(f"two parameters are named {name}; names must be unique")
         if id(parameter) in mine and parameter.requires_grad and parameter.numel():
+            check_dtype(name, parameter)
             named[name] = parameter
             del mine[id(parameter)]
     unnamed = [tuple(p.shape) for p in mine.values() if p.requires_grad and p.numel()]

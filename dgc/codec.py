@@ -18,9 +18,9 @@ Message, version 3: little-endian words of 32 bits, each part starting at a word
                 bits of which bit (position_i >> l) + i is set for each i from 0, in whole words;
                 then the low part, K fields of l bits. Bit b of a part is bit b % 32 of its word
                 b / 32. About 2 + l bits an entry.
-    values      M = K * dim of 32, 16, 8 or 4 bits, the first lowest in its word. float32, float16:
-                IEEE. mxfp8, mxfp4: OCP Microscaling, E4M3 and E2M1, sign highest; groups of 32
-                consecutive values share a scale.
+    values      M = K * dim of 32, 16, 8, 4 or 64 bits, the first lowest in its word. float32,
+                float16, float64 (the lower half first): IEEE. mxfp8, mxfp4: OCP Microscaling, E4M3
+                and E2M1, sign highest; groups of 32 consecutive values share a scale.
     scales      mxfp8, mxfp4: ceil(M / 32) bytes E8M0: a group's values are codes * 2^(byte - 127),
                 byte = floor(log2(largest magnitude)) - e_max + 127, at least 0; e_max is 8 or 2.
                 Codes are rounded to the nearest, ties to even, and are at most 448 or 6.
@@ -59,6 +59,7 @@ from kernels.message import (
     INDEX_CODINGS,
     VALUE_BITS,
     VALUE_DTYPES,
+    WIRE_DTYPES,
     MessageError,
     sections,
 )
@@ -72,7 +73,7 @@ SHARE_BLOCK = 256  # consecutive positions that one owner has
 
 
 class Entries(NamedTuple):
-    """What a message holds: positions (K,) int64, values (K * dim,) float32.
+    """What a message holds: positions (K,) int64, values (K * dim,) in the codec's dtype.
 
     bad: the numbers of the tensors whose gradient is not finite.
     """
@@ -117,7 +118,10 @@ class Codec:
     """The coding of one bucket, or of one owner's share of it.
 
     names, numels: its tensors, in order; of a row-sparse one, the number of rows.
-    dim: values of an entry. owner, num_owners: which share, of how many; 0 of 1 is all.
+    dim: values of an entry. value_dtype: as which they travel, one of VALUE_DTYPES. dtype: what
+    they are before and after, float32 or float64; then "float32" means exactly, in 8 bytes, and the
+    others are rounded to by way of float32. owner, num_owners: which share, of how many; 0 of 1 is
+    all.
     """
 
     names: tuple[str, ...]
@@ -127,6 +131,7 @@ class Codec:
     index_coding: str = "int32"
     owner: int = 0
     num_owners: int = 1
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -157,15 +162,21 @@ class Codec:
         return (0, *itertools.accumulate(self.numels[:-1]))
 
     @functools.cached_property
+    def wire_dtype(self) -> str:
+        """As what values are written: one of kernels.message.WIRE_DTYPES."""
+        is_exact = self.value_dtype == "float32"
+        return WIRE_DTYPES[-1] if is_exact and self.dtype == torch.float64 else self.value_dtype
+
+    @functools.cached_property
     def layout(self) -> int:
         """The 32 bits by which messages of this codec are known; see the module's text."""
         share = (self.owner, self.num_owners)
-        what = (self.names, self.numels, self.dim, self.value_dtype, self.index_coding, share)
+        what = (self.names, self.numels, self.dim, self.wire_dtype, self.index_coding, share)
         return zlib.crc32(repr(what).encode())
 
     @functools.cached_property
     def exact(self) -> Codec:
-        """Return the codec of the same entries with values in float32."""
+        """Return the codec of the same entries with values as they are."""
         return dataclasses.replace(self, value_dtype="float32")
 
     def share(self, owner: int, num_owners: int) -> Codec:
@@ -174,7 +185,7 @@ class Codec:
 
     def message_bytes(self, num_entries: int) -> int:
         """Return the exact length of a message of this many entries."""
-        shape = self.universe, self.dim, self.index_coding, self.value_dtype, len(self.names)
+        shape = self.universe, self.dim, self.index_coding, self.wire_dtype, len(self.names)
         return 4 * sections(num_entries, *shape).end
 
     # ---- entries of tensors ----------------------------------------------------------------------
@@ -208,13 +219,13 @@ class Codec:
         What rounding or cutting takes off is the caller's to keep in the residual. Values that are
         so rounded are not changed by another rounding. For float32: the same tensor.
         """
-        return packing.round_values(values_M, self.value_dtype)
+        return packing.round_values(values_M, self.wire_dtype)
 
     def encode(self, positions_K: Tensor, values_M: Tensor, bad: Sequence[int] = ()) -> Tensor:
         """Write one message (bytes,) uint8; see kernels.packing.pack.
 
         Args: positions_K: (K,) int64, ascending.
-            values_M: (K * dim,) float32, finite; rounded here.
+            values_M: (K * dim,) in the codec's dtype, finite; rounded here.
             bad: the numbers of the tensors whose gradient is not finite; they have no entries.
         """
         flags = [False] * len(self.names)
@@ -222,7 +233,7 @@ class Codec:
             flags[tensor] = True
         return packing.pack(
             positions_K, values_M, universe=self.universe, dim=self.dim, layout=self.layout,
-            index_coding=self.index_coding, value_dtype=self.value_dtype, flags=flags,
+            index_coding=self.index_coding, value_dtype=self.wire_dtype, flags=flags,
         )  # fmt: skip
 
     def decode_one(self, message: Tensor) -> Entries:
@@ -230,13 +241,14 @@ class Codec:
         try:
             positions_K, values_M, flags = packing.unpack(
                 message, universe=self.universe, dim=self.dim, layout=self.layout,
-                index_coding=self.index_coding, value_dtype=self.value_dtype,
+                index_coding=self.index_coding, value_dtype=self.wire_dtype,
                 num_flags=len(self.names),
             )  # fmt: skip
         except MessageError as error:
             raise MessageError(f"{error} (bucket of {self.names[0]}..., {self.value_dtype}, "
                                f"{self.index_coding})") from error  # fmt: skip
-        return Entries(positions_K, values_M, tuple(t for t, bad in enumerate(flags) if bad))
+        bad = tuple(t for t, is_bad in enumerate(flags) if is_bad)
+        return Entries(positions_K, values_M.to(self.dtype), bad)
 
     def decode_any(self, message: Tensor) -> Entries:
         """Read a message of this codec, or of `exact`."""
@@ -277,9 +289,9 @@ def _share(codec: Codec, owner: int, num_owners: int) -> Codec:
     if codec.num_owners != 1:
         raise ValueError("a share cannot be shared again")
     values = (codec.names, codec.numels, codec.dim, codec.value_dtype, codec.index_coding)
-    return Codec(*values, owner, num_owners)
+    return Codec(*values, owner, num_owners, codec.dtype)
 
 
 @functools.lru_cache(maxsize=1024)
 def _on_device(offsets: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(offsets, device=device)
+    return torch.tensor(offsets, dtype=torch.int64, device=device)

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from kernels import buffers
 from kernels.buffers import tensors
-from kernels.operands import VELOCITY_KEY, Blocks, Buffer, Correction, Found, Selection
+from kernels.operands import (
+    VELOCITY_KEY,
+    Blocks,
+    Buffer,
+    Correction,
+    Found,
+    Selection,
+    state_dtype,
+)
 
 _KINDS = ("velocity", "residual")
 
@@ -29,7 +37,7 @@ _KINDS = ("velocity", "residual")
 class Taken:
     """Entries that are out of a residual, and of the velocity if that is masked.
 
-    indices_K (K,) int64, ascending and unique; values_K, velocities_K (K,) float32.
+    indices_K (K,) int64, ascending and unique; values_K, velocities_K (K,) float32 or float64.
     """
 
     indices_K: Tensor
@@ -37,9 +45,9 @@ class Taken:
     velocities_K: Tensor | None
 
     @classmethod
-    def nothing(cls, device: torch.device) -> Taken:
-        values_K = torch.zeros(0, device=device)
-        return cls(values_K.long(), values_K, None)
+    def nothing(cls, dtype: torch.dtype, device: torch.device) -> Taken:
+        indices_K = torch.zeros(0, dtype=torch.int64, device=device)
+        return cls(indices_K, indices_K.to(dtype), None)
 
     def where(self, mask_K: Tensor) -> Taken:
         """Return some of the entries."""
@@ -56,7 +64,8 @@ class Compensation:
     A tensor that is always sent whole keeps no residual between steps.
 
     Args: residual_dtype, velocity_dtype: float32, bfloat16, or int8 for 8-bit blocks (see
-            kernels.buffers); rounding is stochastic, so what it loses is 0 in the mean.
+            kernels.buffers); rounding is stochastic, so what it loses is 0 in the mean. Of a tensor
+            whose gradients are float64, "float32" is float64: nothing is lost unless asked for.
         seed: of the rounding; other ranks should have other seeds.
     """
 
@@ -91,13 +100,13 @@ class Compensation:
     ) -> Found:
         """Add a gradient, times scale (1,), to velocity and residual; take large entries out.
 
-        Args: may_keep: nobody else needs the gradient's memory, so that a float32 residual may take
-                its place.
+        Args: may_keep: nobody else needs the gradient's memory, so that a residual of its dtype may
+                take its place.
             selection: of the residual, in the same pass, and with a step's last gradient only;
                 whether velocities are masked is this compensation's `mask_velocity`.
         """
         is_first = ("residual", name) not in self._before
-        room = grad_N if may_keep and grad_N.dtype == torch.float32 else None
+        room = grad_N if may_keep and grad_N.dtype == state_dtype(grad_N.dtype) else None
         old_residual, residual = self._renew("residual", name, grad_N, is_sent_whole, room)
         old_velocity, velocity = None, None
         if self.momentum:
@@ -145,7 +154,7 @@ class Compensation:
         buffers.add(self.residual[name], indices_K, values_K, self._key(name))
 
     def drain(self, name: str) -> Tensor:
-        """Return all there is to send, (N,) float32, leaving no residual. The velocity stays.
+        """Return all there is to send, (N,), leaving no residual. The velocity stays.
 
         Averaged over ranks, this is momentum SGD to the letter, with or without masking.
         """
@@ -180,18 +189,23 @@ class Compensation:
     ) -> tuple[Buffer | None, Buffer]:
         """Return a tensor's buffer to read, and the one to write: at first another.
 
-        room: memory (N,) float32 for it, if it is float32.
+        room: memory (N,) for it, if it is float32, or of a float64 tensor float64.
         """
         kept = getattr(self, kind)
         old = kept.get(name)
         if (kind, name) in self._before:
             return old, old
         self._before[kind, name] = old
-        dtype = "float32" if is_sent_whole else self.dtypes[kind]
-        if room is None or dtype != "float32":
+        exact = _exact(grad_N.dtype)
+        dtype = exact if is_sent_whole else self._stored(kind, exact)
+        if room is None or dtype != exact:
             room = buffers.empty(grad_N.numel(), dtype, grad_N.device)
         kept[name] = room
         return old, room
+
+    def _stored(self, kind: str, exact: str) -> str:
+        """Return as what a kind is stored, for tensors that are stored exactly as `exact`."""
+        return exact if self.dtypes[kind] == "float32" else self.dtypes[kind]
 
     def _correction(self, is_first: bool) -> Correction:
         m = self.momentum
@@ -238,15 +252,19 @@ class Compensation:
             kind: {name: _to_state(buffer) for name, buffer in getattr(self, kind).items()}
             for kind in _KINDS
         }
-        return {**kinds, "num_steps": torch.tensor(self.num_steps)}
+        num_steps = torch.tensor(self.num_steps, dtype=torch.int64, device="cpu")
+        return {**kinds, "num_steps": num_steps}
 
     def load_state_dict(
         self,
         state: dict[str, Any],
         devices: Mapping[str, torch.device],
         numels: Mapping[str, int],
+        dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         """Take copies of what was saved, each on the device of its tensor.
+
+        dtypes: of the gradients; None: none is float64.
 
         Raises: ValueError, before anything changes, for a tensor that is not here, or is of another
             size or stored otherwise here.
@@ -264,15 +282,21 @@ class Compensation:
                         f"the {kind} of {name} was saved with {buffers.numel(buffer)} elements; "
                         f"allowed: {numels[name]}"
                     )
-                if buffers.dtype_of(buffer) != self.dtypes[kind]:
+                stored = self._stored(kind, _exact((dtypes or {}).get(name, torch.float32)))
+                if buffers.dtype_of(buffer) != stored:
                     raise ValueError(
                         f"the {kind} of {name} was saved as {buffers.dtype_of(buffer)}; allowed: "
-                        f"{self.dtypes[kind]}, as {kind}_dtype is here"
+                        f"{stored}, by {kind}_dtype and the parameter's dtype here"
                     )
                 loaded[kind][name] = buffer
         self.velocity, self.residual = loaded["velocity"], loaded["residual"]
         self.num_steps = int(state.get("num_steps", 0))
         self._end_step()
+
+
+def _exact(dtype: torch.dtype) -> str:
+    """Return as what gradients of this dtype are stored without loss, of kernels.buffers."""
+    return str(state_dtype(dtype)).removeprefix("torch.")
 
 
 _64_BITS = 2**64 - 1

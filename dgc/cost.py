@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 PROTOCOLS = ("dense", "gather", "sparse_all_reduce")
-DENSE_BYTES = 4  # an all-reduce is float32, whatever the parameters are
+DENSE_BYTES = 4  # an all-reduce is float32, whatever the parameters are, but for float64
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,12 @@ class Cost:
     seconds: float
 
 
-def dense_cost(numel: int, world_size: int, network: Network) -> Cost:
-    """Return the cost of a ring all-reduce of `numel` float32."""
+def dense_cost(
+    numel: int, world_size: int, network: Network, element_bytes: int = DENSE_BYTES
+) -> Cost:
+    """Return the cost of a ring all-reduce of `numel` float32, or elements of so many bytes."""
     rounds = 2 * (world_size - 1)
-    num_bytes = rounds / world_size * DENSE_BYTES * numel
+    num_bytes = rounds / world_size * element_bytes * numel
     return Cost(num_bytes, rounds, network.seconds(rounds, num_bytes))
 
 

@@ -101,6 +101,7 @@ class Exchange:
     ) -> None:
         """Take one of the `num_parts` gradients of a tensor in this step, times scale (1,).
 
+        grad_N: float32, bfloat16 or float16; of a float64 tensor float64, as the scale is then.
         is_last: no other follows in this step; entries are then selected in the same pass.
         may_keep: the gradient's memory is ours from now on.
         """
@@ -127,9 +128,18 @@ class Exchange:
         if name not in self._seen and spec.row_size:
             self._begin(name)
         elif name not in self._seen:
-            self.add(name, torch.zeros(spec.whole, device=spec.device))
+            self.add(name, torch.zeros(spec.whole, dtype=spec.dtype, device=spec.device))
         self._closed.add(name)
         self._start_ready_buckets()
+
+    def returns_gradients(self, name: str) -> bool:
+        """Tell whether what arrives for a tensor is the mean of the ranks' gradients in this step,
+        neither accumulated nor divided or scaled."""
+        bucket, spec = self._bucket_of[name], self._specs[name]
+        is_scaled = spec.compressible and self.compression.update_scale != 1
+        is_divided = name in self.statistics.preconditioners
+        is_accumulated = bucket.is_sparse or self.compensation.momentum != 0
+        return bucket.protocol == "rows" or not (is_accumulated or is_divided or is_scaled)
 
     def open_names(self) -> list[str]:
         """Names of the tensors that are not closed in this step."""
@@ -225,7 +235,9 @@ class Exchange:
 
     def finish(self) -> Update | None:
         """Wait for all buckets and return what to apply; None if the step was undone."""
-        sharing = self._start_sharing()
+        # An island's means replace its ranks' statistics whenever they arrive: till then what would
+        # be shared is not the same on all ranks.
+        sharing = self._start_sharing() if self.island is None else None
         while waiting := [t for t in self._under_way if t.handle is not None]:
             if not self._go_on():
                 with self.stats.timed("wait"):
@@ -233,6 +245,8 @@ class Exchange:
         update = Update()
         for travelling in self._under_way:
             update.take_in(travelling.update)
+        if self.island is not None:
+            sharing = self._start_sharing()
         if sharing is not None:
             self._finish_sharing(*sharing, is_bad=bool(update.bad))
         if self._first_start is not None:
@@ -256,27 +270,30 @@ class Exchange:
         self._num_started = 0
         self._first_start: float | None = None
 
-    def _start_sharing(self) -> tuple[list[str], Handle] | None:
+    def _start_sharing(self) -> tuple[list[str], list[Handle]] | None:
         """Start to average those statistics whose turn it is; return their names."""
         names = self.statistics.due(self.compensation.num_steps)
         if not names:
             return None
-        flat = self.statistics.pack(names)
-        self.stats.statistics_bytes += flat.nbytes
-        return names, self.comm.all_reduce_async(flat, f"{self._scope}.statistics")
+        handles = []
+        for flat in self.statistics.pack(names):
+            self.stats.statistics_bytes += flat.nbytes
+            name = f"{self._scope}.statistics.{len(handles)}"
+            handles.append(self.comm.all_reduce_async(flat, name))
+        return names, handles
 
-    def _finish_sharing(self, names: list[str], handle: Handle, is_bad: bool) -> None:
+    def _finish_sharing(self, names: list[str], handles: list[Handle], is_bad: bool) -> None:
         with self.stats.timed("wait"):
-            mean = handle.wait().div_(self.comm.world_size)
+            means = [handle.wait().div_(self.comm.world_size) for handle in handles]
         if not is_bad:
-            self.statistics.unpack(names, mean)
+            self.statistics.unpack(names, means)
 
     # ---- state -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's residuals, velocities, statistics and thresholds; not the replica's."""
         return {
-            "share": torch.tensor([self.place, self.num_shares]),
+            "share": torch.tensor([self.place, self.num_shares], dtype=torch.int64, device="cpu"),
             "compensation": self.compensation.state_dict(),
             "statistics": self.statistics.state_dict(),
             "thresholds": self.outlet.state_dict(),
@@ -291,7 +308,7 @@ class Exchange:
         state of another share, or of other tensors."""
         if self.is_under_way:
             raise RuntimeError("a state can be loaded only between steps; finish this one first")
-        share = tuple(state.get("share", torch.tensor([0, 1])).tolist())
+        share = tuple(state["share"].tolist() if "share" in state else (0, 1))
         mine = (self.place, self.num_shares)
         if share != mine:
             raise ValueError(
@@ -301,8 +318,10 @@ class Exchange:
         thresholds, statistics = state.get("thresholds", {}), state.get("statistics", {})
         self.outlet.check(thresholds, self._specs.keys())
         self.statistics.check(statistics)
-        devices = {name: spec.device for name, spec in self._specs.items()}
-        numels = {name: spec.numel for name, spec in self._specs.items()}
-        self.compensation.load_state_dict(state["compensation"], devices, numels)
+        described = (
+            {name: getattr(spec, what) for name, spec in self._specs.items()}
+            for what in ("device", "numel", "dtype")
+        )
+        self.compensation.load_state_dict(state["compensation"], *described)
         self.statistics.load_state_dict(statistics)
         self.outlet.load_state_dict(thresholds)

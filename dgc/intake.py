@@ -1,4 +1,4 @@
-"""Gradients on their way from autograd to the exchange.
+"""Gradients on their way to the exchange: from autograd, or from `p.grad` where a person put them.
 
 Owns: the hooks on the parameters, micro-batches, when gradients are clipped and unscaled, and that
 their memory is given up.
@@ -6,18 +6,24 @@ their memory is given up.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping
 
 from torch import Tensor
 
+from dgc.elements import element_dtype, flattened, to_reals
 from dgc.exchange import Exchange
 from dgc.ownership import is_sole_owner
 from dgc.scaling import Scaling
-from kernels.operands import PARAMETER_DTYPES
 
 
 class Intake:
-    """Takes one rank's gradients as backward finishes them; with a global norm, when it is shut."""
+    """Takes one rank's gradients as backward finishes them; with a global norm, when it is shut.
+
+    Whatever is in `p.grad` when it is shut is this rank's gradient, as torch's optimizers have it,
+    whoever put it there. Autograd runs the hooks of several devices in several threads: one lock
+    lets them in one by one, and buckets leave in the same order all the same.
+    """
 
     def __init__(
         self,
@@ -30,6 +36,7 @@ class Intake:
         self._named, self._row_sparse = named, row_sparse
         self._exchange, self._scaling, self._num_parts = exchange, scaling, num_parts
         self._is_open = True
+        self._lock = threading.RLock()
         self.count_anew()
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._make_hook(name))
@@ -43,46 +50,61 @@ class Intake:
         self._hooks.clear()
 
     def open(self) -> None:
-        """Take the gradients of another step."""
-        self._is_open = True
+        """Take the gradients of another step; what this one left in `p.grad` is known again."""
+        with self._lock:
+            self._is_open = True
+            for name, parameter in self._named.items():
+                if parameter.grad is not None and not self._exchange.returns_gradients(name):
+                    parameter.grad._updates_at = parameter.grad._version
 
     def shut(self) -> None:
         """Hand over what is still here; a tensor without a gradient counts as zero."""
-        if self._scaling.clips_globally:
-            self._take_all()
-        for name in self._exchange.open_names():
-            self._exchange.close(name)
-        self.count_anew()
-        self._is_open = False
+        with self._lock:
+            if self._scaling.clips_globally:
+                self._take_all()
+            else:
+                self._take_by_hand()
+            for name in self._exchange.open_names():
+                self._exchange.close(name)
+            self.count_anew()
+            self._is_open = False
 
     def count_anew(self) -> None:
-        self._num_backward = dict.fromkeys(self._named, 0)
+        with self._lock:
+            self._num_backward = dict.fromkeys(self._named, 0)
 
     def _make_hook(self, name: str) -> Callable[[Tensor], None]:
         def on_gradient(parameter: Tensor) -> None:
-            if parameter.grad.is_sparse != (name in self._row_sparse):
-                kind, remedy = ("sparse", "name it") if parameter.grad.is_sparse else (
-                    "dense", "do not name it")  # fmt: skip
-                raise TypeError(
-                    f"{name} has a {kind} gradient; {remedy} in row_sparse of the "
-                    f"DistributedOptimizer (row_sparse_names(model) finds them)"
-                )
-            self._num_backward[name] += 1
-            count, parts = self._num_backward[name], self._num_parts
-            if count > parts or not self._is_open:
-                raise RuntimeError(
-                    f"{name} got a gradient {count} times without a step(); "
-                    f"micro_batches_per_step is {parts}"
-                )
-            if parameter.grad.is_sparse:  # once, for its norm and for the exchange
-                parameter.grad = parameter.grad.coalesce()
-            if not self._scaling.clips_globally:
-                scale = self._scaling.of_tensor(_values(parameter.grad))
-                self._take(name, scale, parts, count == parts)
-                if count == parts:
-                    self._exchange.close(name)
+            with self._lock:
+                self._on_gradient(name, parameter)
 
         return on_gradient
+
+    def _on_gradient(self, name: str, parameter: Tensor) -> None:
+        self._check_layout(name)
+        self._num_backward[name] += 1
+        count, parts = self._num_backward[name], self._num_parts
+        if count > parts or not self._is_open:
+            raise RuntimeError(
+                f"{name} got a gradient {count} times without a step(); "
+                f"micro_batches_per_step is {parts}"
+            )
+        if parameter.grad.is_sparse:  # once, for its norm and for the exchange
+            parameter.grad = parameter.grad.coalesce()
+        if not self._scaling.clips_globally:
+            scale = self._scaling.of_tensor(_values(parameter.grad), parts)
+            self._take(name, scale, parts, count == parts)
+            if count == parts:
+                self._exchange.close(name)
+
+    def _check_layout(self, name: str) -> None:
+        is_sparse = self._named[name].grad.is_sparse
+        if is_sparse != (name in self._row_sparse):
+            kind, remedy = ("sparse", "name it") if is_sparse else ("dense", "do not name it")
+            raise TypeError(
+                f"{name} has a {kind} gradient; {remedy} in row_sparse of the "
+                f"DistributedOptimizer (row_sparse_names(model) finds them)"
+            )
 
     def _take(self, name: str, scale: Tensor | None, num_parts: int, is_last: bool = True) -> None:
         """Hand this rank's gradient to the exchange and give its memory up."""
@@ -92,21 +114,50 @@ class Intake:
             self._exchange.add_rows(name, grad.detach(), scale)
             return
         may_keep = is_sole_owner(grad)
-        grad_N = grad.detach().reshape(-1)
+        grad_N = flattened(grad.detach())  # maybe a copy, and ours
+        may_keep = may_keep or grad_N.data_ptr() != grad.data_ptr()
         del grad
-        if grad_N.dtype not in PARAMETER_DTYPES:
-            grad_N = grad_N.float()
         self._exchange.add(name, grad_N, scale, num_parts, is_last, may_keep)
+
+    def _take_by_hand(self) -> None:
+        """Take what is in `p.grad` though no backward of this step put it there: all of the step's.
+
+        Raises: RuntimeError for what was put there after backward, whose gradient has left.
+        """
+        for name, parameter in self._named.items():
+            if parameter.grad is None or self._is_update(name):
+                continue
+            self._check_layout(name)
+            if self._num_backward[name] == 0:
+                self._take(name, self._scaling.of_tensor(_values(parameter.grad), 1), 1)
+            elif _values(parameter.grad).any():
+                raise RuntimeError(
+                    f"p.grad of {name} was set after backward(), which had given this step's "
+                    f"gradient to the exchange already; set it without a backward() before (from "
+                    f"torch.autograd.grad), or let gradients stay in p.grad until step() by "
+                    f"Compression(clip_norm=..., clip_scope='global'), clip_norm=math.inf for no "
+                    f"clipping"
+                )
 
     def _take_all(self) -> None:
         """Hand over all gradients, clipped by their joint norm."""
-        with_grad = {name: p.grad for name, p in self._named.items() if p.grad is not None}
-        if with_grad:
-            scale = self._scaling.of_all([_values(grad) for grad in with_grad.values()])
-            for name in list(with_grad):  # each gradient is given up in its turn
-                self._take(name, scale.to(with_grad.pop(name).device), 1)
+        mine = [name for name, p in self._named.items() if p.grad is not None]
+        mine = [name for name in mine if not self._is_update(name)]
+        for name in mine:
+            self._check_layout(name)
+        if mine:
+            scale = self._scaling.of_all([_values(self._named[name].grad) for name in mine])
+            for name in mine:  # each gradient is given up in its turn
+                parameter = self._named[name]
+                self._take(name, scale.to(parameter.device, element_dtype(parameter)), 1)
+
+    def _is_update(self, name: str) -> bool:
+        """Tell whether `p.grad` is still what the step before left there, made of gradients but not
+        their mean: to send it would be to count again what has been applied."""
+        grad = self._named[name].grad
+        return getattr(grad, "_updates_at", None) == grad._version
 
 
 def _values(grad: Tensor) -> Tensor:
     """Return what a gradient's norm is of."""
-    return grad.values() if grad.is_sparse else grad
+    return to_reals(grad.coalesce().values() if grad.is_sparse else grad)

@@ -35,7 +35,8 @@ def sum_within(exchange: Exchange, bucket: Bucket) -> Generator[Handle, Any, Non
     island = exchange.island
     with exchange.stats.timed("pack"):
         sizes = [spec.numel for spec in bucket.specs]
-        rows = torch.zeros(island.world_size, sum(sizes), device=bucket.specs[0].device)
+        shape, device = (island.world_size, sum(sizes)), bucket.specs[0].device
+        rows = torch.zeros(shape, dtype=bucket.dtype, device=device)
         for spec, part in zip(bucket.specs, rows.split(sizes, dim=1), strict=True):
             held_N = exchange.release(spec.name)
             whole_rows, rest = divmod(held_N.numel(), spec.numel)
@@ -46,13 +47,15 @@ def sum_within(exchange: Exchange, bucket: Bucket) -> Generator[Handle, Any, Non
     mine = yield island.reduce_scatter_async(rows, exchange.name_of(bucket, "sum"))
     names = exchange.statistics.shareable(spec.name for spec in bucket.specs)
     if names and exchange.compression.preconditioning == "late":
-        flat = exchange.statistics.pack(names)
-        exchange.stats.island_bytes += flat.nbytes
-        mean = yield island.all_reduce_async(flat, exchange.name_of(bucket, "statistics"))
-        mean.div_(island.world_size)
-        exchange.statistics.unpack(names, mean)
-        if not is_finite(mean):  # of one rank's gradient, which was not
-            exchange.magnitudes.spoil(names, mean.device)
+        means = []
+        for flat in exchange.statistics.pack(names):
+            exchange.stats.island_bytes += flat.nbytes
+            stage = f"statistics.{len(means)}"
+            mean = yield island.all_reduce_async(flat, exchange.name_of(bucket, stage))
+            means.append(mean.div_(island.world_size))
+        exchange.statistics.unpack(names, means)
+        if not all(map(is_finite, means)):  # of one rank's gradient, which was not
+            exchange.magnitudes.spoil(names, means[0].device)
     with exchange.stats.timed("compensate"):
         for spec, share_N in zip(bucket.specs, mine.split(sizes), strict=True):
             exchange.accumulate(spec.name, share_N.clone(), may_keep=True)

@@ -120,7 +120,7 @@ class DistributedOptimizer(Optimizer):
         self._elements: apply.Elements = {}
         self._scaling = Scaling(
             self.compression, grad_scaler, world_size=comm.world_size,
-            num_tensors=len(self._named), micro_batches=micro_batches_per_step,
+            num_tensors=len(self._named),
         )  # fmt: skip
         self._rows = [self._named[name] for name in self._row_sparse]
         momentum, nesterov = take_over_momentum(optimizer, self.compression, self._rows)

@@ -26,7 +26,8 @@ from kernels.operands import Found, Report
 class Outgoing:
     """Entries of a bucket that are out of the residual.
 
-    positions_K int64 ascending; divided_K float32: what is to be sent, before rounding; roots_K:
+    positions_K int64 ascending; divided_K: what is to be sent, before rounding, in the bucket's
+    dtype; roots_K:
     what the residual's values were divided by, None for 1; taken: the entries by tensor; bad: the
     places in the bucket of tensors that cannot be used.
     """
@@ -117,7 +118,7 @@ class Outlet:
         roots: list[Tensor] = []
         for place, spec in enumerate(bucket.specs):
             if place in bad:
-                chosen, root_K = Taken.nothing(spec.device), None
+                chosen, root_K = Taken.nothing(spec.dtype, spec.device), None
             else:
                 chosen = self._select(spec, founds[place], reports[place])
                 root_K = self.late_root(spec, chosen.indices_K)
@@ -127,7 +128,7 @@ class Outlet:
             taken.append((spec.name, chosen))
             roots.append(torch.ones_like(chosen.values_K) if root_K is None else root_K)
         positions_K, values_K = bucket.codec.join(
-            [(part.indices_K, part.values_K) for _, part in taken]
+            [(part.indices_K, part.values_K.to(bucket.dtype)) for _, part in taken]
         )
         roots_K = torch.cat(roots) if self.compression.preconditioning == "late" else None
         divided_K = values_K if roots_K is None else divide(values_K, roots_K)

@@ -28,7 +28,8 @@ class Preconditioner(Protocol):
         """Take in one of a step's `num_parts` gradients, times scale (1,)."""
 
     def root(self, indices_K: Tensor | None = None) -> Tensor:
-        """Return what to divide by, at indices or everywhere: float32, 0 or more."""
+        """Return what to divide by, at indices or everywhere: 0 or more; float64 for a float64
+        tensor, else float32."""
 
 
 class Statistics:
@@ -72,21 +73,28 @@ class Statistics:
         known = self.preconditioners
         return [name for name in names if name in known and known[name].shared_names]
 
-    def pack(self, names: Sequence[str]) -> Tensor:
-        """Return these statistics as one vector, to be averaged."""
-        tensors = self._shared_tensors(names)
-        return torch.cat([tensor.reshape(-1).to(tensors[0].device) for tensor in tensors])
+    def pack(self, names: Sequence[str]) -> list[Tensor]:
+        """Return these statistics as vectors, one for each dtype, to be averaged."""
+        return [
+            torch.cat([tensor.reshape(-1).to(tensors[0].device) for tensor in tensors])
+            for tensors in self._shared_tensors(names)
+        ]
 
-    def unpack(self, names: Sequence[str], mean: Tensor) -> None:
+    def unpack(self, names: Sequence[str], means: Sequence[Tensor]) -> None:
         """Replace these statistics by their means over workers."""
-        tensors = self._shared_tensors(names)
-        parts = mean.split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
+        for mean, tensors in zip(means, self._shared_tensors(names), strict=True):
+            parts = mean.split([tensor.numel() for tensor in tensors])
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
 
-    def _shared_tensors(self, names: Sequence[str]) -> list[Tensor]:
-        chosen = [self.preconditioners[name] for name in names]
-        return [p.tensors[part] for p in chosen for part in p.shared_names]
+    def _shared_tensors(self, names: Sequence[str]) -> list[list[Tensor]]:
+        """Return the tensors of each dtype, in the order in which they first come."""
+        found: dict[torch.dtype, list[Tensor]] = {}
+        for preconditioner in map(self.preconditioners.get, names):
+            for part in preconditioner.shared_names:
+                tensor = preconditioner.tensors[part]
+                found.setdefault(tensor.dtype, []).append(tensor)
+        return list(found.values())
 
     def commit(self) -> None:
         """Make the step's changes final."""

@@ -22,7 +22,6 @@ from torch import Tensor
 from dgc.buckets import Bucket, TensorSpec
 from dgc.codec import Codec, Entries, from_share, to_share
 from dgc.comm import Handle
-from dgc.cost import DENSE_BYTES
 from dgc.islands import pass_on, sum_within
 from dgc.outgoing import Outgoing, where_delivered
 from dgc.precondition import divide
@@ -62,7 +61,7 @@ def run(exchange: Exchange, bucket: Bucket) -> Way:
     if exchange.island is not None:
         yield from sum_within(exchange, bucket)
     founds, reports = exchange.read(bucket)
-    bad = overflown(reports)
+    bad = overflown(reports, bucket.dtype)
     if bucket.protocol == "dense":
         return (yield from all_reduce(exchange, bucket, bad))
     with exchange.stats.timed("select"):
@@ -79,17 +78,17 @@ def run(exchange: Exchange, bucket: Bucket) -> Way:
 
 
 def all_reduce(exchange: Exchange, bucket: Bucket, bad: set[int]) -> Way:
-    """Send all that there is, in float32: a ring all-reduce."""
+    """Send all that there is, in the bucket's dtype: a ring all-reduce."""
     with exchange.stats.timed("pack"):
         parts = []
         for place, spec in enumerate(bucket.specs):
-            values_N = exchange.compensation.drain(spec.name)
+            values_N = exchange.compensation.drain(spec.name).to(spec.dtype)
             root_N = exchange.outlet.late_root(spec)
             if place in bad:
                 values_N = torch.full_like(values_N, math.nan)
             parts.append(values_N if root_N is None else divide(values_N, root_N))
         flat = torch.cat(parts)
-        exchange.stats.dense_bytes += flat.numel() * DENSE_BYTES
+        exchange.stats.dense_bytes += flat.nbytes
     arrived = yield exchange.group.all_reduce_async(flat, exchange.name_of(bucket))
     arrived = yield from pass_on(exchange, bucket, arrived)
     with exchange.stats.timed("merge"):
@@ -133,7 +132,7 @@ def sparse_all_reduce(
     merged_factor is P or more); so a rank sends K entries and passes on merged_factor K, however
     many ranks there are, but for a header a message. Entries whose sum was not returned stay with
     those who sent them (`_put_back_the_rest`). What rounding takes off a sum stays with its owner;
-    where the owner has no statistic to take it back by, its message is in float32 instead.
+    where the owner has no statistic to take it back by, its message is exact instead.
     Source: Li & Hoefler 2022 (Ok-Topk, arXiv:2201.07598), split-reduce and balance-gather.
     Differs: positions are dealt out in turn, which balances the owners without agreeing on bounds.
     """
@@ -264,7 +263,7 @@ def _mean(
 
 
 def gather_rows(exchange: Exchange, bucket: Bucket) -> Way:
-    """Send the rows of a row-sparse gradient, in float32, to all; nothing of it is left behind."""
+    """Send the rows of a row-sparse gradient, exactly, to all; nothing of it is left behind."""
     (spec,), codec = bucket.specs, bucket.codec
     with exchange.stats.timed("pack"):
         rows_K, values_KM = exchange.rows.release(spec)

@@ -15,6 +15,7 @@ from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 from dgc.apply import takes_elements
 from dgc.buckets import TensorSpec
 from dgc.compression import Compression
+from dgc.elements import element_dtype, num_elements
 from dgc.precondition import Preconditioner, Statistics
 
 
@@ -197,11 +198,12 @@ def make_specs(
     return [
         TensorSpec(
             name,
-            share_numel(p.numel()),
+            share_numel(num_elements(p)),
             p.device,
             is_compressible(p, compression) and name not in row_sparse,
-            p.numel(),
-            p[0].numel() if name in row_sparse else 0,
+            num_elements(p),
+            num_elements(p[0]) if name in row_sparse else 0,
+            element_dtype(p),
         )
         for name, p in reversed(named.items())
     ]

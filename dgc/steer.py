@@ -78,7 +78,7 @@ class Steering:
 
     def to_tensor(self) -> Tensor:
         """Return (6,) float64, what `from_tensor` takes."""
-        return torch.tensor(astuple(self), dtype=torch.float64)
+        return torch.tensor(astuple(self), dtype=torch.float64, device="cpu")
 
     @staticmethod
     def from_tensor(state: Tensor) -> Steering:

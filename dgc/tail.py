@@ -23,7 +23,8 @@ class Tail:
     """
 
     def __init__(self, histogram: Tensor, sample_every: int) -> None:
-        self._from_top = torch.zeros(BINS + 1, dtype=torch.int64)  # how many the top bins hold
+        # how many the top bins hold
+        self._from_top = torch.zeros(BINS + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(histogram.flip(0), 0, out=self._from_top[1:])
         self._every = sample_every
 

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from kernels.operands import Report
 
-# What is larger counts as infinite: sums of such squares would soon be, and spoil a statistic.
-LARGEST_GRADIENT = 2.0**40
+# What is larger counts as infinite: sums of such squares would soon be, and spoil a statistic. In
+# float64 they would not: that bound keeps sums of gradients within what float32 and bfloat16 hold,
+# as which reports, and on request residuals, are written.
+LARGEST_GRADIENT = {torch.float32: 2.0**40, torch.float64: 2.0**100}
 
 
 class Magnitudes:
-    """The largest magnitude that each tensor's gradients had in this step, as bits, (1,) int32.
+    """The largest magnitude that each tensor's gradients had in this step, as bits, (1,) int32, of
+    a float32, also for float64 gradients.
 
     Bits order as magnitudes do, with NaN above infinity; nothing here waits for a GPU.
     """
@@ -29,13 +32,15 @@ class Magnitudes:
         self._bits[name] = bits.clone() if before is None else torch.maximum(before, bits)
 
     def note_gradient(self, name: str, grad_N: Tensor) -> None:
-        """Take in a gradient's, float32."""
-        self.note(name, largest_magnitude(grad_N).view(1).view(torch.int32))
+        """Take in a gradient's, float32 or float64."""
+        largest = largest_magnitude(grad_N).to(torch.float32)
+        self.note(name, largest.view(1).view(torch.int32))
 
     def spoil(self, names: Iterable[str], device: torch.device) -> None:
         """Count these tensors' gradients as infinite."""
         for name in names:
-            self.note(name, torch.full((1,), math.inf, device=device).view(torch.int32))
+            infinity = torch.full((1,), math.inf, dtype=torch.float32, device=device)
+            self.note(name, infinity.view(torch.int32))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._bits[name]
@@ -47,14 +52,14 @@ def largest_magnitude(tensor: Tensor) -> Tensor:
     Makes nothing of the tensor's size, and takes a twelfth of torch's infinity norm on a CPU.
     """
     if not tensor.numel():
-        return torch.zeros((), device=tensor.device)
+        return torch.zeros((), dtype=tensor.dtype, device=tensor.device)
     least, most = torch.aminmax(tensor)
     return torch.maximum(least.abs(), most.abs())
 
 
 def is_usable(gradient: Tensor) -> bool:
-    """Tell whether a gradient is finite and within bounds. Waits for a GPU."""
-    return bool((largest_magnitude(gradient) <= LARGEST_GRADIENT).all())
+    """Tell whether a gradient, float32 or float64, is finite and within bounds. Waits for a GPU."""
+    return bool((largest_magnitude(gradient) <= LARGEST_GRADIENT[gradient.dtype]).all())
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -62,6 +67,7 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(largest_magnitude(tensor)).all())
 
 
-def overflown(reports: Sequence[Report]) -> set[int]:
-    """Return the places of tensors whose gradient cannot be used."""
-    return {n for n, found in enumerate(reports) if not found.largest <= LARGEST_GRADIENT}
+def overflown(reports: Sequence[Report], dtype: torch.dtype) -> set[int]:
+    """Return the places of tensors whose gradient, of this dtype, cannot be used."""
+    most = LARGEST_GRADIENT[dtype]
+    return {n for n, found in enumerate(reports) if not found.largest <= most}

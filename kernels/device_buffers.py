@@ -81,7 +81,7 @@ def accumulate(
     return Found(
         work.kept["report"],
         work.kept.get("indices", nothing),
-        work.kept.get("values", nothing.float()),
+        work.kept.get("values", nothing.to(torch.float32)),
         work.kept.get("velocities"),
         is_sorted=False,
     )

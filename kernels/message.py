@@ -11,7 +11,8 @@ from enum import IntFlag
 
 INDEX_CODINGS = ("int32", "int64", "elias_fano")
 VALUE_DTYPES = ("float32", "float16", "mxfp8", "mxfp4")
-VALUE_BITS = {"float32": 32, "float16": 16, "mxfp8": 8, "mxfp4": 4}  # without scales
+WIRE_DTYPES = (*VALUE_DTYPES, "float64")  # the last: "float32", exact, of a float64 tensor
+VALUE_BITS = {"float32": 32, "float16": 16, "mxfp8": 8, "mxfp4": 4, "float64": 64}  # without scales
 
 MAGIC = 0x50_44_47_03  # "PDG", version 3
 HEADER_WORDS = 5
@@ -67,7 +68,7 @@ class Sections(ctypes.Structure):
 
     @property
     def num_groups(self) -> int:
-        return -(-self.num_values // GROUP) if VALUE_DTYPES[self.value_coding][:2] == "mx" else 0
+        return -(-self.num_values // GROUP) if WIRE_DTYPES[self.value_coding][:2] == "mx" else 0
 
 
 def sections(
@@ -90,7 +91,7 @@ def sections(
         raise OverflowError(f"{k} entries need {4 * end} bytes; a message has fewer than 2**31")
     return Sections(
         k, k * dim, universe, indices, indices + index_words, values, values + value_words, end,
-        INDEX_CODINGS.index(index_coding), VALUE_DTYPES.index(value_dtype), low_bits,
+        INDEX_CODINGS.index(index_coding), WIRE_DTYPES.index(value_dtype), low_bits,
     )  # fmt: skip
 
 

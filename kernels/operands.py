@@ -167,7 +167,7 @@ class SecondKind(IntEnum):
 
 BLOCK = 256  # elements that share a scale
 MIN_SCALE = 1e-30  # of a block, so that one of zeros, or of denormal numbers, is divided safely
-STORED_DTYPES = (torch.float32, torch.bfloat16)
+STORED_DTYPES = (torch.float32, torch.bfloat16)  # of a float64 tensor: float64 for float32
 VELOCITY_KEY = 1 << 40  # a velocity is rounded by the residual's key with this bit changed
 
 
@@ -180,14 +180,15 @@ class Blocks:
 
 
 Buffer = Tensor | Blocks
-"""A flattened tensor as it is stored: float32, bfloat16, or 8-bit blocks."""
+"""A flattened tensor as it is stored: float32, or float64; bfloat16, or 8-bit blocks."""
 
 
 class Correction(ctypes.Structure):
     """Four float32 coefficients by which a gradient x joins velocity u and residual v:
 
     u <- u_decay u + u_gain x;  v <- v + (v_from_u u + v_gain x), with the new u.
-    The defaults are those without velocity: v <- v + x.
+    The defaults are those without velocity: v <- v + x. What they were given as is kept, for
+    float64: see `scalars`.
     """
 
     _fields_ = [(name, ctypes.c_float) for name in ("u_decay", "u_gain", "v_from_u", "v_gain")]
@@ -200,6 +201,13 @@ class Correction(ctypes.Structure):
         v_gain: float = 1.0,
     ) -> None:
         super().__init__(u_decay, u_gain, v_from_u, v_gain)
+        self._given = u_decay, u_gain, v_from_u, v_gain
+
+    def scalars(self, dtype: torch.dtype) -> Sequence[float]:
+        """Return (u_decay, u_gain, v_from_u, v_gain) as gradients of this dtype meet them."""
+        if dtype == torch.float64:
+            return self._given
+        return self.u_decay, self.u_gain, self.v_from_u, self.v_gain
 
 
 # ---- selecting in that pass ----------------------------------------------------------------------
@@ -258,7 +266,8 @@ class Report:
 class Found:
     """What a pass leaves beside the buffers, all on their device; nothing here has waited for it.
 
-    report: (2 + BINS,) int32, or (2,) without a selection: the bits of the largest |gradient|, the
+    report: (2 + BINS,) int32, or (2,) without a selection: the bits of the largest |gradient| (in
+        float32, also of float64 gradients, of which what is beyond that counts as infinite), the
         count (32 bits without sign; at least 2^31 where it is more), and the histogram.
     indices, values, velocities: what was taken out, in the order in which it was listed, where that
         is `is_sorted` by index; maybe with unused room behind.

@@ -1,7 +1,9 @@
 """Entries to messages, messages to entries, and the entries of many workers to their sums.
 
 The format of a message is described in dgc/codec.py. Three implementations agree to the bit, as for
-ops.py: reference_packing.py (plain torch), host_packing.py (C++) and device_packing.py (CUDA).
+ops.py: reference_packing.py (plain torch), host_packing.py (C++) and device_packing.py (CUDA). The
+first alone, whatever is chosen, has float64: values travel so exactly, or are rounded by way of
+float32 to what is asked for.
 Refuses, in `unpack`, whatever `pack` does not write; nothing outside a message is read.
 Sources: Elias 1974 (J. ACM 21) and Fano 1971 for the positions, as Vigna 2013 (WSDM,
 arXiv:1206.4300) lays them out; the OCP Microscaling Formats (MX) Specification v1.0 for mxfp8
@@ -27,27 +29,32 @@ from kernels.message import (
     MAGIC,
     MAX_UNIVERSE,
     TOTAL_WORD,
-    VALUE_DTYPES,
+    WIRE_DTYPES,
     MessageError,
     Problem,
     num_words,
     sections,
 )
+from kernels.operands import STATE_DTYPES
 from kernels.ops import implementing_module
 
 
 def round_values(values_M: Tensor, value_dtype: str) -> Tensor:
-    """Return values (M,) float32 as receivers will decode them: for float32, this same tensor.
+    """Return values (M,), in their dtype, as receivers will decode them: if that is value_dtype,
+    this same tensor.
 
     float16 cuts to +-65504. In mxfp8 and mxfp4 every 32 values, in order, share a scale, so that a
     value's rounding depends on its neighbours: round all values of a message, in its order.
-    Args: values_M: (M,) float32, finite.
+    Args: values_M: (M,) float32 or float64, finite.
     """
-    _check_choice("value_dtype", value_dtype, VALUE_DTYPES)
-    check_tensor("values", values_M, values_M.device, (torch.float32,), 1)
-    if value_dtype == "float32" or values_M.numel() == 0:
+    _check_choice("value_dtype", value_dtype, WIRE_DTYPES)
+    check_tensor("values", values_M, values_M.device, STATE_DTYPES, 1)
+    if values_M.dtype == getattr(torch, value_dtype, None) or values_M.numel() == 0:
         return values_M
-    return _run(values_M).round_values(values_M, VALUE_DTYPES.index(value_dtype))
+    narrow_M = _narrow(values_M, value_dtype)
+    if value_dtype != "float32":
+        narrow_M = _run(narrow_M).round_values(narrow_M, WIRE_DTYPES.index(value_dtype))
+    return narrow_M.to(values_M.dtype)
 
 
 def pack(
@@ -64,7 +71,7 @@ def pack(
     """Write one message (bytes,) uint8, a multiple of 4 bytes.
 
     Args: positions_K: (K,) int64, ascending and unique, in [0, universe).
-        values_M: (K * dim,) float32, finite; rounded to value_dtype here.
+        values_M: (K * dim,) float32 or float64, finite; rounded to value_dtype here.
         layout: 32 bits that the receiver must name too.
         flags: one for each tensor of the bucket.
     Raises: ValueError for arguments that are not so. On a GPU, where nothing here waits, wrong
@@ -73,7 +80,8 @@ def pack(
     _check_format(universe, dim, index_coding, value_dtype)
     device = positions_K.device
     check_tensor("positions", positions_K, device, (torch.int64,), 1)
-    check_tensor("values", values_M, device, (torch.float32,), 1)
+    check_tensor("values", values_M, device, STATE_DTYPES, 1)
+    values_M = _narrow(values_M, value_dtype)
     if values_M.numel() != positions_K.numel() * dim:
         raise ValueError(
             f"{values_M.numel()} values for {positions_K.numel()} positions; allowed: {dim} each"
@@ -90,7 +98,7 @@ def pack(
     words = torch.zeros(parts.end, dtype=torch.int32, device=device)
     head = [MAGIC, 4 * parts.end, layout, num_entries, 0, *_flag_words(flags)]
     words[: len(head)] = torch.tensor(list(map(_signed, head)), dtype=torch.int32, device="cpu")
-    problems = _run(words).pack(words, parts, positions_K, values_M)
+    problems = _run(values_M).pack(words, parts, positions_K, values_M)
     if problems:
         raise ValueError(f"positions must ascend within 0..{universe - 1}: there are "
                          f"{Problem(problems).in_words()}")  # fmt: skip
@@ -107,7 +115,9 @@ def unpack(
     layout: int,
     num_flags: int,
 ) -> tuple[Tensor, Tensor, tuple[bool, ...]]:
-    """Return the positions (K,) int64, values (K * dim,) float32 and flags of a message.
+    """Return the positions (K,) int64, values (K * dim,) and flags of a message.
+
+    Values are float64 if value_dtype is, else float32.
 
     Args: message: (bytes,) uint8, at any address.
     Raises: MessageError unless it is one that `pack` wrote with the same arguments. On a GPU this
@@ -131,7 +141,9 @@ def unpack(
             f"{total} bytes, of which its header says {head[TOTAL_WORD]}; "
             f"{num_entries} entries need {4 * parts.end}"
         )
-    positions_K, values_M, problems = _run(words).unpack(words, parts)
+    dtype = torch.float64 if value_dtype == "float64" else torch.float32
+    module = implementing_module("_packing", words.device.type, dtype)
+    positions_K, values_M, problems = module.unpack(words, parts)
     flags = _read_flags(head[HEADER_WORDS:], num_flags)
     if not problems & Problem.CHECKSUM and flags is None:
         problems |= Problem.PADDING
@@ -163,12 +175,12 @@ def layout_of(message: Tensor) -> int:
 def merge(
     positions: Sequence[Tensor], values: Sequence[Tensor], dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Return the positions (U,) int64 of all lists, ascending, and their sums (U * dim,) float32.
+    """Return the positions (U,) int64 of all lists, ascending, and their sums (U * dim,).
 
     Values at one position are added in the order of the lists, one by one, starting from 0, so that
     the sums are the same bits wherever the lists are the same.
     Args: positions: (K_p,) int64 each, ascending and unique, not negative; K_p may differ.
-        values: (K_p * dim,) float32 each.
+        values: (K_p * dim,) each, all float32 or all float64, as their sums are.
     Example: {2: 1.0, 5: 3.0} and {5: 1.0} -> [2, 5], [1.0, 4.0].
     Raises: ValueError; but for the order of positions, which on a GPU is the caller's to see to.
     Cost: on a GPU one wait, for U.
@@ -176,14 +188,15 @@ def merge(
     if len(positions) == 0 or len(positions) != len(values):
         raise ValueError(f"{len(positions)} lists of positions and {len(values)} of values")
     device = positions[0].device
+    dtypes = (values[0].dtype,) if values[0].dtype in STATE_DTYPES else STATE_DTYPES
     for positions_K, values_M in zip(positions, values, strict=True):
         check_tensor("positions", positions_K, device, (torch.int64,), 1)
-        check_tensor("values", values_M, device, (torch.float32,), 1)
+        check_tensor("values", values_M, device, dtypes, 1)
         if dim < 1 or values_M.numel() != positions_K.numel() * dim:
             raise ValueError(
                 f"{values_M.numel()} values for {positions_K.numel()} positions of dim {dim}"
             )
-    return implementing_module("_packing", device.type).merge(positions, values, dim)
+    return _run(values[0]).merge(positions, values, dim)
 
 
 # ---- headers and checks --------------------------------------------------------------------------
@@ -232,7 +245,7 @@ def _check_choice(name: str, choice: str, allowed: tuple[str, ...]) -> None:
 
 def _check_format(universe: int, dim: int, index_coding: str, value_dtype: str) -> None:
     _check_choice("index_coding", index_coding, INDEX_CODINGS)
-    _check_choice("value_dtype", value_dtype, VALUE_DTYPES)
+    _check_choice("value_dtype", value_dtype, WIRE_DTYPES)
     largest = 2**31 if index_coding == "int32" else MAX_UNIVERSE
     if not 0 <= universe <= largest:
         raise ValueError(f"a universe of {universe}; allowed with {index_coding}: up to {largest}")
@@ -240,5 +253,17 @@ def _check_format(universe: int, dim: int, index_coding: str, value_dtype: str) 
         raise ValueError(f"dim is {dim}; allowed: 1 or more")
 
 
+_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+
+
+def _narrow(values_M: Tensor, value_dtype: str) -> Tensor:
+    """Return values in what they are coded from: float64 for float64, else float32, cut to it."""
+    if value_dtype == "float64":
+        return values_M.double()
+    if values_M.dtype == torch.float32:
+        return values_M
+    return values_M.clamp(-_LARGEST_FLOAT32, _LARGEST_FLOAT32).float()
+
+
 def _run(tensor: Tensor) -> ModuleType:
-    return implementing_module("_packing", tensor.device.type)
+    return implementing_module("_packing", tensor.device.type, tensor.dtype)

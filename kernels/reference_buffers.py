@@ -19,6 +19,7 @@ from kernels.operands import (
     Correction,
     Found,
     Selection,
+    state_dtype,
 )
 from kernels.reference import mix
 
@@ -57,9 +58,9 @@ def round_codes(values: Tensor, scales: Tensor, indices: Tensor, key: int) -> Te
 
 
 def decode(buffer: Buffer) -> Tensor:
-    """Return all values (N,) float32; of a float32 buffer, the buffer itself."""
+    """Return all values (N,) float32, or float64 as stored; of such a buffer, the buffer itself."""
     if not isinstance(buffer, Blocks):
-        return buffer.float()
+        return buffer.to(state_dtype(buffer.dtype))
     return buffer.codes.float() * _spread(buffer.scales, buffer.codes.numel())
 
 
@@ -68,18 +69,19 @@ def _spread(scales: Tensor, n: int) -> Tensor:
 
 
 def _store(values: Tensor, buffer: Buffer, key: int) -> None:
-    n = values.numel()
-    indices = torch.arange(n, device=values.device)
+    if isinstance(buffer, Tensor) and buffer.dtype == values.dtype:
+        buffer.copy_(values)
+        return
+    n, values = values.numel(), values.float()
+    indices = torch.arange(n, dtype=torch.int64, device=values.device)
     if isinstance(buffer, Blocks):
         padded = values.new_zeros(buffer.scales.numel() * BLOCK)
         padded[:n] = values.abs()
         largest = padded.view(-1, BLOCK).amax(1)
         buffer.scales.copy_((largest / LEVELS).clamp_min(MIN_SCALE))
         buffer.codes.copy_(round_codes(values, _spread(buffer.scales, n), indices, key))
-    elif buffer.dtype == torch.bfloat16:
-        buffer.copy_(round_bfloat16(values, indices, key))
     else:
-        buffer.copy_(values)
+        buffer.copy_(round_bfloat16(values, indices, key))
 
 
 def accumulate(
@@ -99,16 +101,17 @@ def accumulate(
         found = _find(v.new_zeros(1), v, u, selection)
         _mask(found, residual, velocity)
         return found
-    x = grad_N.float()
+    x = grad_N.to(state_dtype(grad_N.dtype))
     if scale is not None:
         x = x * scale
-    change, u = x * correction.v_gain, None
+    u_decay, u_gain, v_from_u, v_gain = correction.scalars(x.dtype)
+    change, u = x * v_gain, None
     if velocity is not None:
-        before = torch.zeros_like(x) if old_velocity is None else decode(old_velocity)
-        u = before * correction.u_decay + x * correction.u_gain
-        change = u * correction.v_from_u + change
+        before = torch.zeros_like(x) if old_velocity is None else decode(old_velocity).to(x.dtype)
+        u = before * u_decay + x * u_gain
+        change = u * v_from_u + change
         _store(u, velocity, key ^ VELOCITY_KEY)
-    before = torch.zeros_like(x) if old_residual is None else decode(old_residual)
+    before = torch.zeros_like(x) if old_residual is None else decode(old_residual).to(x.dtype)
     v = before + change
     _store(v, residual, key)
     found = _find(x, v, u, selection)
@@ -117,18 +120,19 @@ def accumulate(
 
 
 def _magnitude_bits(x: Tensor) -> Tensor:
-    """Return |x| as integers, which order as the magnitudes do; infinity and NaN are above all."""
-    return x.contiguous().view(torch.int32) & 0x7FFFFFFF
+    """Return |x|, in float32, as integers, which order as the magnitudes do; infinity and NaN are
+    above all."""
+    return x.float().contiguous().view(torch.int32) & 0x7FFFFFFF
 
 
 def _find(x: Tensor, v: Tensor, u: Tensor | None, selection: Selection | None) -> Found:
     largest = _magnitude_bits(x).amax().view(1)
     if selection is None:
         nothing = torch.zeros(0, dtype=torch.int64, device=v.device)
-        return Found(torch.cat([largest, largest.new_zeros(1)]), nothing, nothing.float(), None)
+        return Found(torch.cat([largest, largest.new_zeros(1)]), nothing, v.new_zeros(0), None)
     is_above = (v.abs() >= v.new_tensor(selection.limit)) & (v != 0)
     indices = is_above.nonzero().view(-1)
-    blocks = torch.arange(v.numel(), device=v.device) // BLOCK
+    blocks = torch.arange(v.numel(), dtype=torch.int64, device=v.device) // BLOCK
     sampled = v[blocks % selection.sample_every == selection.sample_first]
     bins = (_magnitude_bits(sampled) >> BIN_SHIFT).bincount(minlength=BINS)
     count = largest.new_tensor([indices.numel()])

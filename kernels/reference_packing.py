@@ -17,9 +17,11 @@ from kernels.message import (
     INDEX_CODINGS,
     VALUE_BITS,
     VALUE_DTYPES,
+    WIRE_DTYPES,
     Problem,
     Sections,
 )
+from kernels.operands import state_dtype
 from kernels.reference import mix
 
 
@@ -38,7 +40,10 @@ _ELEMENTS = {
     VALUE_DTYPES.index("mxfp8"): Element(3, 7, 0x7E, 8, 0x80, 0x7F),
     VALUE_DTYPES.index("mxfp4"): Element(1, 1, 7, 2, 8, None),
 }
-_FLOAT32, _FLOAT16 = VALUE_DTYPES.index("float32"), VALUE_DTYPES.index("float16")
+_IEEE = {
+    WIRE_DTYPES.index(name): getattr(torch, name) for name in ("float64", "float32", "float16")
+}
+_FLOAT16 = VALUE_DTYPES.index("float16")
 _INT32, _INT64 = INDEX_CODINGS.index("int32"), INDEX_CODINGS.index("int64")
 _FLOAT16_MAX = 65504.0
 
@@ -86,7 +91,7 @@ def merge(positions: Sequence[Tensor], values: Sequence[Tensor], dim: int) -> tu
         raise ValueError("positions of a list that are negative or do not ascend")
     positions_U = torch.cat(list(positions)).unique()
     shape, where = (positions_U.numel(), dim), positions_U.device
-    sums = torch.zeros(shape, dtype=torch.float32, device=where)
+    sums = torch.zeros(shape, dtype=values[0].dtype, device=where)
     for positions_K, values_M in zip(positions, values, strict=True):  # a list's are unique
         sums[torch.searchsorted(positions_U, positions_K)] += values_M.view(-1, dim)
     return positions_U, sums.view(-1)
@@ -94,7 +99,7 @@ def merge(positions: Sequence[Tensor], values: Sequence[Tensor], dim: int) -> tu
 
 def checksum(words: Tensor) -> int:
     """Return sum of mix(word ^ mix(place)) mod 2**32 over all words but the checksum's own."""
-    places = torch.arange(words.numel(), device=words.device)
+    places = _up_to(words.numel(), words.device)
     terms = mix((words.long() & 0xFFFFFFFF) ^ mix(places))
     terms[CHECKSUM_WORD] = 0
     return int(terms.sum()) & 0xFFFFFFFF
@@ -104,6 +109,10 @@ def _signed(word: int) -> int:
     return (word ^ 0x80000000) - 0x80000000
 
 
+def _up_to(end: int, device: torch.device) -> Tensor:
+    return torch.arange(end, dtype=torch.int64, device=device)
+
+
 # ---- bits ----------------------------------------------------------------------------------------
 
 
@@ -111,13 +120,13 @@ def _join_bits(bits: Tensor) -> Tensor:
     """Make words (ceil(n / 32),) int32 of bits (n,) int64, the first lowest; 0 beyond them."""
     padded = bits.new_zeros(-(-bits.numel() // 32) * 32)
     padded[: bits.numel()] = bits
-    joined = (padded.view(-1, 32) << torch.arange(32, device=bits.device)).sum(1)
+    joined = (padded.view(-1, 32) << _up_to(32, bits.device)).sum(1)
     return ((joined ^ 0x80000000) - 0x80000000).to(torch.int32)
 
 
 def _split_bits(words: Tensor, width: int = 1) -> Tensor:
     """Return the fields of `width` bits that words consist of, as int64."""
-    shifts = torch.arange(0, 32, width, device=words.device)
+    shifts = width * _up_to(32 // width, words.device)
     return ((words.long().view(-1, 1) >> shifts) & ((1 << width) - 1)).view(-1)
 
 
@@ -136,9 +145,9 @@ def _order_problem(positions_K: Tensor, universe: int) -> int:
 def _coded(positions_K: Tensor, parts: Sections) -> tuple[Tensor, Tensor]:
     """Return the upper and the low bits of positions."""
     upper = positions_K.new_zeros(parts.num_upper_bits)
-    ranks = torch.arange(positions_K.numel(), device=positions_K.device)
+    ranks = _up_to(positions_K.numel(), positions_K.device)
     upper[(positions_K >> parts.low_bits) + ranks] = 1
-    shifts = torch.arange(parts.low_bits, device=positions_K.device)
+    shifts = _up_to(parts.low_bits, positions_K.device)
     return upper, ((positions_K.view(-1, 1) >> shifts) & 1).view(-1)
 
 
@@ -158,8 +167,8 @@ def _unpack_positions(words: Tensor, parts: Sections) -> tuple[Tensor, int]:
         low = _split_bits(words[parts.low : parts.values])
         if bool(low[num_entries * low_bits :].any()):
             return low, Problem.PADDING
-        high = upper.nonzero().view(-1) - torch.arange(num_entries, device=words.device)
-        shifts = torch.arange(low_bits, device=words.device)
+        high = upper.nonzero().view(-1) - _up_to(num_entries, words.device)
+        shifts = _up_to(low_bits, words.device)
         fields = low[: num_entries * low_bits].view(num_entries, low_bits)
         positions_K = (high << low_bits) + (fields << shifts).sum(1)
     return positions_K, _order_problem(positions_K, parts.universe)
@@ -174,9 +183,9 @@ def _to_float16(values_M: Tensor) -> Tensor:
 
 def _pack_values(words: Tensor, parts: Sections, values_M: Tensor) -> None:
     out = words[parts.values : parts.end].view(torch.uint8)
-    if parts.value_coding in (_FLOAT32, _FLOAT16):
-        is_wide = parts.value_coding == _FLOAT32
-        coded = (values_M if is_wide else _to_float16(values_M)).view(torch.uint8)
+    if parts.value_coding in _IEEE:
+        is_half = parts.value_coding == _FLOAT16
+        coded = (_to_float16(values_M) if is_half else values_M).view(torch.uint8)
         out[: coded.numel()] = coded
         return
     codes, scales = _encode(values_M, _ELEMENTS[parts.value_coding])
@@ -192,11 +201,13 @@ def _unpack_values(words: Tensor, parts: Sections) -> tuple[Tensor, bool]:
     """Return the values, and whether what follows them is 0."""
     count, coding = parts.num_values, parts.value_coding
     coded = words[parts.values : parts.scales]
-    if coding in (_FLOAT32, _FLOAT16):
-        numbers = coded.view(torch.float32 if coding == _FLOAT32 else torch.float16)
-        rest = coded.view(torch.uint8)[count * VALUE_BITS[VALUE_DTYPES[coding]] // 8 :]
-        return numbers[:count].float(), not bool(rest.any())
-    codes = _split_bits(coded, VALUE_BITS[VALUE_DTYPES[coding]])
+    bits = VALUE_BITS[WIRE_DTYPES[coding]]
+    if coding in _IEEE:
+        num_bytes, dtype = count * bits // 8, _IEEE[coding]
+        given = coded.view(torch.uint8)
+        numbers = given[:num_bytes].clone().view(dtype)  # a word is half of a float64's place
+        return numbers.to(state_dtype(dtype)), not bool(given[num_bytes:].any())
+    codes = _split_bits(coded, bits)
     scales = _split_bits(words[parts.scales : parts.end], 8)
     is_padding_zero = not bool(codes[count:].any() or scales[parts.num_groups :].any())
     values_M = _decode(codes[:count], scales[: parts.num_groups], _ELEMENTS[coding])

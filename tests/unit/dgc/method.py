@@ -56,6 +56,7 @@ CHOICES = {
     "clip": (None, "global", "tensor"),
     "micro_batches": (1, 3),
     "density": (0.02, 1.0),
+    "dtype": (torch.float32, torch.float64),
 }
 _TORCH = ("sgd", "momentum", "torch adam")
 _HAS_MOMENTUM = ("factored, first moment", "momentum", "torch adam")
@@ -95,7 +96,7 @@ def combinations(num_random=60):
 
 
 def compression_of(choice):
-    settings = {k: v for k, v in choice.items() if k not in ("clip", "micro_batches")}
+    settings = {k: v for k, v in choice.items() if k not in ("clip", "micro_batches", "dtype")}
     if choice["clip"]:
         settings |= {"clip_norm": 0.5, "clip_scope": choice["clip"]}
     return Compression(**settings, min_numel=100, ranks_per_island=2, merged_factor=1)
@@ -105,20 +106,20 @@ class Job:
     """One worker's model, optimizer and data; `spoil` puts a bad number into a gradient."""
 
     def __init__(self, comm, name, choice, **settings):
-        self.comm, self.model = comm, copy.deepcopy(INITIAL)
+        self.comm, self.model = comm, copy.deepcopy(INITIAL).to(choice["dtype"])
         self.micro_batches = choice["micro_batches"]
         self.optimizer = DistributedOptimizer(
             OPTIMIZERS[name](self.model.parameters()), self.model.named_parameters(), comm=comm,
             compression=compression_of(choice), micro_batches_per_step=self.micro_batches,
-            bucket_bytes=2000, **settings,
+            **{"bucket_bytes": 2000, **settings},
         )  # fmt: skip
-        self.generator = torch.Generator().manual_seed(comm.rank)
+        self.generator = torch.Generator("cpu").manual_seed(comm.rank)
         self.scaler = settings.get("grad_scaler")
 
     def step(self, spoil=None):
         """Spoil: (parameter's number, value) for the last micro-batch's gradient, or None."""
         for part in range(self.micro_batches):
-            inputs = torch.randn(BATCH, FEATURES, generator=self.generator)
+            inputs = self.inputs()
             loss = nn.functional.cross_entropy(self.model(inputs), inputs[:, :CLASSES].argmax(1))
             loss = loss / self.micro_batches
             if spoil and part == self.micro_batches - 1:
@@ -132,6 +133,11 @@ class Job:
             self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def inputs(self):
+        like = {"dtype": torch.float32, "device": "cpu"}
+        inputs = torch.randn(BATCH, FEATURES, generator=self.generator, **like)
+        return inputs.to(self.model[0].weight.dtype)
+
     def state(self):
         """All that a step may touch, copied."""
         return copy.deepcopy(
@@ -143,8 +149,8 @@ class Job:
         )
 
 
-def run_jobs(world_size, name, choice, work, **settings):
-    return run_local(world_size, lambda comm: work(Job(comm, name, choice, **settings)))
+def run_jobs(world_size, name, choice, work, wrap=lambda comm: comm, **settings):
+    return run_local(world_size, lambda comm: work(Job(wrap(comm), name, choice, **settings)))
 
 
 def assert_equal(one, other):

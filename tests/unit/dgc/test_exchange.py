@@ -1,4 +1,7 @@
 import copy
+import math
+import time
+import zlib
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from dgc.compensate import Compensation
 from dgc.exchange import Exchange
 from dgc.local import run_local
 from dgc.precondition import Statistics
-from tests.unit.dgc.method import assert_equal
+from tests.unit.dgc.method import CHOICES, assert_equal, run_jobs
 
 CPU = torch.device("cpu")
 
@@ -241,3 +244,68 @@ def test_a_gradient_given_twice_in_a_step_is_refused():
             exchange.plan(SPECS, 0.1, 1)
 
     run_local(1, work)
+
+
+class Delayed:
+    """A group some of whose collectives have never arrived when asked, but only when awaited."""
+
+    def __init__(self, group, are_late):
+        self._group, self._are_late = group, are_late
+
+    def __getattr__(self, name):
+        value = getattr(self._group, name)
+        if name == "split":
+            return lambda groups: Delayed(value(groups), self._are_late)
+        return self._timed(value) if name.endswith("_async") else value
+
+    def _timed(self, start):
+        def timed(tensor, name):
+            handle = start(tensor, name)
+            poll, is_late = handle.poll, self._are_late(name)
+
+            def patient():  # as if backward took its time
+                end = time.monotonic() + 0.03
+                while not is_late and not poll() and time.monotonic() < end:
+                    time.sleep(1e-3)
+                return not is_late and poll()
+
+            handle.poll = patient
+            return handle
+
+        return timed
+
+
+@pytest.mark.parametrize("two_level", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"preconditioning": "late", "protocol": "gather"},
+        {"preconditioning": "late", "protocol": "sparse_all_reduce", "value_dtype": "mxfp4"},
+        {"preconditioning": "early", "protocol": "sparse_all_reduce", "residual_dtype": "int8"},
+        {"preconditioning": "late", "density": 1.0, "momentum": 0.9},
+    ],
+)
+def test_when_messages_arrive_changes_nothing(settings, two_level):
+    """In two levels, statistics were shared in which some islands' means had not yet arrived."""
+    choice = {name: values[0] for name, values in CHOICES.items()} | settings
+    choice |= {"two_level": two_level, "share_statistics": math.inf}
+
+    def work(job):
+        for _ in range(3):
+            job.step()
+        return job.state()
+
+    none, *others = (
+        run_jobs(
+            4, "factored", choice, work, bucket_bytes=1,
+            wrap=lambda comm, late=late: Delayed(comm, lambda name: late(comm.rank, name)),
+        )
+        for late in (
+            lambda rank, name: True,
+            lambda rank, name: False,
+            lambda rank, name: rank == 1 and "statistics" in name,
+            lambda rank, name: zlib.crc32(f"{rank}.{name}".encode()) % 2,
+        )
+    )  # fmt: skip
+    for other in others:
+        assert_equal(other, none)

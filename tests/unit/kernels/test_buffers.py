@@ -263,7 +263,9 @@ def test_what_does_not_fit_is_named():
     n = 300
     grad, residual, blocks = torch.zeros(n), torch.zeros(n), buffers.empty(n, "int8", CPU)
     for message, changes in (
-        ("grad is torch.float64", {"grad_N": grad.double()}),
+        ("grad is torch.int32", {"grad_N": grad.int()}),
+        ("^residual is torch.float32; allowed: torch.float64", {"grad_N": grad.double()}),
+        ("^residual is torch.float64; allowed: torch.float32", {"residual": residual.double()}),
         ("grad has shape", {"grad_N": grad.view(3, 100)}),
         ("grad has strides", {"grad_N": torch.zeros(2 * n)[::2]}),
         ("^residual is torch.float16", {"residual": residual.half()}),
