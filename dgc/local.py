@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgc.comm import Group, Handle, Names, check_sendable
+from dgc.comm import Group, Handle, Names
+from dgc.pieces import check_sendable
 
 
 class _LocalGroup:
@@ -43,7 +44,9 @@ class _LocalGroup:
         values = self._start(tensor.clone(), name)
         return _LocalHandle(values, lambda parts: _sum_in_order([p[self.rank] for p in parts]))
 
-    def all_to_all_async(self, parts: list[Tensor], name: str) -> Handle:
+    def all_to_all_async(
+        self, parts: list[Tensor], name: str, largest_bytes: int | None = None
+    ) -> Handle:
         for part in parts:
             check_sendable(part, name)
         values = self._start([part.clone() for part in parts], name)
