@@ -133,7 +133,8 @@ def parts_of(tensor: Tensor) -> Iterator[Tensor]:
 def as_bytes(tensor: Tensor) -> tuple[Tensor, bool]:
     """Return (bytes,) uint8, and whether they are the tensor's own memory and not a copy."""
     plain = tensor.resolve_conj().resolve_neg().contiguous()
-    return plain.reshape(-1).view(torch.uint8), plain.data_ptr() == tensor.data_ptr()
+    flat = plain.as_strided((plain.numel(),), (1,))  # of one element, any stride is contiguous
+    return flat.view(torch.uint8), plain.data_ptr() == tensor.data_ptr()
 
 
 # ---- the collectives -----------------------------------------------------------------------------
