@@ -67,12 +67,20 @@ def can_split(hvd: Any) -> bool:
 
 
 def process_set(hvd: Any, ranks: Sequence[int]) -> Any:
-    """Return the process set of these ranks, made if there is none in this life. Collective."""
+    """Return the process set of these ranks, made if there is none in this life. Collective.
+
+    Raises: RuntimeError where it would have to be made and cannot.
+    """
     for number, members in hvd.mpi_ops._basics._get_process_set_ids_and_ranks().items():
         if members == list(ranks):  # it can be made only once
             found = hvd.ProcessSet(members)
             found.process_set_id = number
             return found
+    if not can_split(hvd):
+        raise RuntimeError(
+            "Horovod can make no groups of ranks now: it began without them. Set "
+            "HOROVOD_DYNAMIC_PROCESS_SETS=1 before hvd.init(), or make the HorovodComm first"
+        )
     return hvd.add_process_set(list(ranks))
 
 

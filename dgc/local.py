@@ -49,6 +49,10 @@ class _LocalGroup:
     ) -> Handle:
         for part in parts:
             check_sendable(part, name)
+            if largest_bytes is not None and part.nbytes > largest_bytes:
+                raise ValueError(
+                    f"a part of {name} has {part.nbytes} bytes; promised: at most {largest_bytes}"
+                )
         values = self._start([part.clone() for part in parts], name)
         return _LocalHandle(values, lambda rows: [row[self.rank].clone() for row in rows])
 

@@ -96,8 +96,8 @@ def check_broadcast(comm):
 def value_of(rank):
     shared = made(rank, 50)
     return {
-        "rank": rank, "twice": [shared, shared], "none": None, "empty": torch.zeros(0, device="cpu"),
-        "weight": nn.Parameter(made(rank, (3, 40))), "step": torch.tensor(3.0, device="cpu"),
+        "rank": rank, "twice": [shared, shared], "none": None, "empty": torch.zeros(0),
+        "weight": nn.Parameter(made(rank, (3, 40))), "step": torch.tensor(3.0),
         "strided": made(rank, (4, 6, 5)).permute(2, 0, 1), "gaps": made(rank, 90)[::2],
         "one in many": made(rank, 1).expand(60), "bytes": b"x" * 300,
         "bfloat16": made(rank, 60).bfloat16(), "flags": made(rank, 99) > 0,
