@@ -165,7 +165,7 @@ def all_gather(
     and what is left follows; a rank that has nothing left gives one element, which is not used.
     """
     most = most_elements(tensor, num_ranks)
-    joined = yield call(tensor[:most], name)
+    joined = yield call(tensor if len(tensor) <= most else tensor[:most], name)
     if joined.numel() < most:
         return joined
     sizes = (yield call(_count([tensor]), f"{name}.sizes")).tolist()

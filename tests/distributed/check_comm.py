@@ -187,8 +187,12 @@ def begun_by_us():
 
 
 def begun_by_a_person():
-    """Horovod is the person's: it stays as it is, and may end and begin anew."""
+    """Horovod is the person's: it stays as it is, and may end and begin anew.
+
+    Under Gloo a second life may find the addresses of the first, and fail; MPI needs mpi4py.
+    """
     import horovod.torch as hvd
+    from mpi4py import MPI
 
     hvd.init()
     comms = [HorovodComm(), HorovodComm()]
@@ -201,6 +205,7 @@ def begun_by_a_person():
     assert os.environ.get("HOROVOD_FUSION_THRESHOLD") is None, "too late: it would only mislead"
 
     for life in range(2):
+        MPI.COMM_WORLD.Barrier()
         hvd.shutdown()
         hvd.init()
         comm = HorovodComm()
