@@ -75,6 +75,7 @@ def test_join_ends_the_job_with_the_remedy(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(
     not os.environ.get("PARSIMONY_SLOW"),
     reason="takes 9 GiB of memory and minutes; set PARSIMONY_SLOW=1",
@@ -82,7 +83,7 @@ def test_join_ends_the_job_with_the_remedy(tmp_path):
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo"])
 def test_more_than_two_gib(launcher, tmp_path):
     program = [str(FOLDER / "check_large_messages.py")]
-    outcome = jobs.run(launcher, 2, program, tmp_path / "log", timeout=280)
+    outcome = jobs.run(launcher, 2, program, tmp_path / "log", timeout=800)
     assert outcome.status == 0, outcome.output[-5000:]
     for rank in range(2):
         assert f"rank {rank} passed check_gather" in outcome.output
