@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine import report
-from engine.checkpoint import CheckpointError, CheckpointFolder
+from engine.checkpoint import CheckpointError, CheckpointFolder, readable
 from engine.clipping import clip_gradients
 from engine.interfaces import Batch, Batches, Carried, Comm, Task
 from engine.meters import Sums, add_seconds, timed
@@ -57,6 +57,7 @@ class Trainer:
     def train(self) -> None:
         """Take up the newest checkpoint, run what is left of the run, write result.json."""
         self._resume()
+        readable(self.state.shared(), "shared")  # rather now than after an epoch
         self.reporter.start(self.state.progress.examples, self.flat_config)
         first_epoch = self.state.progress.epoch
         if first_epoch == self.run.train.num_epochs:
@@ -76,7 +77,7 @@ class Trainer:
         for split, batches in self.batches.items():
             if split != "train":
                 sums = self._evaluate_split(model, batches).reduce(self.comm, split)
-                metrics |= self.task.metrics(sums, split)
+                metrics |= self._metrics(sums, split)
         model.train()
         return metrics
 
@@ -87,6 +88,10 @@ class Trainer:
             _, sums, carried = self._forward(model, self._to_device(batch), carried)
             total.add(sums)
         return total
+
+    def _metrics(self, sums: list[float], split: str) -> dict[str, float]:
+        """Return the task's metrics as plain numbers, whatever it computes with."""
+        return {name: float(value) for name, value in self.task.metrics(sums, split).items()}
 
     def evaluate_best(self) -> dict[str, float]:
         """Load the best checkpoint's parameters and evaluate them."""
@@ -207,7 +212,7 @@ class Trainer:
             return  # reading the loss waits for the GPU
         stats, progress = self.state.optimizer.stats, self.state.progress
         values = {
-            "lr": self.state.optimizer.param_groups[0]["lr"],
+            "lr": float(self.state.optimizer.param_groups[0]["lr"]),
             "comm/density_asked": self.density,
             "comm/payload_bytes": stats.payload_bytes,
             "time/step_seconds": seconds,
@@ -236,7 +241,7 @@ class Trainer:
         self._average_buffers()
         parameter_hash = self._check_replicas()
         sums = state.train_sums.reduce(self.comm, "train")
-        metrics = self.task.metrics(sums, "train") | self.evaluate()
+        metrics = self._metrics(sums, "train") | self.evaluate()
         is_best = progress.note(metrics, self.run.train.best_metric)
         state.learning_rate.end_epoch(metrics[self.run.train.best_metric])
         progress.epoch += 1
