@@ -181,8 +181,8 @@ def facts_of(splits: Mapping[str, Any]) -> dict[str, Any]:
     for name, split in splits.items():
         if hasattr(split, "__len__"):
             facts[f"samples to {name}"] = len(split)
-        facts[f"classes to {name}"] = getattr(split, "classes", None)
-        for fact, value in getattr(split, "facts", {}).items():
+        known = {"classes": getattr(split, "classes", None), **getattr(split, "facts", {})}
+        for fact, value in known.items():
             if isinstance(value, (torch.Tensor, numpy.ndarray)):
                 value = report.hash_tensors([(fact, torch.as_tensor(value))])[fact]
             facts[f"{fact} to {name}"] = value

@@ -53,6 +53,7 @@ def compose(files: Sequence[str | Path], overrides: Mapping[str, str]) -> fdl.Co
              as true, false, none, or else as text.
     Raises:  ConfigError.
     """
+    modules.forget_labels()
     run = default_run()
     applied: set[Path] = set()
     for file in files:

@@ -36,7 +36,8 @@ def import_file(path: Path) -> ModuleType:
     for depth, part in enumerate(parents, 1):
         name = _child_name(name, part, root.joinpath(*parents[:depth]))
     if last != "__init__.py":
-        name = _child_name(name, last.removesuffix(".py"), path)
+        beside_its_folder = path.with_suffix("").is_dir()  # a folder goes before a file of its name
+        name = _child_name(name, last if beside_its_folder else last.removesuffix(".py"), path)
     importlib.invalidate_caches()  # its neighbours may be as new as it is
     return importlib.import_module(name)
 
@@ -56,11 +57,16 @@ def importer() -> Callable[[], None]:
     return functools.partial(_add_places, dict(_places))
 
 
+def forget_labels() -> None:
+    """Let the labels of a run depend on its files alone, and not on those of runs before it."""
+    _labels.clear()
+
+
 def label(module_name: str) -> str:
     """Return how a module is called in print: config files by folder and name, wherever they lie.
 
-    It is the same on every rank, and in another clone. Where two config files would be called
-    alike, the later one gets as many more folders as tell them apart.
+    It is the same on every rank, and in another clone. Where two config files of a run would be
+    called alike, the later one gets as many more folders as tell them apart.
     """
     file = getattr(sys.modules.get(module_name), "__file__", None)
     if file is None or not (module_name in _places or module_name.startswith(_ROOT)):

@@ -12,6 +12,11 @@ from configs import load, modules
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.fixture(autouse=True)
+def new_run():
+    modules.forget_labels()
+
+
 def write(path, source):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(source)
@@ -60,6 +65,17 @@ def test_files_of_one_name_in_folders_of_one_name_do_not_collide(tmp_path):
     (one, its_text), (other, others_text) = [named(path) for path in paths]
     assert (one.f(), other.f()) == (1, 2)
     assert (its_text, others_text) == ("_config_exp_net.f", "_config_2_exp_net.f")
+
+
+def test_a_file_may_lie_beside_a_folder_of_its_name(tmp_path):
+    for path in ("exp/__init__.py", "exp/net/__init__.py", "exp/net.py", "exp/net/small.py"):
+        write(tmp_path / path, f"def f(): return {path!r}\n")
+    texts = []
+    for path in ("exp/net.py", "exp/net/small.py", "exp/net/__init__.py"):
+        module, text = named(tmp_path / path)
+        assert module.f() == path
+        texts.append(text)
+    assert texts == ["_config_exp_net.f", "_config_net_small.f", "_config_net___init__.f"]
 
 
 def test_a_file_is_executed_once_also_where_python_finds_it_by_itself(tmp_path, monkeypatch):
