@@ -204,7 +204,7 @@ def _parse(text: str) -> Any:
 
 def _plain(value: Any) -> Any:
     """Return a setting with numpy's scalars as the Python values that they equal."""
-    if isinstance(value, numpy.generic):
+    if isinstance(value, (numpy.generic, numpy.ndarray)) and value.ndim == 0:
         return value.item()
     if type(value) in (list, tuple):
         return type(value)(_plain(item) for item in value)

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 _SCALARS = (bool, int, float, complex, str, bytes)
 _TENSORS = (Tensor, nn.Parameter)
+_NUMPY = (numpy.generic, numpy.ndarray)
 
 
 def plain(value: Any, path: str) -> Any:
     """Return a value as torch.load(weights_only=True) will read it.
 
-    numpy's scalars, and subclasses of numbers and strings, become the plain value that they equal;
+    numpy's scalars, and subclasses of numbers and texts, become the plain value that they equal;
     what holds none of them is returned as it is. Nothing else is converted: the run that reads it
     would go on with something else than the run that wrote it.
     Args:   path: what the value is called in messages.
@@ -27,7 +28,7 @@ def plain(value: Any, path: str) -> Any:
     kind = type(value)
     if value is None or kind in _SCALARS or (kind in _TENSORS and not vars(value)):
         return value
-    if isinstance(value, numpy.generic) and type(value.item()) in _SCALARS:
+    if isinstance(value, _NUMPY) and value.ndim == 0 and type(value.item()) in _SCALARS:
         return value.item()
     if kind in (dict, OrderedDict, Counter):
         keys = [plain(key, f"a key of {path}") for key in value]

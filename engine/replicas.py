@@ -27,11 +27,15 @@ class ReplicaError(RuntimeError):
 def refuse_writes(model: nn.Module) -> Iterator[None]:
     """Refuse a block, which calls the model, that writes or replaces parameters of it.
 
-    It sees every in-place operation but those on `parameter.data`.
+    It sees every in-place operation but those on `parameter.data`. Lazy parameters get their first
+    values in forward, and recurrent layers may move theirs (flatten_parameters): both are left out.
     Raises: ReplicaError with the parameter's name.
     """
+    recurrent = (module for module in model.modules() if isinstance(module, nn.RNNBase))
+    moved = {id(p) for module in recurrent for p in module.parameters()}
     parameters = dict(model.named_parameters())
-    before = {name: p._version for name, p in parameters.items() if not is_lazy(p)}
+    watched = {n: p for n, p in parameters.items() if not is_lazy(p) and id(p) not in moved}
+    before = {name: p._version for name, p in watched.items()}
     yield
     now = dict(model.named_parameters())
     for name, version in before.items():

@@ -4,6 +4,7 @@ import copy
 from functools import partial
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 import assembly
 from configs import load
 from dgc.local import run_local
-from engine.checkpoint import CheckpointFolder
+from engine.checkpoint import CheckpointError, CheckpointFolder
 from engine.replicas import ReplicaError
 from engine.report import SilentReporter
 from engine.state import Progress
@@ -215,6 +216,18 @@ def test_a_model_that_writes_its_parameters_trains_on_one_rank_and_on_no_more(tm
     run_local(1, work)
     with pytest.raises(ReplicaError, match="the parameter rows.weight of Embedding is written"):
         run_local(2, work)
+
+
+def test_what_no_checkpoint_could_hold_is_refused_before_the_first_step(tmp_path):
+    adam = partial(torch.optim.Adam, eps=numpy.array([1e-8]))
+
+    def work(comm):
+        trainer = make_trainer(comm, tmp_path, optimizer=adam)
+        with pytest.raises(CheckpointError, match=r"shared.optimizer.param_groups\[0\].eps is"):
+            trainer.train()
+        assert trainer.state.progress.step == 0
+
+    run_local(1, work)
 
 
 def test_a_rate_that_is_a_tensor_goes_on_to_the_bit(tmp_path):

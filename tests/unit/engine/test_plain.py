@@ -54,6 +54,10 @@ def test_what_equals_a_plain_value_is_written_as_one(value, kind):
     assert type(became["a"][1][0]) is type(became["a"][1][1]["b"]) is kind
 
 
+def test_an_array_of_no_axes_is_its_value():
+    assert type(plain(numpy.array(0.5), "x")) is float
+
+
 def test_containers_keep_their_kind_and_a_models_versions():
     state = nn.BatchNorm1d(2).state_dict()
     state["seen"] = numpy.int64(3)

@@ -39,13 +39,22 @@ def test_a_forward_that_writes_a_parameter_is_refused_by_its_name(module, is_tra
             module(inputs)
 
 
+class Flattening(nn.LSTM):
+    def forward(self, x):
+        with torch.no_grad():  # what flatten_parameters does on a GPU
+            for parameter in self.parameters():
+                parameter.set_(parameter.clone())
+        return super().forward(x)
+
+
 @pytest.mark.parametrize(
-    "module", [nn.Embedding(5, 4), Written(lambda module: module.seen.add_(1)), nn.LazyLinear(2)]
+    "module",
+    [Written(lambda module: module.seen.add_(1)), nn.LazyLinear(2), Flattening(3, 2)],
+    ids=["buffer", "lazy", "flattened"],
 )
-def test_buffers_and_lazy_parameters_may_be_written(module):
-    inputs = torch.tensor([0, 1, 2])
+def test_buffers_lazy_and_moved_parameters_may_be_written(module):
     with refuse_writes(module):
-        module(inputs.float() if isinstance(module, nn.LazyLinear) else inputs)
+        module(torch.ones(1, 3))
 
 
 def test_what_is_written_behind_torchs_back_is_named_when_replicas_are_compared():
