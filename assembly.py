@@ -11,11 +11,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from configs import load
+from configs import load, modules
 from configs.schema import Run, Train
 from dgc import Compression, DistributedOptimizer, row_sparse_names
 from dgc.comm import Comm
@@ -180,11 +181,11 @@ def facts_of(splits: Mapping[str, Any]) -> dict[str, Any]:
     for name, split in splits.items():
         if hasattr(split, "__len__"):
             facts[f"samples to {name}"] = len(split)
-        facts[f"classes to {name}"] = getattr(split, "classes", None)
-        for fact, value in getattr(split, "facts", {}).items():
-            is_tensor = isinstance(value, torch.Tensor)
-            hashed = report.hash_tensors([(fact, value)])[fact] if is_tensor else value
-            facts[f"{fact} to {name}"] = hashed
+        known = {"classes": getattr(split, "classes", None), **getattr(split, "facts", {})}
+        for fact, value in known.items():
+            if isinstance(value, (torch.Tensor, numpy.ndarray)):
+                value = report.hash_tensors([(fact, torch.as_tensor(value))])[fact]
+            facts[f"{fact} to {name}"] = value
     return facts
 
 
@@ -193,7 +194,7 @@ def build_batches(
 ) -> dict[str, Batches]:
     """Return this rank's batches of every split. Raises: ConfigError if an epoch has no step."""
     train = run.train
-    batches = {}
+    batches, importer = {}, modules.importer()
     for name, split in splits.items():
         is_training = name == "train"
         settings = {
@@ -210,7 +211,9 @@ def build_batches(
         else:
             workers = run.data.num_workers_per_rank
             pinned = device.type == "cuda"
-            batches[name] = make_batches(split, num_workers=workers, pin_memory=pinned, **settings)
+            batches[name] = make_batches(
+                split, num_workers=workers, pin_memory=pinned, prepare_worker=importer, **settings
+            )
     check_epoch(train, batches["train"])
     return batches
 

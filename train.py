@@ -27,6 +27,7 @@ from configs import load
 from dgc.comm import HorovodComm, horovod_job
 from engine import report
 from engine.checkpoint import CheckpointError
+from engine.replicas import ReplicaError
 from memory_report import report_memory
 
 
@@ -37,8 +38,8 @@ def main() -> None:
     with horovod_job() as comm:
         try:
             run_job(arguments, overrides, comm)
-        except (load.ConfigError, CheckpointError) as error:  # the person's to mend: no trace
-            raise SystemExit(str(error)) from error
+        except (load.ConfigError, CheckpointError, ReplicaError) as error:
+            raise SystemExit(str(error)) from error  # the person's to mend: no trace
 
 
 def run_job(arguments: argparse.Namespace, overrides: dict[str, str], comm: HorovodComm) -> None:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import ast
 import difflib
-import importlib.util
+import hashlib
 import inspect
 import re
-import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
+import numpy
+import torch
 import typeguard
 
+from configs import modules
 from configs.schema import Run, default_run
 
 _PREFIX = "configs"
@@ -51,6 +53,7 @@ def compose(files: Sequence[str | Path], overrides: Mapping[str, str]) -> fdl.Co
              as true, false, none, or else as text.
     Raises:  ConfigError.
     """
+    modules.forget_labels()
     run = default_run()
     applied: set[Path] = set()
     for file in files:
@@ -61,6 +64,8 @@ def compose(files: Sequence[str | Path], overrides: Mapping[str, str]) -> fdl.Co
     for path, text in overrides.items():
         _override(run, path, _parse(text))
     for path, node in _buildables(run):
+        for name, value in node.__arguments__.items():
+            node.__arguments__[name] = _plain(value)
         _check_node(path, node)
     return run
 
@@ -138,20 +143,13 @@ def _with_folders(file: Path) -> list[Path]:
         ours = Path(__file__).parent
         near = _nearest(str(file), [str(p.relative_to(ours.parent)) for p in ours.rglob("*.py")])
         raise ConfigError(f"there is no config file {file}{near}")
-    folders = []
-    for folder in file.resolve().parents:
-        if not (folder / "__init__.py").is_file():
-            break
-        folders.append(folder / "__init__.py")
-    return [*reversed(folders), *([] if file.name == "__init__.py" else [file.resolve()])]
+    file = file.resolve()
+    folders = [folder / "__init__.py" for folder in modules.package_folders(file)]
+    return [*folders, *([] if file.name == "__init__.py" else [file])]
 
 
 def _apply(path: Path, run: fdl.Config[Run]) -> None:
-    spec = importlib.util.spec_from_file_location(f"_config_{path.parent.name}_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses and pickle look for it
-    spec.loader.exec_module(module)
-    configure = getattr(module, "configure", None)
+    configure = getattr(modules.import_file(path), "configure", None)
     if configure is None:
         if path.name == "__init__.py":
             return
@@ -202,6 +200,15 @@ def _parse(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting with numpy's scalars as the Python values that they equal."""
+    if isinstance(value, (numpy.generic, numpy.ndarray)) and value.ndim == 0:
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    return {_plain(k): _plain(v) for k, v in value.items()} if type(value) is dict else value
 
 
 def _check_node(path: str, node: fdl.Buildable) -> None:
@@ -258,10 +265,16 @@ def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 def _text(value: Any) -> str:
     """Return a value as text that is the same in every process."""
     if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
+        return f"{modules.label(value.__module__)}.{value.__qualname__}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_text(item) for item in value)}]"
-    text = repr(value)
+    if isinstance(value, (torch.Tensor, numpy.ndarray)):  # repr rounds, and leaves out
+        items = repr(value.tolist())
+        if len(items) > 200:
+            items = f"SHA-256 {hashlib.sha256(items.encode()).hexdigest()[:16]}"
+        text = f"{value.dtype}({items})"
+    else:
+        text = repr(value)
     if " at 0x" in text:
         raise ConfigError(
             f"{text} cannot be compared between ranks or with a checkpoint; name it by a function, "

@@ -7,8 +7,9 @@
 
 Every file is written under a temporary name, flushed to disk and renamed; the manifest comes last,
 so a checkpoint is either whole or not there. Parts hold tensors and plain values only and load
-with `weights_only=True`. Each rank reads and writes its own part where it runs: hosts need not
-share a disk, as long as a rank comes back to its own.
+with `weights_only=True`; what this would refuse is refused before a file is written. Each rank
+reads and writes its own part where it runs: hosts need not share a disk, as long as a rank comes
+back to its own.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from typing import Any, BinaryIO
 import torch
 
 from engine.interfaces import Comm
+from engine.plain import plain
+
+_MANIFEST_KEYS = {"step", "world_size", "parts", "best"}
 
 
 class CheckpointError(Exception):
@@ -40,8 +44,12 @@ class CheckpointFolder:
     def save(
         self, step: int, shared: dict[str, Any], worker: dict[str, Any], *, is_best: bool
     ) -> None:
-        """Write a checkpoint of `step`, then drop the oldest ones beyond `keep` and the best."""
+        """Write a checkpoint of `step`, then drop the oldest ones beyond `keep` and the best.
+
+        Raises: CheckpointError, before any file changes, for what could not be read again.
+        """
         name = f"step-{step:08d}"
+        shared, worker = readable(shared, "shared"), readable(worker, "worker")
         rank, world_size = self._comm.rank, self._comm.world_size
         mine = {f"{name}.rank-{rank:04d}-of-{world_size:04d}.pt": worker}
         if rank == 0:
@@ -115,7 +123,11 @@ class CheckpointFolder:
             raise CheckpointError(f"{path} has {size} bytes, not {part['bytes']}")
         if _sha256(path) != part["sha256"]:
             raise CheckpointError(f"{path} is not what was written: its SHA-256 differs")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # of many kinds; an older checkpoint may do
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{path} cannot be read ({reason})") from error
 
     def _try(self, manifest: dict[str, Any]) -> tuple[list[Any], str | None]:
         """Read this rank's parts, rank 0's shared one first; return them, or what is wrong."""
@@ -148,7 +160,10 @@ class CheckpointFolder:
         manifests = []
         for path in sorted(self._folder.glob("step-*.json"), reverse=True):
             try:
-                manifests.append(json.loads(path.read_text()))
+                manifest = json.loads(path.read_text())
+                if not isinstance(manifest, dict) or not _MANIFEST_KEYS <= manifest.keys():
+                    raise ValueError(f"allowed: an object with {', '.join(sorted(_MANIFEST_KEYS))}")
+                manifests.append(manifest)
             except (OSError, ValueError) as error:
                 print(f"skipped a damaged checkpoint: {path}: {error}", flush=True)
         return manifests
@@ -179,6 +194,17 @@ class CheckpointFolder:
             for manifest in self._list_manifests()
             for name in manifest["parts"] | manifest["best"]
         }
+
+
+def readable(content: dict[str, Any], part: str) -> dict[str, Any]:
+    """Return a part of a checkpoint as it will be read; see engine.plain.
+
+    Raises: CheckpointError for what could not be read.
+    """
+    try:
+        return plain(content, part)
+    except TypeError as error:
+        raise CheckpointError(f"no checkpoint of this run can be written: {error}") from error
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine import report
-from engine.checkpoint import CheckpointError, CheckpointFolder
+from engine.checkpoint import CheckpointError, CheckpointFolder, readable
 from engine.clipping import clip_gradients
 from engine.interfaces import Batch, Batches, Carried, Comm, Task
 from engine.meters import Sums, add_seconds, timed
 from engine.precision import autocast
+from engine.replicas import agreed_hash, refuse_writes
 from engine.sampling import seed_all
 from engine.state import RunState
 
@@ -53,10 +55,12 @@ class Trainer:
         self.checkpoints = CheckpointFolder(folder / "checkpoints", comm, run.checkpoint.keep)
         self.steps_per_epoch, self._config_changes = steps_per_epoch, config_changes
         self.density, self._told_plan = 1.0, ""
+        self._watched: set[bool] = set()  # whether training or not: forward passes of this epoch
 
     def train(self) -> None:
         """Take up the newest checkpoint, run what is left of the run, write result.json."""
         self._resume()
+        readable(self.state.shared(), "shared")  # rather now than after an epoch
         self.reporter.start(self.state.progress.examples, self.flat_config)
         first_epoch = self.state.progress.epoch
         if first_epoch == self.run.train.num_epochs:
@@ -76,7 +80,7 @@ class Trainer:
         for split, batches in self.batches.items():
             if split != "train":
                 sums = self._evaluate_split(model, batches).reduce(self.comm, split)
-                metrics |= self.task.metrics(sums, split)
+                metrics |= self._metrics(sums, split)
         model.train()
         return metrics
 
@@ -87,6 +91,10 @@ class Trainer:
             _, sums, carried = self._forward(model, self._to_device(batch), carried)
             total.add(sums)
         return total
+
+    def _metrics(self, sums: list[float], split: str) -> dict[str, float]:
+        """Return the task's metrics as plain numbers, whatever it computes with."""
+        return {name: float(value) for name, value in self.task.metrics(sums, split).items()}
 
     def evaluate_best(self) -> dict[str, float]:
         """Load the best checkpoint's parameters and evaluate them."""
@@ -119,6 +127,7 @@ class Trainer:
     def _train_epoch(self) -> None:
         state, progress = self.state, self.state.progress
         self._set_density()
+        self._watched.clear()
         if progress.step_in_epoch == 0:
             state.train_sums.values.zero_()
             state.carried, state.position = None, {}
@@ -158,8 +167,16 @@ class Trainer:
     def _forward(
         self, model: nn.Module, batch: Batch, carried: Carried
     ) -> tuple[Tensor, Tensor, Carried]:
-        with autocast(self.run.train.precision, self.state.device):
+        with self._watch(model), autocast(self.run.train.precision, self.state.device):
             return self.task(model, batch, carried)
+
+    def _watch(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return a context that refuses writes to parameters, in an epoch's first forward passes;
+        in each it would cost time."""
+        if self.comm.world_size == 1 or model.training in self._watched:
+            return nullcontext()
+        self._watched.add(model.training)
+        return refuse_writes(model)
 
     def _to_device(self, batch: Batch) -> list[Tensor]:
         return [tensor.to(self.state.device, non_blocking=True) for tensor in batch]
@@ -207,7 +224,7 @@ class Trainer:
             return  # reading the loss waits for the GPU
         stats, progress = self.state.optimizer.stats, self.state.progress
         values = {
-            "lr": self.state.optimizer.param_groups[0]["lr"],
+            "lr": float(self.state.optimizer.param_groups[0]["lr"]),
             "comm/density_asked": self.density,
             "comm/payload_bytes": stats.payload_bytes,
             "time/step_seconds": seconds,
@@ -234,9 +251,9 @@ class Trainer:
         """Agree on buffers, compare the replicas, evaluate, save, tell."""
         state, progress = self.state, self.state.progress
         self._average_buffers()
-        parameter_hash = self._check_replicas()
+        parameter_hash = agreed_hash(state.model, self.comm, f"epoch {progress.epoch + 1}")
         sums = state.train_sums.reduce(self.comm, "train")
-        metrics = self.task.metrics(sums, "train") | self.evaluate()
+        metrics = self._metrics(sums, "train") | self.evaluate()
         is_best = progress.note(metrics, self.run.train.best_metric)
         state.learning_rate.end_epoch(metrics[self.run.train.best_metric])
         progress.epoch += 1
@@ -260,21 +277,6 @@ class Trainer:
             parts = flat.split([buffer.numel() for buffer in statistics])
             for buffer, mean in zip(statistics, parts, strict=True):
                 buffer.copy_(mean)
-
-    def _check_replicas(self) -> str:
-        """Return the parameters' hash. Raises RuntimeError, on every rank, if ranks disagree."""
-        everyone = self.comm.all_gather_object(
-            report.hash_tensors(self.state.model.named_parameters())
-        )
-        for rank, theirs in enumerate(everyone):
-            bad = [name for name in theirs if theirs[name] != everyone[0][name]]
-            if bad:
-                raise RuntimeError(
-                    f"replicas differ after epoch {self.state.progress.epoch + 1}: ranks 0 and "
-                    f"{rank} disagree on {len(bad)} parameters, the first is {bad[0]}; restart "
-                    f"from the last checkpoint, and report this"
-                )
-        return report.hash_all(everyone[0])
 
     def _tell_epoch(self, metrics: dict[str, float], parameter_hash: str) -> None:
         state, progress = self.state, self.state.progress

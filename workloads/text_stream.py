@@ -3,13 +3,16 @@
 Each epoch the ranks go through the shards in the same drawn order. Of a shard of S bytes, rank r of
 W reads the lines that begin in bytes S*r/W to S*(r+1)/W, so that each line is one rank's. Each of a
 rank's B columns holds what is left of its line, and takes the rank's next line when that runs out;
-a batch is T rows of the columns, as in `workloads.text`. Memory does not grow with the shards.
+a batch is T rows of the columns, as in `workloads.text`. Memory does not grow with the shards. Of
+one that is compressed by gzip every rank unpacks all that comes before its lines, and once at the
+start the whole, for its size.
 
 Texts to evaluate on are held in memory, at 4 bytes a word.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 
 from workloads.text import Text, check_bptt, seeded, too_short
+from workloads.text_files import open_text
 from workloads.vocabulary import (
     COUNTS_PREFIX,
     END,
@@ -74,8 +78,9 @@ def text_shards(
     min_count: int = 1,
     counts: str | None = None,
 ) -> dict[str, TextShards | Text]:
-    """Plain text in shards under `root`: "train" is streamed, "test" and "valid" are in memory.
+    """Text in shards under `root`: "train" is streamed, "test" and "valid" are in memory.
 
+    Shards may be compressed by gzip.
     Args: train, test, valid: patterns of file names below root, e.g. "train/part-*"; test or valid
               may be None.
           vocabulary: a file with a word a line (what stands behind it is passed over), numbered in
@@ -209,8 +214,9 @@ class StreamedBatches:
         return (self._next_batch() for _ in range(first, self.num_batches))
 
     def position(self) -> dict[str, Any]:
-        """Return the shard's place in the epoch's order, the byte at which the next line begins,
-        and what is left in the columns, one after the other: "words" int32, "lengths" (B,)."""
+        """Return the shard's place in the epoch's order, the byte of its text (see
+        workloads.text_files) at which the next line begins, and what is left in the columns, one
+        after the other: "words" int32, "lengths" (B,)."""
         if self._offset is None:
             return {}
         words = [word for column in self._columns for word in column]
@@ -239,8 +245,8 @@ class StreamedBatches:
         while True:
             begin, end = self._spans[order[place]]
             at = begin if offset is None else offset
-            with open(self._paths[order[place]], "rb", buffering=_BUFFER_BYTES) as file:
-                file.seek(at)
+            with open_text(self._paths[order[place]], _BUFFER_BYTES) as file:
+                file.seek(file.tell() + at)
                 while at < end:
                     line = file.readline()
                     at += len(line)
@@ -261,16 +267,18 @@ class StreamedBatches:
 
 
 def _line_spans(path: Path, num_parts: int) -> list[Span]:
-    """Return where each part's lines begin and end: equal parts, moved on to line starts."""
-    size = path.stat().st_size
+    """Return where each part's lines begin and end in the text: equal parts, moved on to line
+    starts."""
     bounds = [0]
-    with open(path, "rb") as file:
+    with open_text(path) as file:
+        start = file.tell()
+        size = file.seek(0, os.SEEK_END) - start
         for part in range(1, num_parts):
             wanted = size * part // num_parts
             if wanted > bounds[-1]:
-                file.seek(wanted - 1)
+                file.seek(start + wanted - 1)
                 file.readline()
-                bounds.append(file.tell())
+                bounds.append(file.tell() - start)
             else:  # inside the line that ends the part before
                 bounds.append(bounds[-1])
     return list(zip(bounds, [*bounds[1:], size], strict=True))

@@ -1,4 +1,4 @@
-"""Words and their numbers, and plain text files as numbers.
+"""Words and their numbers, and text files (workloads.text_files) as numbers.
 
 A text is bytes, in any encoding that keeps ASCII's white space; what lies between white space is a
 word, and every end of a line is one more, `<eos>`, as in the published WikiText-2.
@@ -19,6 +19,8 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+
+from workloads.text_files import is_plain, open_text
 
 END, UNKNOWN = b"<eos>", b"<unk>"
 _END_SPELLINGS = (END, b"</S>", b"</s>", b"<S>")  # 1b_word_vocab.txt has <S> at both ends
@@ -133,7 +135,8 @@ def read_or_count(paths: Sequence[Path], root: str, file: str | None) -> dict[by
     Raises: ValueError if it cannot be written, before anything is counted.
     """
     size = sum(path.stat().st_size for path in paths)
-    target = Path(file or Path(root) / f"{COUNTS_PREFIX}{len(paths)}_files.{size}_bytes.tsv")
+    kind = "" if all(map(is_plain, paths)) else "unpacked."  # once, such files were counted as is
+    target = Path(file or Path(root) / f"{COUNTS_PREFIX}{len(paths)}_files.{size}_bytes.{kind}tsv")
     if target.is_file():
         lines = (line.split(b"\t") for line in target.read_bytes().splitlines())
         return {word: int(count) for word, count in lines}
@@ -163,7 +166,8 @@ def read_word_list(path: Path) -> list[bytes]:
             f"no vocabulary {path.resolve()}: a file with a word a line. Name it with "
             f"--configs.dataset.vocabulary FILE, or none, to have the text's words counted"
         )
-    lines = path.read_bytes().splitlines()
+    with open_text(path) as file:
+        lines = file.read().splitlines()
     return [words[0] for line in lines if (words := line.split())]
 
 
@@ -187,7 +191,7 @@ def _spelling(numbers: Mapping[bytes, int], spellings: Sequence[bytes], meaning:
 
 def _pieces(path: Path) -> Iterator[bytes]:
     """Yield the file in pieces of whole lines; the last line ends like the others."""
-    with open(path, "rb") as file:
+    with open_text(path) as file:
         while piece := file.read(_PIECE_BYTES):
             piece += file.readline()
             yield piece if piece.endswith(b"\n") else piece + b"\n"

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -196,3 +197,29 @@ def test_a_checkpoint_from_before_a_setting_goes_on_under_what_was_then_done():
     for path, value in (("configs.train.precision", "float16"), ("configs.dgc.select_by", "x")):
         (line,) = load.changes(then, now | {path: value})
         assert line == f"{path}: {now[path]!r} against {value!r}"
+
+
+def test_numpys_scalars_are_settings_like_any(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import numpy as np\n"
+        "def configure(run):\n"
+        "    run.train.optimizer.lr = np.logspace(-3, -1, 5)[2]\n"
+        "    run.train.num_epochs, run.train.top_k = np.int64(3), (np.int32(1), 5)\n"
+        "    run.train.param_groups = {'*': {'momentum': np.float32(0.5)}}\n"
+    )
+    run = build([DIGITS, path])
+    settings = [run.train.optimizer.keywords["lr"], run.train.num_epochs, run.train.top_k[0],
+                run.train.param_groups["*"]["momentum"]]  # fmt: skip
+    assert settings == [0.01, 3, 1, 0.5]
+    assert [type(value) for value in settings] == [float, int, int, float]
+
+
+def test_arrays_and_tensors_are_compared_by_all_their_values():
+    texts = [
+        load._text(make(values))
+        for make in (torch.tensor, numpy.array)
+        for values in (0.001, 0.00100001, [0.0] * 2000, [0.0] * 1000 + [1e-9] + [0.0] * 999)
+    ]
+    assert len(set(texts)) == len(texts)
+    assert texts[0] == "torch.float32(0.0010000000474974513)"

@@ -1,18 +1,22 @@
 import json
+import re
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
 from dgc.local import run_local
+from engine import checkpoint
 from engine.checkpoint import CheckpointError, CheckpointFolder, write_atomically
 
 
-def save(folder, steps, num_ranks=2, best=(), keep=2):
+def save(folder, steps, num_ranks=2, best=(), keep=2, shared=None):
     def work(comm):
         checkpoints = CheckpointFolder(folder, comm, keep)
         for step in steps:
             worker = {"mine": torch.full((3,), comm.rank + 10.0 * step)}
-            checkpoints.save(step, {"step": step}, worker, is_best=step in best)
+            checkpoints.save(step, shared or {"step": step}, worker, is_best=step in best)
 
     run_local(num_ranks, work)
 
@@ -77,6 +81,23 @@ def test_damage_on_any_rank_makes_all_take_the_one_before(tmp_path, damage, part
         load(tmp_path)
 
 
+def test_a_part_that_the_reader_refuses_gives_way_to_the_one_before(tmp_path, monkeypatch, capsys):
+    save(tmp_path, [1])
+    monkeypatch.setattr(checkpoint, "plain", lambda value, path: value)  # as it was written before
+    save(tmp_path, [2], shared={"rate": numpy.float64(1)})
+    assert [shared for shared, _ in load(tmp_path)] == [{"step": 1}] * 2
+    told = capsys.readouterr().out
+    assert re.search("skipped a damaged checkpoint: .*00000002.shared.pt cannot be read", told)
+
+
+def test_what_could_not_be_read_is_refused_before_any_file_changes(tmp_path):
+    save(tmp_path, [1])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=r"shared\.path is 'x' \(pathlib"):
+        save(tmp_path, [2], shared={"path": Path("x")})
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_save_that_was_cut_short_is_as_if_it_had_not_begun(tmp_path):
     save(tmp_path, [1])
     (tmp_path / "step-00000002.shared.pt").write_bytes(b"half")
@@ -87,9 +108,10 @@ def test_a_save_that_was_cut_short_is_as_if_it_had_not_begun(tmp_path):
     assert not list(tmp_path.glob("step-00000002*"))
 
 
-def test_a_damaged_manifest_gives_way_to_the_one_before(tmp_path, capsys):
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff"])
+def test_a_damaged_manifest_gives_way_to_the_one_before(tmp_path, capsys, content):
     save(tmp_path, [1, 2])
-    (tmp_path / "step-00000002.json").write_bytes(b"")
+    (tmp_path / "step-00000002.json").write_bytes(content)
     assert [shared for shared, _ in load(tmp_path)] == [{"step": 1}] * 2
     assert "skipped a damaged checkpoint" in capsys.readouterr().out
 

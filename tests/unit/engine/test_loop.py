@@ -1,15 +1,20 @@
 """The loop's own part in steps that are undone, in 16 bits too; compression has tests elsewhere."""
 
 import copy
+from functools import partial
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import ExponentialLR
 
 import assembly
 from configs import load
 from dgc.local import run_local
+from engine.checkpoint import CheckpointError, CheckpointFolder
+from engine.replicas import ReplicaError
 from engine.report import SilentReporter
 from engine.state import Progress
 
@@ -24,11 +29,13 @@ def make_model():
     )
 
 
-def make_trainer(comm, folder, precision="float32", clip_norm=None):
+def make_trainer(comm, folder, precision="float32", clip_norm=None, model=make_model, **train):
     more = {"train.precision": precision, "train.clip_norm": str(clip_norm)}
     config = load.compose([DIGITS], {**SETTINGS, **more})
     run = load.build(config)
-    run.model = make_model
+    run.model = model
+    for name, value in train.items():
+        setattr(run.train, name, value)
     flat = load.flatten(config)
     device = torch.device("cpu")
     return assembly.build_trainer(run, comm, device, folder, flat, SilentReporter())
@@ -191,3 +198,60 @@ def test_the_best_epoch_is_known_though_the_first_one_was_not_a_number():
     assert was_best == [True, True, True, False]
     assert progress.metrics["loss/test"] == {"best": 2.0, "last": 2.5, "at_best": 2.0}
     assert progress.metrics["acc/test_top1"] == {"best": 9.0, "last": 9.0, "at_best": 7.0}
+
+
+def test_a_model_that_writes_its_parameters_trains_on_one_rank_and_on_no_more(tmp_path):
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows, self.last = nn.Embedding(16, 4, max_norm=1.0), nn.Linear(256, 10)
+
+        def forward(self, images):
+            return self.last(self.rows(images.abs().clamp(max=15).long().flatten(1)).flatten(1))
+
+    def work(comm):
+        trainer = make_trainer(comm, tmp_path, model=Rows)
+        step(trainer, batches(comm, 1.0, 1.0))
+
+    run_local(1, work)
+    with pytest.raises(ReplicaError, match="the parameter rows.weight of Embedding is written"):
+        run_local(2, work)
+
+
+def test_what_no_checkpoint_could_hold_is_refused_before_the_first_step(tmp_path):
+    adam = partial(torch.optim.Adam, eps=numpy.array([1e-8]))
+
+    def work(comm):
+        trainer = make_trainer(comm, tmp_path, optimizer=adam)
+        with pytest.raises(CheckpointError, match=r"shared.optimizer.param_groups\[0\].eps is"):
+            trainer.train()
+        assert trainer.state.progress.step == 0
+
+    run_local(1, work)
+
+
+def test_a_rate_that_is_a_tensor_goes_on_to_the_bit(tmp_path):
+    def make(comm, folder):
+        rate = {"optimizer": partial(torch.optim.Adam, lr=torch.tensor(1e-3)),
+                "weight_decay_on_batch_norm": False,
+                "scheduler": partial(ExponentialLR, gamma=0.7)}  # fmt: skip
+        return make_trainer(comm, folder, **rate)
+
+    def work(comm):
+        straight, resumed = make(comm, tmp_path / "one"), make(comm, tmp_path / "other")
+        data = list(batches(comm, *[1.0] * 12))
+        for number in range(3):
+            step(straight, iter(data[2 * number :]))
+        straight._save(is_best=False)
+        saved = CheckpointFolder(tmp_path / "one/checkpoints", comm).load_latest()
+        resumed.state.restore(*copy.deepcopy(saved))  # LocalComm gives all ranks one object
+        for number in range(3, 6):
+            for trainer in (straight, resumed):
+                step(trainer, iter(data[2 * number :]))
+        groups = [trainer.state.optimizer.param_groups for trainer in (straight, resumed)]
+        assert len(groups[0]) == 2
+        assert groups[0][0]["lr"] is not groups[0][1]["lr"]
+        assert len({group["lr"].item() for each in groups for group in each}) == 1
+        assert_equal(*(trainer.state.model.state_dict() for trainer in (straight, resumed)))
+
+    run_local(2, work)

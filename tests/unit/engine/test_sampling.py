@@ -1,6 +1,10 @@
+import pickle
 import random
+import threading
+from multiprocessing.reduction import ForkingPickler
 
 import numpy
+import pytest
 import torch
 from torch.utils.data import Dataset
 
@@ -86,3 +90,20 @@ def test_evaluation_sees_every_sample_once():
         )  # fmt: skip
         seen += epoch_of(batches, 0)[:, 0].tolist()
     assert sorted(seen) == list(range(103))
+
+
+def test_loader_processes_get_code_by_value_and_tensors_in_shared_memory():
+    class Local(Dataset):
+        def __init__(self):
+            self.images, self.transform = torch.zeros(10**6), lambda x: x + 1
+
+    data = bytes(ForkingPickler.dumps(SeededSamples(Local(), 1)))
+    assert len(data) < 10**5
+    assert pickle.loads(data)._dataset.transform(1) == 2
+
+
+def test_a_dataset_that_no_process_can_be_given_says_what_to_do():
+    noisy = Noisy()
+    noisy.lock = threading.Lock()
+    with pytest.raises(TypeError, match="open what it holds when a sample is first read, or set"):
+        ForkingPickler.dumps(SeededSamples(noisy, 1))

@@ -3,7 +3,12 @@ from functools import partial
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    ExponentialLR,
+    MultiStepLR,
+    ReduceLROnPlateau,
+)
 
 from engine.schedules import LearningRate
 
@@ -134,3 +139,24 @@ def test_a_plateau_remembers_the_best_across_a_resume(resume_at):
 def test_a_plateau_by_step_is_refused():
     with pytest.raises(ValueError, match="schedule_lr_per to epoch"):
         rates(1, make_scheduler=ReduceLROnPlateau, per="step")
+
+
+@pytest.mark.parametrize("make_scheduler", [None, partial(ExponentialLR, gamma=0.5)])
+def test_a_rate_that_is_a_tensor_is_no_other_than_a_number_and_stays_the_configs(make_scheduler):
+    """Two groups share it, schedulers fill it, and a second run is built from the same config."""
+    given = torch.tensor(0.125)
+
+    def steps(lr):
+        weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+        optimizer = torch.optim.SGD([{"params": [weight]} for weight in weights], lr=lr)
+        rate = LearningRate(
+            optimizer, scale=4, warmup_steps=2, make_scheduler=make_scheduler,
+            total_steps=6, steps_per_epoch=1, per="step",
+        )  # fmt: skip
+        for _ in range(6):
+            yield [float(group["lr"]) for group in optimizer.param_groups]
+            optimizer.step()
+            rate.step()
+
+    assert list(steps(given)) == list(steps(given)) == list(steps(0.125))
+    assert given == 0.125

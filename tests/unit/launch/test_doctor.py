@@ -28,6 +28,12 @@ def test_horovod_that_cannot_serve_is_missing_with_a_remedy(facts, torch, says):
     assert says in check.remedy
 
 
+def test_a_torchvision_that_cannot_be_imported_is_missing_with_the_remedy():
+    broken = doctor.check_torchvision({"error": "operator torchvision::nms does not exist"})
+    assert (broken.status, broken.remedy) == ("missing", "run launch/setup.sh --again")
+    assert doctor.check_torchvision({"version": "0.28.0"}).status == "ok"
+
+
 @pytest.mark.parametrize(
     "banner, status",
     [

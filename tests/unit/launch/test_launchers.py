@@ -1,8 +1,11 @@
 """The commands that launch/*.sh would start, as a dry run prints them; set-up's first decisions."""
 
 import os
+import re
 import shlex
 import subprocess
+import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -93,6 +96,25 @@ def test_setup_leaves_a_folder_that_it_did_not_make_alone(tmp_path):
     assert done.returncode == 2
     assert "was not made by launch/setup.sh" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_setup_makes_a_plain_import_of_torchvision_work_in_every_process(tmp_path):
+    """Runs the function of setup.sh on an environment that borrows this one's packages."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
+    (site,) = tmp_path.glob("lib/python*/site-packages")
+    (site / "borrowed.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    script = (REPO / "launch/setup.sh").read_text()
+    functions = [re.search(rf"^{name}\(\) .*?\}}$", script, re.M | re.S)[0]
+                 for name in ("site_packages", "settle_torchvision")]  # fmt: skip
+    shell = "\n".join([f"repo={REPO} venv={tmp_path}", *functions, "settle_torchvision"])
+    subprocess.run(["bash", "-ec", shell], check=True)
+    code = (
+        "import sys; assert 'torch' not in sys.modules\n"
+        "import torchvision; print(torchvision.models.resnet18().fc.out_features)"
+    )
+    python = [tmp_path / "bin/python", "-c", code]
+    done = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "1000\n", done.stderr
 
 
 def test_setup_is_quick_when_complete():

@@ -1,3 +1,4 @@
+import gzip
 import io
 import random
 
@@ -151,6 +152,36 @@ def test_an_epoch_taken_up_at_any_position_goes_on_bit_for_bit(tmp_path, bptt, b
                         torch.equal(torch.as_tensor(ended[k]), torch.as_tensor(positions[-1][k]))
                         for k in positions[-1]
                     )
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lambda text: b"\xef\xbb\xbf" + text])
+def test_packed_and_marked_shards_give_the_batches_and_positions_of_plain_ones(tmp_path, pack):
+    write_shards(tmp_path / "plain", 3, last_newline=False)
+    for path in list((tmp_path / "plain").glob("*/shard*")):
+        packed = tmp_path / "packed" / path.relative_to(tmp_path / "plain")
+        packed.parent.mkdir(parents=True, exist_ok=True)
+        packed.write_bytes(pack(path.read_bytes()))
+    plain, packed = (text_shards(str(tmp_path / name), bptt=5) for name in ("plain", "packed"))
+    assert torch.equal(plain["test"]._words, packed["test"]._words)
+    for rank in range(3):
+        one, other = (rank_batches(split["train"], rank, 3) for split in (plain, packed))
+        positions = [{}]
+        for ours, theirs in zip(one.start(0, 0, {}), other.start(0, 0, {}), strict=True):
+            assert all(map(torch.equal, ours, theirs))
+            positions.append(saved(one.position()))
+            assert str(positions[-1]) == str(saved(other.position()))
+        for first, position in enumerate(positions[:-1]):  # of the plain run, by the packed one
+            batches = [next(each.start(0, first, position)) for each in (one, other)]
+            assert all(map(torch.equal, *batches))
+
+
+def test_counts_of_packed_shards_are_not_those_that_were_once_made_of_their_bytes(tmp_path):
+    write_shards(tmp_path, 1)
+    path = tmp_path / "train/shard-0"
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    old = tmp_path / f"word_counts.1_files.{path.stat().st_size}_bytes.tsv"
+    old.write_bytes(b"garbage\t3\n<eos>\t1\n")
+    assert b"garbage" not in text_shards(str(tmp_path), bptt=2)["train"]._vocabulary.words
 
 
 def test_taking_up_a_position_reads_nothing_that_came_before(tmp_path):
