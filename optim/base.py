@@ -56,12 +56,13 @@ class MomentOptimizer(Optimizer):
     structures: ClassVar[Mapping[str, str]] = {"first_moment": "full", "second_moment": "full"}
 
     def __init__(self, params: Any, defaults: Group) -> None:
-        self._delegated: set[Tensor] = set()
+        self._delegated: dict[Tensor, Preconditioner | None] = {}
         unset = {k: v for k, v in self.structures.items() if defaults.get(k, "") is None}
         super().__init__(params, {**defaults, **unset})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_delegated": self._delegated}  # else copies lack it
+        delegated = dict.fromkeys(self._delegated)  # what they feed is not a copy's
+        return {**super().__getstate__(), "_delegated": delegated}
 
     # ---- what a subclass says --------------------------------------------------------------------
 
@@ -163,17 +164,14 @@ class MomentOptimizer(Optimizer):
     def delegate_second_moment(self, p: Tensor) -> Preconditioner | None:
         """Give up p's second moment: what arrives for p from now on is already divided by its root.
 
-        Returns: the moment, from 0, to be fed wherever the dense gradients are; None if there is
-            none. It reads its options here, so changes of `param_groups` reach it.
-        Raises: ValueError, if p has been stepped, or has weight decay that is not decoupled: within
-            a gradient that waits it would be applied late, and scaled.
+        Returns: the moment as it is here, from 0 if p has not been stepped, to be fed wherever the
+            dense gradients are; None if there is none. A checkpoint that brings a moment for p
+            (`load_state_dict`) brings it there. It reads its options here, so changes of
+            `param_groups` reach it.
+        Raises: ValueError, if p has weight decay that is not decoupled: within a gradient that
+            waits it would be applied late, and scaled.
         """
         position, group = next((i, group) for i, group, q in self._places() if q is p)
-        if int(self.state[p].get("step", 0)) and p not in self._delegated:
-            raise ValueError(
-                "the parameter has been stepped with a second moment of its own, which would be "
-                "lost; delegate before the first step and before loading a checkpoint"
-            )
         if group["weight_decay"] and not group["decoupled_weight_decay"]:
             raise ValueError(
                 f"weight_decay is {group['weight_decay']} and acts within the gradient; with "
@@ -181,18 +179,36 @@ class MomentOptimizer(Optimizer):
             )
         if self._second(group) is None:
             return None
-        if p not in self._delegated:
-            self._delegated.add(p)
-            self.state.pop(p, None)
-            self._moments(position, group, p)
-        moment = self._moment(position, group, p, {}, _SECOND)
+        state = {} if p in self._delegated else self.state[p]
+        num_steps = state.get("step", torch.zeros((), device="cpu")).clone()
+        moment = self._moment(position, group, p, state, _SECOND)
+        for name in moment.tensors:
+            state.pop(name)
 
         number = next(k for k, g in enumerate(self.param_groups) if g is group)
 
         def options() -> Group:  # loading a checkpoint replaces the groups
             return self.param_groups[number]
 
-        return Preconditioner(moment, lambda step: self._scalars(options(), step), options)
+        given = Preconditioner(
+            moment, lambda step: self._scalars(options(), step), options, num_steps
+        )
+        self._delegated[p] = given
+        self._moments(position, group, p)  # the rest of its state, if that is not there yet
+        return given
+
+    def reclaim_second_moment(self, p: Tensor) -> None:
+        """Own p's second moment again. All state of p begins anew, from 0 and step 0.
+
+        A moment that workers have fed differs between them; and beside one that begins at 0, the
+        first moment and the bias corrections of a later step would make far too large an update.
+        """
+        if p in self._delegated:
+            del self._delegated[p]
+            self.state.pop(p, None)
+            for position, group, q in self._places():
+                if q is p:
+                    self._moments(position, group, p)
 
     # ---- state -----------------------------------------------------------------------------------
 
@@ -287,6 +303,8 @@ class MomentOptimizer(Optimizer):
 
         torch's own would cast the state to the parameter's dtype (pytorch issue 43706), share
         tensors with `state_dict`, and take any shape. Seeds and `step` stay on the CPU.
+        A delegated second moment that was saved by an optimizer that had not delegated it goes to
+        whom it is delegated.
         Raises: ValueError, before anything changes, if a parameter's state was kept otherwise.
         """
         fitted: dict[Tensor, dict[str, Tensor]] = {}
@@ -303,6 +321,9 @@ class MomentOptimizer(Optimizer):
             return {**loaded, "state": {}, "param_groups": groups}
 
         def put(_: Optimizer) -> None:
+            for p, state in fitted.items():
+                if (given := self._delegated.get(p)) is not None:
+                    given.take_out_of(state)
             self.state.update(fitted)
             for position, group, p in self._places():
                 if p.requires_grad:
@@ -328,5 +349,8 @@ class MomentOptimizer(Optimizer):
                 layout: dict[str, Tensor] = {"step": torch.zeros(())}
                 for moment in self._moments(position, group, p, as_layout=True):
                     layout.update(moment.tensors if moment else {})
+                given = self._delegated.get(p)
+                if given is not None and theirs.keys() & given.tensors.keys() > {"step"}:
+                    layout |= given.tensors
                 fitted[p] = fit_state(position, layout, theirs, p.device)
         return fitted

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kernels import ops
@@ -20,7 +19,7 @@ Scalars = dict[str, float]
 
 
 class Preconditioner:
-    """A second moment and the number of steps that it has seen.
+    """A second moment and the number of steps that it has seen, at first `num_steps`.
 
     tensors: name -> tensor: all its state, changed in place. shared_names: of those that may be
     averaged over workers.
@@ -31,9 +30,11 @@ class Preconditioner:
         moment: Moment,
         scalars_of: Callable[[int], Scalars],
         options: Callable[[], Mapping[str, Any]],
+        num_steps: Tensor,
     ) -> None:
         self._moment, self._scalars_of, self._options = moment, scalars_of, options
-        self.tensors = {**moment.tensors, "step": torch.zeros(())}
+        self.tensors = {**moment.tensors, "step": num_steps}
+        self._last_ended = int(num_steps)  # the optimizer has ended the steps that it did itself
         self.shared_names = [name for name in moment.tensors if not name.endswith(SEEDS)]
 
     def observe(
@@ -45,7 +46,8 @@ class Preconditioner:
         Args: scale: (1,) float32 that multiplies the gradient, or None. is_first: of the step.
         """
         if is_first:
-            if step := int(self.tensors["step"]):
+            step = int(self.tensors["step"])
+            if step != self._last_ended:
                 self._moment.end_step(step, self._options())
             self.tensors["step"] += 1
         scalars = self._scalars()
@@ -60,6 +62,13 @@ class Preconditioner:
         operand = self._moment.operand(split)
         ops.observe(grad_N.view(matrix_shape(shape, split)), rule, operand, scale=scale)
         self._moment.write_back(operand, split, is_dense=True)
+
+    def take_out_of(self, state: dict[str, Tensor]) -> None:
+        """Take over the moment that a parameter's loaded state holds, if it holds one."""
+        if state.keys() >= self.tensors.keys() > {"step"}:
+            for name, tensor in self.tensors.items():
+                tensor.copy_(state["step"] if name == "step" else state.pop(name))
+            self._last_ended = int(state["step"])
 
     def root(self, indices_K: Tensor | None = None) -> Tensor:
         """Return what to divide by, at indices (K,) int64 or everywhere (N,): float32, 0 or more.
