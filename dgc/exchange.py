@@ -9,7 +9,7 @@ Shapes: N elements of one flattened tensor, or of this rank's share of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class Exchange:
         self.outlet = Outlet(compression, compensation, statistics, self.place)
         self.buckets: list[Bucket] = []
         self.stats = StepStats()
+        self.before_step: Callable[[], None] = lambda: None  # called with a step's first gradient
         self._scope = comm.unique_name("exchange")  # two optimizers' buckets must not be confused
         self._bucket_of: dict[str, Bucket] = {}
         self._specs: dict[str, TensorSpec] = {}
@@ -186,6 +187,7 @@ class Exchange:
 
     def _begin(self, name: str) -> None:
         if not self.is_under_way:
+            self.before_step()
             self.stats = StepStats()
         self._seen.add(name)
 

@@ -42,6 +42,10 @@ class Intake:
             hook.remove()
         self._hooks.clear()
 
+    def takes(self, parameter: Tensor) -> bool:
+        """Tell whether this parameter's gradients come here."""
+        return bool(self._hooks) and any(parameter is mine for mine in self._named.values())
+
     def open(self) -> None:
         """Take the gradients of another step."""
         self._is_open = True
