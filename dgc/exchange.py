@@ -289,8 +289,10 @@ class Exchange:
         return {**self.compensation.num_bytes(), "statistics": self.statistics.num_bytes()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned. Raises: ValueError, before anything changes, for the
-        state of another share, or of other tensors."""
+        """Take up what `state_dict` returned; tensors that it does not know stay as they are.
+
+        Raises: ValueError, before anything changes, for the state of another share, or of tensors
+            that are not here."""
         if self.is_under_way:
             raise RuntimeError("a state can be loaded only between steps; finish this one first")
         share = tuple(state.get("share", torch.tensor([0, 1])).tolist())
@@ -302,7 +304,8 @@ class Exchange:
             )
         thresholds, statistics = state.get("thresholds", {}), state.get("statistics", {})
         self.outlet.check(thresholds, self._specs.keys())
-        self.statistics.check(statistics)
+        kept = (state["compensation"]["residual"], state["compensation"]["velocity"], thresholds)
+        self.statistics.check(statistics, added=self._specs.keys() - set().union(*kept))
         devices = {name: spec.device for name, spec in self._specs.items()}
         numels = {name: spec.numel for name, spec in self._specs.items()}
         self.compensation.load_state_dict(state["compensation"], devices, numels)

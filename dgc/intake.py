@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 
+import torch
 from torch import Tensor
 
 from dgc.exchange import Exchange
@@ -32,7 +33,9 @@ class Intake:
         self._is_open = True
         self.count_anew()
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._make_hook(name))
+            parameter.register_post_accumulate_grad_hook(
+                torch.compiler.disable(self._make_hook(name))
+            )
             for name, parameter in named.items()
         ]
 

@@ -274,6 +274,7 @@ class DistributedOptimizer(Optimizer):
         self._exchange.plan(specs, density, self._bucket_bytes)
         self.density = density
 
+    @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
         if self._exchange.is_under_way:
             raise RuntimeError(
@@ -286,6 +287,7 @@ class DistributedOptimizer(Optimizer):
         self._intake.count_anew()
         self.inner.zero_grad(set_to_none)
 
+    @torch.compiler.disable
     def synchronize(self) -> None:
         """Finish the exchange; `step` calls it.
 
@@ -305,6 +307,7 @@ class DistributedOptimizer(Optimizer):
         self._scaling.end_step()
         self._is_synchronized = True
 
+    @torch.compiler.disable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Synchronize, then step the inner optimizer. A closure is run once, before both."""
         if self._is_closed:

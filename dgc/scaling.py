@@ -15,11 +15,13 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from dgc.compression import Compression
+from kernels.operands import state_dtype
 
 
 def scaled(grad: Tensor, scale: Tensor | None) -> Tensor:
-    """Return a gradient times scale (1,), in float32; the gradient itself if that is what it is."""
-    return grad.float() if scale is None else grad * scale
+    """Return a gradient times scale (1,), in float32, or float64 if that is what the gradient is;
+    the gradient itself if nothing is to be done."""
+    return grad.to(state_dtype(grad.dtype)) if scale is None else grad * scale
 
 
 class Scaling:
@@ -45,16 +47,21 @@ class Scaling:
         return self._clip_norm is not None and self._scope == "global"
 
     def of_tensor(self, grad: Tensor) -> Tensor | None:
-        """Return (1,) what to multiply one tensor's gradient with; None for 1."""
+        """Return (1,) what to multiply one tensor's gradient with, float32 or for a float64 one
+        float64; None for 1."""
         if self._clip_norm is not None:
-            norm = torch.linalg.vector_norm(grad.float()) * self._micro_batches
+            norm = _norm(grad) * self._micro_batches
             return self._clip(norm, self._num_tensors * self._micro_batches)
         unscale = self._unscale_factor()
-        return None if unscale == 1 else torch.full((1,), unscale, device=grad.device)
+        if unscale == 1:
+            return None
+        return torch.full((1,), unscale, dtype=state_dtype(grad.dtype), device=grad.device)
 
     def of_all(self, grads: Sequence[Tensor]) -> Tensor:
-        """Return (1,) what to multiply all gradients with, by their joint norm."""
-        norms = [torch.linalg.vector_norm(grad.float()).to(grads[0].device) for grad in grads]
+        """Return (1,) what to multiply all gradients with, by their joint norm: float32, or
+        float64 if all of them are."""
+        dtype = torch.float64 if all(g.dtype == torch.float64 for g in grads) else torch.float32
+        norms = [_norm(grad).to(grads[0].device, dtype) for grad in grads]
         return self._clip(torch.linalg.vector_norm(torch.stack(norms)), 1)
 
     def check_call(self, optimizer: Optimizer) -> None:
@@ -83,7 +90,7 @@ class Scaling:
         if self._scaler is not None:
             found = self._scaler._found_inf_per_device(optimizer)
             found.clear()
-            found[device] = torch.full((), float(is_skipped), device=device)
+            found[device] = torch.full((), float(is_skipped), dtype=torch.float32, device=device)
 
     def _unscale_factor(self) -> float:
         """Return 1 / the loss scale, read once a step."""
@@ -98,7 +105,12 @@ class Scaling:
         of world_size * num_parts, is within its share of the bound."""
         unscale = self._unscale_factor()
         threshold = self._clip_norm / math.sqrt(self._world_size * num_parts)
-        tiny = torch.finfo(torch.float32).tiny
+        tiny = torch.finfo(norm.dtype).tiny
         factor = (threshold / (norm * unscale).clamp(min=tiny)).clamp(max=1) * unscale
         nan = torch.full_like(factor, float("nan"))  # undoes the step, instead of adding nothing
         return torch.where(torch.isfinite(norm), factor, nan).view(1)
+
+
+def _norm(grad: Tensor) -> Tensor:
+    """Return the 2-norm, in float32 or for a float64 gradient in float64."""
+    return torch.linalg.vector_norm(grad, dtype=state_dtype(grad.dtype))
