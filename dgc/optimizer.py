@@ -17,7 +17,6 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from dgc import apply
-from dgc.buckets import Bucket, explain
 from dgc.checks import (
     MAKE_ANEW,
     at_least_one,
@@ -27,6 +26,7 @@ from dgc.checks import (
     check_row_sparse,
     check_same_everywhere,
     match_parameters,
+    refuse_capture,
 )
 from dgc.comm import Comm
 from dgc.compensate import Compensation
@@ -39,9 +39,9 @@ from dgc.momentum import MARK, Momentum
 from dgc.replicas import Replicas
 from dgc.roles import check_groups, delegate_statistics, make_specs, resolve
 from dgc.scaling import Scaling
-from dgc.stats import StepStats
 from dgc.topology import choose_islands
 from dgc.undone import Undone
+from dgc.view import View
 
 DENSE = Compression(
     density=1.0, momentum_correction=False, preconditioning="after", two_level=False
@@ -50,7 +50,7 @@ DENSE = Compression(
 _log = logging.getLogger(__name__)
 
 
-class DistributedOptimizer(Optimizer):
+class DistributedOptimizer(View):
     """Average gradients over ranks during backward, then step the optimizer it holds.
 
     Args:
@@ -149,26 +149,13 @@ class DistributedOptimizer(Optimizer):
         statistics = delegate_statistics(optimizer, dense, self.compression)
         islands = choose_islands(comm, self.compression)
         self._exchange = Exchange(comm, self.compression, compensation, statistics, islands)
-        self._exchange.before_step = partial(self._momentum.begin_step, self._exchange)
+        self._exchange.before_step = partial(_begin_step, self._momentum, self._exchange)
         self._replicas = Replicas(comm, optimizer, self._named)
         self.set_density(self.compression.density_at(0))
         self._intake = Intake(
             self._named, self._row_sparse, self._exchange, self._scaling, micro_batches_per_step
         )
         hold(self, self._intake, self._named)
-
-    # What schedulers, scalers and people look for on an optimizer is the inner optimizer's.
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.inner.param_groups
-
-    @property
-    def state(self) -> Any:
-        return self.inner.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.inner.defaults
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         raise NotImplementedError(
@@ -234,29 +221,6 @@ class DistributedOptimizer(Optimizer):
 
     def _settings(self) -> dict[str, Any]:
         return {"density": self.density, "steps exchanged": self.compensation.num_steps}
-
-    def worker_state_bytes(self) -> dict[str, int]:
-        """Bytes that this rank keeps between steps: `residual`, `velocity`, `statistics`."""
-        return self._exchange.state_bytes()
-
-    @property
-    def buckets(self) -> list[Bucket]:
-        """What leaves together, in order; a bucket says whether it is sparse."""
-        return self._exchange.buckets
-
-    def explain(self) -> str:
-        """Return a table of what leaves by which protocol, and of what the cost model says."""
-        return explain(self.buckets, self._exchange.group.world_size)
-
-    @property
-    def stats(self) -> StepStats:
-        """What this rank sent in the last step, and where the time went."""
-        return self._exchange.stats
-
-    @property
-    def compensation(self) -> Compensation:
-        """This rank's velocities and residuals."""
-        return self._exchange.compensation
 
     def set_epoch(self, epoch: int) -> float:
         """Set the density of an epoch, counted from 0, and return it. Between steps only."""
@@ -337,3 +301,8 @@ class DistributedOptimizer(Optimizer):
         self._elements = {}
         self._has_stepped = True
         return loss
+
+
+def _begin_step(momentum: Momentum, exchange: Exchange) -> None:
+    refuse_capture(exchange.buckets[0].specs[0].device)
+    momentum.begin_step(exchange)

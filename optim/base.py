@@ -180,7 +180,7 @@ class MomentOptimizer(Optimizer):
         if self._second(group) is None:
             return None
         state = {} if p in self._delegated else self.state[p]
-        num_steps = state.get("step", torch.zeros((), device="cpu")).clone()
+        num_steps = state.get("step", torch.zeros((), dtype=torch.float32, device="cpu")).clone()
         moment = self._moment(position, group, p, state, _SECOND)
         for name in moment.tensors:
             state.pop(name)
@@ -347,8 +347,15 @@ class MomentOptimizer(Optimizer):
             theirs = loaded["state"].get(key)
             if theirs:
                 layout: dict[str, Tensor] = {"step": torch.zeros(())}
-                for moment in self._moments(position, group, p, as_layout=True):
-                    layout.update(moment.tensors if moment else {})
+                first, second = self._moments(position, group, p, as_layout=True)
+                layout.update(first.tensors if first else {})
+                if second and theirs.keys() == layout.keys():
+                    raise ValueError(
+                        f"the checkpoint has no second moment for parameter {position}: it was "
+                        f"saved while workers of a DistributedOptimizer had that. Make the "
+                        f"DistributedOptimizer first, and load the checkpoint there"
+                    )
+                layout.update(second.tensors if second else {})
                 given = self._delegated.get(p)
                 if given is not None and theirs.keys() & given.tensors.keys() > {"step"}:
                     layout |= given.tensors
