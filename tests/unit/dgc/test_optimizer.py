@@ -1,4 +1,5 @@
 import copy
+import functools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ from torch import nn
 
 from dgc import Compression, DistributedOptimizer, row_sparse_names
 from dgc.local import run_local
+from optim import FactoredAdam
 
 FEATURES, CLASSES, BATCH = 20, 5, 8
 
@@ -364,7 +366,7 @@ def test_nothing_waits_inside_backward(clip_scope):
         num_started = len(watching.names)
         optimizer.step()
         assert all(watching.names)
-        return num_started, len(watching.names)
+        return num_started, sum("compared" not in name for name in watching.names)
 
     # Each tensor's own norm lets the exchange overlap backward; the global one cannot.
     assert run_local(2, work) == [(0 if clip_scope == "global" else 4, 4)] * 2
@@ -612,3 +614,87 @@ def test_a_resumed_run_goes_on_to_the_bit_where_the_density_changes(load_first):
         assert torch.equal(weight, again)
 
     run_local(2, work)
+
+
+def test_lazy_parameters_and_wrong_givens_are_refused_with_the_remedy():
+    def work(comm):
+        model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+        for parameters in (model.parameters(), model[0].parameters()):
+            with pytest.raises(ValueError, match="lazy parameter.* run one forward pass"):
+                DistributedOptimizer(
+                    torch.optim.SGD(parameters, lr=0.1), model.named_parameters(), comm=comm
+                )
+        model(torch.randn(2, 3))
+        inner = plain_sgd(model.parameters())
+        with pytest.raises(TypeError, match="allowed: dgc.Compression"):
+            DistributedOptimizer(inner, model.named_parameters(), comm=comm, compression="fp16")
+        optimizer = DistributedOptimizer(inner, model.named_parameters(), comm=comm)
+        with pytest.raises(ValueError, match="a distributed optimizer itself"):
+            DistributedOptimizer(optimizer, model.named_parameters(), comm=comm)
+        model(torch.randn(2, 3)).sum().backward()
+        with pytest.raises(RuntimeError, match=r"requires_grad_\(False\)"):
+            optimizer.zero_grad()
+        optimizer.step()
+
+    run_local(1, work)
+
+
+def test_the_backward_pass_of_another_loss_can_be_kept_from_a_network():
+    """The remedies of zero_grad()'s message: a generator is trained through a discriminator."""
+
+    def work(comm, remedy):
+        generator, discriminator = nn.Linear(3, 4), nn.Linear(4, 1)
+        of_generator, of_discriminator = (
+            DistributedOptimizer(plain_sgd(m.parameters()), m.named_parameters(), comm=comm)
+            for m in (generator, discriminator)
+        )
+        for _ in range(3):
+            made = generator(torch.randn(2, 3))
+            discriminator(made.detach()).sum().backward()
+            of_discriminator.step()
+            of_discriminator.zero_grad()
+            if remedy == "requires_grad_":
+                discriminator.requires_grad_(False)
+                discriminator(made).sum().backward()
+                discriminator.requires_grad_(True)
+            else:
+                discriminator(made).sum().backward(inputs=list(generator.parameters()))
+            of_generator.step()
+            of_generator.zero_grad()
+        of_discriminator.check_replicas()
+        of_generator.check_replicas()
+
+    run_local(2, lambda comm: work(comm, "requires_grad_"))
+    run_local(2, lambda comm: work(comm, "inputs"))
+
+
+def factored_adam(parameters):
+    return FactoredAdam(parameters, lr=0.01, betas=(0.0, 0.999), min_compressed_numel=0)
+
+
+@pytest.mark.parametrize("make", [momentum_sgd, torch.optim.Adam, factored_adam])
+@pytest.mark.parametrize("compiled", ["step", "train step"])
+def test_a_compiled_step_is_the_step(make, compiled):
+    def work(comm, compile):
+        model = make_model()
+        optimizer = DistributedOptimizer(
+            make(model.parameters()), model.named_parameters(), comm=comm,
+            compression=Compression(density=0.05, min_numel=100),
+        )  # fmt: skip
+        step = compile(optimizer.step) if compiled == "step" else optimizer.step
+
+        def train_step(inputs, labels):
+            optimizer.zero_grad()
+            backward(model, inputs, labels)
+            step()
+
+        if compiled == "train step":
+            train_step = compile(train_step)
+        for inputs, labels in batches(5, 1):
+            train_step(inputs, labels)
+        return parameters(model)
+
+    (plain,) = run_local(1, lambda comm: work(comm, lambda function: function))
+    eager = functools.partial(torch.compile, backend="eager")
+    (result,) = run_local(1, lambda comm: work(comm, eager))
+    assert torch.equal(result, plain)
