@@ -39,5 +39,5 @@ def test_factors_have_the_precision_of_gradients_whatever_the_default(dtype, def
 
 
 def test_a_norm_beyond_float32_is_clipped_in_float64():
-    grad = torch.tensor([1e200, 0.0], dtype=torch.float64)
+    grad = torch.tensor([1e100, 0.0], dtype=torch.float64)
     assert (grad * make(1.0).of_tensor(grad)).tolist() == pytest.approx([0.5, 0.0])
