@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 
 from dgc.comm import Comm
+from dgc.compression import Compression
 from dgc.elements import check_dtype
+
+MAKE_ANEW = (
+    "close() it and make it anew. Residuals, velocities and the workers' second moments begin at 0 "
+    "then, unless what its worker_state_dict() returned is given to load_worker_state_dict() of "
+    "the new one; parameters that were added begin at 0"
+)
 
 
 def at_least_one(micro_batches_per_step: int) -> int:
@@ -18,9 +28,23 @@ def at_least_one(micro_batches_per_step: int) -> int:
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
+    if hasattr(optimizer, "synchronize"):
+        raise ValueError(
+            f"{type(optimizer).__name__} is a distributed optimizer itself, and would exchange the "
+            f"gradients again; give the optimizer that it was made of"
+        )
     if isinstance(optimizer, LBFGS):
         raise ValueError("LBFGS evaluates the loss within a step, where gradients are this rank's "
                          "own; use an optimizer of one gradient a step")  # fmt: skip
+
+
+def check_compression(compression: Any) -> Compression | None:
+    if compression is None or isinstance(compression, Compression):
+        return compression
+    raise TypeError(
+        f"compression is {compression!r}; allowed: dgc.Compression(...), or None for a dense "
+        f"exchange in float32"
+    )
 
 
 def match_parameters(
@@ -32,11 +56,18 @@ def match_parameters(
     for name, parameter in named_parameters:
         if name in named:
             raise ValueError(f"two parameters are named {name}; names must be unique")
+        if id(parameter) in mine and is_lazy(parameter):
+            raise ValueError(
+                f"{name} is a lazy parameter without a shape yet, and what is exchanged is laid "
+                f"out when the DistributedOptimizer is made; run one forward pass of the model "
+                f"before, on every rank"
+            )
         if id(parameter) in mine and parameter.requires_grad and parameter.numel():
             check_dtype(name, parameter)
             named[name] = parameter
             del mine[id(parameter)]
-    unnamed = [tuple(p.shape) for p in mine.values() if p.requires_grad and p.numel()]
+    left = [p for p in mine.values() if p.requires_grad]
+    unnamed = ["lazy" if is_lazy(p) else tuple(p.shape) for p in left if is_lazy(p) or p.numel()]
     if unnamed:
         raise ValueError(
             f"the optimizer has parameters of shapes {unnamed} that named_parameters lacks; "
@@ -57,15 +88,15 @@ def check_row_sparse(names: Collection[str], named: Mapping[str, Tensor]) -> fro
 
 def check_same_everywhere(comm: Comm, named: dict[str, Tensor], settings: tuple) -> None:
     """Refuse ranks that would wait for each other's tensors for ever."""
-    mine = [(name, tuple(p.shape)) for name, p in named.items()]
+    mine = [(name, tuple(p.shape), str(p.dtype)) for name, p in named.items()]
     everyone = comm.all_gather_object((mine, settings))
     lists = [shapes for shapes, _ in everyone]
     for rank, (theirs, their_settings) in enumerate(everyone):
         if their_settings != everyone[0][1]:
             raise ValueError(
                 f"rank 0 was given {everyone[0][1]} and rank {rank} {their_settings} "
-                f"(compression, micro_batches_per_step, bucket_bytes, row_sparse); give all ranks "
-                f"the same"
+                f"(compression, micro_batches_per_step, bucket_bytes, row_sparse, whether there is "
+                f"a grad_scaler); give all ranks the same"
             )
         for here, there in zip(lists[0], theirs, strict=False):
             if here != there:
@@ -74,3 +105,26 @@ def check_same_everywhere(comm: Comm, named: dict[str, Tensor], settings: tuple)
             raise ValueError(
                 f"rank 0 has {len(lists[0])} parameters and rank {rank} has {len(theirs)}"
             )
+
+
+def check_all_exchanged(optimizer: Optimizer, exchanged: Collection[int]) -> None:
+    """Refuse gradients that this rank would apply alone; exchanged: ids of parameters."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            is_ours = id(parameter) in exchanged or not parameter.numel()
+            if parameter.grad is not None and not is_ours:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(parameter.shape)} has a gradient but did not "
+                    f"require one, or was not there, when the DistributedOptimizer was made; after "
+                    f"unfreezing or adding parameters {MAKE_ANEW}"
+                )
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Refuse to be captured in a CUDA graph."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a step of a DistributedOptimizer cannot be captured in a CUDA graph: the graph would "
+            "replay this step's rate and thresholds, and none of its messages. Capture forward and "
+            "backward of what is not exchanged, or leave the graph out"
+        )

@@ -60,13 +60,15 @@ class Compensation:
 
     With momentum m:  u <- m u + g,  v <- v + u;  Nesterov:  u <- m (u + g),  v <- v + u + g.
     Without (m = 0) there is no velocity:  v <- v + g.
-    Where a step has several gradients, g is their sum; u decays once.
+    Where a step has several gradients, g is their sum; u decays once. Momentum may change between
+    steps (`momentum` and `nesterov` are read as one goes on); while it is 0 velocities rest.
     A tensor that is always sent whole keeps no residual between steps.
 
     Args: residual_dtype, velocity_dtype: float32, bfloat16, or int8 for 8-bit blocks (see
             kernels.buffers); rounding is stochastic, so what it loses is 0 in the mean. Of a tensor
             whose gradients are float64, "float32" is float64: nothing is lost unless asked for.
         seed: of the rounding; other ranks should have other seeds.
+        momentum_varies: velocities may be loaded also while momentum is 0.
     """
 
     def __init__(
@@ -77,12 +79,15 @@ class Compensation:
         residual_dtype: str = "float32",
         velocity_dtype: str = "float32",
         seed: int = 0,
+        momentum_varies: bool = False,
     ) -> None:
+        self.momentum_varies = momentum_varies
         self.momentum, self.nesterov, self.mask_velocity = momentum, nesterov, mask_velocity
         self.dtypes = {"residual": residual_dtype, "velocity": velocity_dtype}
         self.velocity: dict[str, Buffer] = {}
         self.residual: dict[str, Buffer] = {}
         self.num_steps = 0
+        self._last_momentum = 0.0  # of a step that stood: Nesterov's velocities have it in them
         self._seed = seed
         self._num_writes: dict[str, int] = {}  # of each tensor in this step
         self._before: dict[tuple[str, str], Buffer | None] = {}
@@ -160,9 +165,20 @@ class Compensation:
         """
         return buffers.decode(self.residual.pop(name))
 
+    def start_velocity(self, name: str, momentum_N: Tensor) -> None:
+        """Go on from the momentum buffer (N,) of a dense SGD, whatever the velocity was."""
+        if self.nesterov:
+            momentum_N = momentum_N * (self._last_momentum or self.momentum)
+        numel, key = momentum_N.numel(), zlib.crc32(name.encode())
+        dtype = self._stored("velocity", _exact(momentum_N.dtype))
+        buffer = buffers.empty(numel, dtype, momentum_N.device)
+        buffers.accumulate(momentum_N, Correction(), residual=buffer, old_residual=None, key=key)
+        self.velocity[name] = buffer
+
     def commit(self) -> None:
         """Make the step's changes final."""
         self.num_steps += 1
+        self._last_momentum = self.momentum or self._last_momentum
         self._end_step()
 
     def roll_back(self) -> None:
@@ -212,7 +228,8 @@ class Compensation:
         if m == 0:
             return Correction()
         if is_first:
-            return Correction(m, m, 1, 1) if self.nesterov else Correction(m, 1, 1, 0)
+            decay = m * (m / (self._last_momentum or m)) if self.nesterov else m
+            return Correction(decay, m, 1, 1) if self.nesterov else Correction(m, 1, 1, 0)
         return Correction(1, m, 0, 1 + m) if self.nesterov else Correction(1, 1, 0, 1)
 
     def _masking(self, selection: Selection | None) -> Selection | None:
@@ -252,8 +269,9 @@ class Compensation:
             kind: {name: _to_state(buffer) for name, buffer in getattr(self, kind).items()}
             for kind in _KINDS
         }
+        momentum = torch.tensor(self._last_momentum, dtype=torch.float64, device="cpu")
         num_steps = torch.tensor(self.num_steps, dtype=torch.int64, device="cpu")
-        return {**kinds, "num_steps": num_steps}
+        return {**kinds, "num_steps": num_steps, "momentum": momentum}
 
     def load_state_dict(
         self,
@@ -269,7 +287,7 @@ class Compensation:
         Raises: ValueError, before anything changes, for a tensor that is not here, or is of another
             size or stored otherwise here.
         """
-        if state["velocity"] and not self.momentum:
+        if state["velocity"] and not (self.momentum or self.momentum_varies):
             raise ValueError("velocities were saved; allowed: none, as there is no momentum here")
         loaded: dict[str, dict[str, Buffer]] = {kind: {} for kind in _KINDS}
         for kind in _KINDS:
@@ -291,6 +309,7 @@ class Compensation:
                 loaded[kind][name] = buffer
         self.velocity, self.residual = loaded["velocity"], loaded["residual"]
         self.num_steps = int(state.get("num_steps", 0))
+        self._last_momentum = float(state.get("momentum", self.momentum))
         self._end_step()
 
 

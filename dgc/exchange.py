@@ -9,7 +9,7 @@ Shapes: N elements of one flattened tensor, or of this rank's share of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class Exchange:
         self.outlet = Outlet(compression, compensation, statistics, self.place)
         self.buckets: list[Bucket] = []
         self.stats = StepStats()
+        self.before_step: Callable[[], None] = lambda: None  # called with a step's first gradient
         self._scope = comm.unique_name("exchange")  # two optimizers' buckets must not be confused
         self._bucket_of: dict[str, Bucket] = {}
         self._specs: dict[str, TensorSpec] = {}
@@ -196,6 +197,7 @@ class Exchange:
 
     def _begin(self, name: str) -> None:
         if not self.is_under_way:
+            self.before_step()
             self.stats = StepStats()
         self._seen.add(name)
 
@@ -304,8 +306,10 @@ class Exchange:
         return {**self.compensation.num_bytes(), "statistics": self.statistics.num_bytes()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned. Raises: ValueError, before anything changes, for the
-        state of another share, or of other tensors."""
+        """Take up what `state_dict` returned; tensors that it does not know stay as they are.
+
+        Raises: ValueError, before anything changes, for the state of another share, or of tensors
+            that are not here."""
         if self.is_under_way:
             raise RuntimeError("a state can be loaded only between steps; finish this one first")
         share = tuple(state["share"].tolist() if "share" in state else (0, 1))
@@ -317,7 +321,8 @@ class Exchange:
             )
         thresholds, statistics = state.get("thresholds", {}), state.get("statistics", {})
         self.outlet.check(thresholds, self._specs.keys())
-        self.statistics.check(statistics)
+        kept = (state["compensation"]["residual"], state["compensation"]["velocity"], thresholds)
+        self.statistics.check(statistics, added=self._specs.keys() - set().union(*kept))
         described = (
             {name: getattr(spec, what) for name, spec in self._specs.items()}
             for what in ("device", "numel", "dtype")

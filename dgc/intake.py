@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Mapping
 
+import torch
 from torch import Tensor
 
 from dgc.elements import element_dtype, flattened, to_reals
@@ -39,7 +40,9 @@ class Intake:
         self._lock = threading.RLock()
         self.count_anew()
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._make_hook(name))
+            parameter.register_post_accumulate_grad_hook(
+                torch.compiler.disable(self._make_hook(name))
+            )
             for name, parameter in named.items()
         ]
 
@@ -48,6 +51,10 @@ class Intake:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+    def takes(self, parameter: Tensor) -> bool:
+        """Tell whether this parameter's gradients come here."""
+        return bool(self._hooks) and any(parameter is mine for mine in self._named.values())
 
     def open(self) -> None:
         """Take the gradients of another step; what this one left in `p.grad` is known again."""

@@ -7,7 +7,7 @@ Shapes: N elements of one flattened tensor, K selected of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -115,16 +115,18 @@ class Statistics:
         return {name: dict(p.tensors) for name, p in self.preconditioners.items()}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
-        """Take copies. Raises: ValueError, before anything changes: see `check`."""
-        self.check(state)
-        for name, preconditioner in self.preconditioners.items():
-            for part, tensor in preconditioner.tensors.items():
-                tensor.copy_(state[name][part])
+        """Take copies of a state that `check` has let pass; what it lacks stays as it is."""
+        for name, parts in state.items():
+            for part, tensor in self.preconditioners[name].tensors.items():
+                tensor.copy_(parts[part])
 
-    def check(self, state: dict[str, dict[str, Any]]) -> None:
-        """Raise ValueError if these statistics are kept otherwise than those here."""
+    def check(self, state: dict[str, dict[str, Any]], added: Collection[str] = ()) -> None:
+        """Raise ValueError if these statistics are kept otherwise than those here.
+
+        added: names of tensors that were not there when it was saved: it need not have them.
+        """
         mine, theirs = _shapes(self.state_dict()), _shapes(state)
-        for name in sorted(mine.keys() | theirs.keys()):
+        for name in sorted((mine.keys() - set(added)) | theirs.keys()):
             if mine.get(name) != theirs.get(name):
                 raise ValueError(
                     f"the saved statistic of {name} is {theirs.get(name)}; allowed: "

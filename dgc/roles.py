@@ -1,4 +1,4 @@
-"""Who does what: which momentum and which second moments leave the optimizer for the workers.
+"""Who does what: which second moments leave the optimizer for the workers.
 
 Refuses what would act twice, or not at all, with the reason.
 """
@@ -16,6 +16,7 @@ from dgc.apply import takes_elements
 from dgc.buckets import TensorSpec
 from dgc.compression import Compression
 from dgc.elements import element_dtype, num_elements
+from dgc.momentum import holds
 from dgc.precondition import Preconditioner, Statistics
 
 
@@ -48,24 +49,14 @@ def resolve(compression: Compression, optimizer: Optimizer) -> Compression:
 
 
 def check_groups(
-    optimizer: Optimizer,
-    compression: Compression,
-    momentum: float,
-    row_sparse: Sequence[Tensor] = (),
+    optimizer: Optimizer, compression: Compression, row_sparse: Sequence[Tensor] = ()
 ) -> None:
     """Refuse options that do not go with the exchange, also where they were set since.
 
-    Raises: ValueError for a momentum beside the correction's, and for weight decay that would
-        only reach what arrives, or that SGD cannot apply to rows.
+    Raises: ValueError for weight decay that would only reach what arrives, or that SGD cannot apply
+        to rows.
     """
     _check_rows(optimizer, row_sparse)
-    mine = _own_momentum(optimizer, row_sparse)
-    if momentum and mine:
-        raise ValueError(
-            f"the optimizer's momentum is {mine} while the correction has {momentum}, so it would "
-            f"act twice; set momentum_correction=False (or dgc.momentum to None), or leave the "
-            f"optimizer's at 0"
-        )
     if compression.density == 1 or not takes_elements(optimizer) or optimizer.has_first_moment:
         return
     for group in optimizer.param_groups:
@@ -90,69 +81,12 @@ def _check_rows(optimizer: Optimizer, row_sparse: Sequence[Tensor]) -> None:
     if not isinstance(optimizer, SGD):
         return
     for group in optimizer.param_groups:
-        if group["weight_decay"] and _holds(group, row_sparse):
+        if group["weight_decay"] and holds(group, row_sparse):
             raise ValueError(
                 f"weight_decay is {group['weight_decay']} for a row-sparse parameter, to whose "
                 f"rows torch.optim.SGD cannot add it; give it a group with weight_decay=0, or take "
                 f"an optimizer of optim"
             )
-
-
-def _holds(group: dict, parameters: Sequence[Tensor]) -> bool:
-    ids = {id(parameter) for parameter in parameters}
-    return any(id(parameter) in ids for parameter in group["params"])
-
-
-def _corrected_groups(optimizer: Optimizer, row_sparse: Sequence[Tensor]) -> list[dict]:
-    """Return the groups whose gradients go through the correction: rows do not."""
-    ids = {id(parameter) for parameter in row_sparse}
-    groups = optimizer.param_groups
-    return [g for g in groups if not g["params"] or any(id(p) not in ids for p in g["params"])]
-
-
-def _own_momentum(optimizer: Optimizer, row_sparse: Sequence[Tensor] = ()) -> float:
-    groups = _corrected_groups(optimizer, row_sparse)
-    return max((g.get("momentum", 0) or g.get("betas", (0,))[0] for g in groups), default=0)
-
-
-def take_over_momentum(
-    optimizer: Optimizer, compression: Compression, row_sparse: Sequence[Tensor] = ()
-) -> tuple[float, bool]:
-    """Return momentum and Nesterov of the correction; SGD's move into it.
-
-    Groups of row-sparse parameters alone keep theirs: rows are sent as they are.
-    Raises: ValueError where a momentum would act twice or not at all, or SGD's settings do not
-        allow it.
-    """
-    groups = _corrected_groups(optimizer, row_sparse)
-    mine = _own_momentum(optimizer, row_sparse)
-    if compression.momentum:
-        if mine:
-            raise ValueError(
-                f"dgc.momentum is {compression.momentum} and {type(optimizer).__name__} has a "
-                f"momentum of {mine}: a gradient would be averaged twice. Set the optimizer's to 0 "
-                f"(betas=(0.0, ...), momentum=0), or leave dgc.momentum at None"
-            )
-        return compression.momentum, False
-    if not compression.momentum_correction or not isinstance(optimizer, SGD):
-        return 0.0, False
-    settings = {(group["momentum"], group["nesterov"]) for group in groups}
-    if len(settings) > 1 or any(group["dampening"] for group in groups):
-        raise ValueError(
-            f"momentum correction needs one momentum for all parameters and no dampening; "
-            f"(momentum, nesterov) here: {sorted(settings)}"
-        )
-    momentum, nesterov = settings.pop() if settings else (0.0, False)
-    if momentum and any(_holds(group, row_sparse) for group in groups):
-        raise ValueError(
-            f"SGD's momentum of {momentum} moves into the correction, through which rows do not "
-            f"go; give row-sparse parameters a group of their own, which keeps its momentum, or "
-            f"set momentum_correction=False"
-        )
-    for group in groups:
-        group["momentum"], group["nesterov"] = 0.0, False
-        group["weight_decay"] /= 1 - momentum
-    return momentum, nesterov
 
 
 def is_compressible(parameter: Tensor, compression: Compression) -> bool:

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from kernels import ops
 from optim.gradients import Gradient, read_gradient
+from optim.moments import count_of_steps
 from optim.preconditioner import Preconditioner
 from optim.state import SECOND, Group, StatefulOptimizer
 from optim.update import refuse_capture, update
@@ -127,20 +128,17 @@ class MomentOptimizer(StatefulOptimizer):
     def delegate_second_moment(self, p: Tensor) -> Preconditioner | None:
         """Give up p's second moment: what arrives for p from now on is already divided by its root.
 
-        Returns: the moment, from 0, to be fed wherever the dense gradients are; None if there is
-            none. It reads its options here, so changes of `param_groups` reach it.
-        Raises: ValueError, if p has been stepped, has no shape yet, or has weight decay that is not
-            decoupled: within a gradient that waits it would be applied late, and scaled.
+        Returns: the moment as it is here, from 0 if p has not been stepped, to be fed wherever the
+            dense gradients are; None if there is none. A checkpoint that brings a moment for p
+            (`load_state_dict`) brings it there. It reads its options here, so changes of
+            `param_groups` reach it.
+        Raises: ValueError, if p has no shape yet, or has weight decay that is not decoupled: within
+            a gradient that waits it would be applied late, and scaled.
         """
         if is_lazy(p):
             raise ValueError("the parameter is uninitialized, so the size of its second moment is "
                              "not known; call the lazy module once before")  # fmt: skip
         position, group = next((i, group) for i, group, q in self._places() if q is p)
-        if int(self.state[p].get("step", 0)) and p not in self._delegated:
-            raise ValueError(
-                "the parameter has been stepped with a second moment of its own, which would be "
-                "lost; delegate before the first step and before loading a checkpoint"
-            )
         if group["weight_decay"] and not group["decoupled_weight_decay"]:
             raise ValueError(
                 f"weight_decay is {group['weight_decay']} and acts within the gradient; with "
@@ -148,16 +146,35 @@ class MomentOptimizer(StatefulOptimizer):
             )
         if self._second(group) is None:
             return None
-        if p not in self._delegated:
-            self._delegated.add(p)
-            self._unfitted.discard(p)
-            self.state.pop(p, None)
+        if p in self._unfitted:
             self._moments(position, group, p)
-        moment = self._moment(position, group, p, {}, SECOND)
+        state = {} if p in self._delegated else self.state[p]
+        num_steps = state.get("step", count_of_steps()).clone()
+        moment = self._moment(position, group, p, state, SECOND)
+        for name in moment.tensors:
+            state.pop(name)
 
         number = next(k for k, g in enumerate(self.param_groups) if g is group)
 
         def options() -> Group:  # loading a checkpoint replaces the groups
             return self.param_groups[number]
 
-        return Preconditioner(moment, lambda step: self._scalars(options(), step), options)
+        given = Preconditioner(
+            moment, lambda step: self._scalars(options(), step), options, num_steps
+        )
+        self._delegated[p] = given
+        self._moments(position, group, p)  # the rest of its state, if that is not there yet
+        return given
+
+    def reclaim_second_moment(self, p: Tensor) -> None:
+        """Own p's second moment again. All state of p begins anew, from 0 and step 0.
+
+        A moment that workers have fed differs between them; and beside one that begins at 0, the
+        first moment and the bias corrections of a later step would make far too large an update.
+        """
+        if p in self._delegated:
+            del self._delegated[p]
+            self.state.pop(p, None)
+            for position, group, q in self._places():
+                if q is p:
+                    self._moments(position, group, p)

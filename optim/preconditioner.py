@@ -14,13 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from kernels import ops
-from optim.moments import SEEDS, Moment, balanced_split, count_of_steps, matrix_shape
+from optim.moments import SEEDS, Moment, balanced_split, matrix_shape
 
 Scalars = dict[str, float]
 
 
 class Preconditioner:
-    """A second moment and the number of steps that it has seen.
+    """A second moment and the number of steps that it has seen, at first `num_steps`.
 
     tensors: name -> tensor: all its state, changed in place. shared_names: of those that may be
     averaged over workers.
@@ -31,9 +31,11 @@ class Preconditioner:
         moment: Moment,
         scalars_of: Callable[[int], Scalars],
         options: Callable[[], Mapping[str, Any]],
+        num_steps: Tensor,
     ) -> None:
         self._moment, self._scalars_of, self._options = moment, scalars_of, options
-        self.tensors = {**moment.tensors, "step": count_of_steps()}
+        self.tensors = {**moment.tensors, "step": num_steps}
+        self._last_ended = int(num_steps)  # the optimizer has ended the steps that it did itself
         self.shared_names = [name for name in moment.tensors if not name.endswith(SEEDS)]
 
     def observe(
@@ -46,7 +48,8 @@ class Preconditioner:
             of the step.
         """
         if is_first:
-            if step := int(self.tensors["step"]):
+            step = int(self.tensors["step"])
+            if step != self._last_ended:
                 self._moment.end_step(step, self._options())
             self.tensors["step"] += 1
         scalars = self._scalars()
@@ -61,6 +64,13 @@ class Preconditioner:
         operand = self._moment.operand(split)
         ops.observe(grad_N.view(matrix_shape(shape, split)), rule, operand, scale=scale)
         self._moment.write_back(operand, split, is_dense=True)
+
+    def take_out_of(self, state: dict[str, Tensor]) -> None:
+        """Take over the moment that a parameter's loaded state holds, if it holds one."""
+        if state.keys() >= self.tensors.keys() > {"step"}:
+            for name, tensor in self.tensors.items():
+                tensor.copy_(state["step"] if name == "step" else state.pop(name))
+            self._last_ended = int(state["step"])
 
     def root(self, indices_K: Tensor | None = None) -> Tensor:
         """Return what to divide by, at indices (K,) int64 or everywhere (N,): 0 or more.

@@ -18,6 +18,7 @@ from kernels.operands import state_dtype
 from optim import options
 from optim.gradients import check_parameter
 from optim.moments import STRUCTURES, Moment, Spec, count_of_steps, fit_state, tensors_of
+from optim.preconditioner import Preconditioner
 
 Group = dict[str, Any]
 FIRST, SECOND = 0, 1
@@ -30,14 +31,15 @@ class StatefulOptimizer(Optimizer):
     structures: ClassVar[Mapping[str, str]] = {"first_moment": "full", "second_moment": "full"}
 
     def __init__(self, params: Any, defaults: Group) -> None:
-        self._delegated: set[Tensor] = set()
+        self._delegated: dict[Tensor, Preconditioner | None] = {}
         self._unfitted: set[Tensor] = set()  # loaded before their shape was known
         unset = {k: v for k, v in self.structures.items() if defaults.get(k, "") is None}
         super().__init__(params, {**defaults, **unset})
 
     def __getstate__(self) -> dict[str, Any]:
-        sets = {"_delegated": self._delegated, "_unfitted": self._unfitted}
-        return {**super().__getstate__(), **sets}  # else copies lack them
+        delegated = dict.fromkeys(self._delegated)  # what they feed is not a copy's
+        own = {"_delegated": delegated, "_unfitted": self._unfitted}
+        return {**super().__getstate__(), **own}  # else copies lack them
 
     # ---- what a subclass says --------------------------------------------------------------------
 
@@ -82,7 +84,7 @@ class StatefulOptimizer(Optimizer):
         """
         check_parameter(p)
         if p in self._unfitted and not as_layout:
-            layout = self._layout(position, group, p)
+            layout = self._layout(position, group, p, self.state[p])
             self.state[p] = fit_state(position, layout, self.state[p], p.device)
             self._unfitted.discard(p)
         state = {} if as_layout else self.state[p]
@@ -152,6 +154,8 @@ class StatefulOptimizer(Optimizer):
 
         torch's own would cast the state to the parameter's dtype (pytorch issue 43706), share
         tensors with `state_dict`, and take any shape. Seeds and `step` stay on the CPU.
+        A delegated second moment that was saved by an optimizer that had not delegated it goes to
+        whom it is delegated.
         Raises: ValueError, before anything changes, if a parameter's state was kept otherwise; of
             an uninitialized parameter in its first step.
         """
@@ -169,6 +173,9 @@ class StatefulOptimizer(Optimizer):
             return {**loaded, "state": {}, "param_groups": groups}
 
         def put(_: Optimizer) -> None:
+            for p, state in fitted.items():
+                if (given := self._delegated.get(p)) is not None:
+                    given.take_out_of(state)
             self.state.update(fitted)
             self._unfitted = {p for p in fitted if is_lazy(p)}
             for position, group, p in self._places():
@@ -194,13 +201,25 @@ class StatefulOptimizer(Optimizer):
             if theirs and is_lazy(p):
                 fitted[p] = {name: t.clone() for name, t in tensors_of(theirs).items()}
             elif theirs:
-                layout = self._layout(position, group, p)
+                layout = self._layout(position, group, p, theirs)
                 fitted[p] = fit_state(position, layout, theirs, p.device)
         return fitted
 
-    def _layout(self, position: int, group: Group, p: Tensor) -> dict[str, Tensor]:
-        """Return what a parameter's state is now to look like, without memory."""
+    def _layout(
+        self, position: int, group: Group, p: Tensor, theirs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Return what a parameter's loaded state is to look like, without memory."""
         layout = {"step": count_of_steps()}
-        for moment in self._moments(position, group, p, as_layout=True):
-            layout.update(moment.tensors if moment else {})
+        first, second = self._moments(position, group, p, as_layout=True)
+        layout.update(first.tensors if first else {})
+        if second and theirs.keys() == layout.keys():
+            raise ValueError(
+                f"the checkpoint has no second moment for parameter {position}: it was saved while "
+                f"workers of a DistributedOptimizer had that. Make the DistributedOptimizer first, "
+                f"and load the checkpoint there"
+            )
+        layout.update(second.tensors if second else {})
+        given = self._delegated.get(p)
+        if given is not None and theirs.keys() & given.tensors.keys() > {"step"}:
+            layout |= given.tensors
         return layout

@@ -8,7 +8,7 @@ from torch import nn
 
 from dgc import Compression, DistributedOptimizer
 from dgc.local import run_local
-from dgc.optimizer import MAX_SKIPPED_IN_A_ROW
+from dgc.undone import MAX_IN_A_ROW
 from tests.unit.dgc.method import CHOICES, Job, assert_equal, combinations, run_jobs
 from tests.unit.dgc.test_method import label
 
@@ -60,9 +60,9 @@ def test_a_square_that_float32_cannot_hold_counts_as_infinite():
 
 def test_a_run_that_only_skips_ends_on_every_rank():
     def work(job):
-        for _ in range(MAX_SKIPPED_IN_A_ROW - 1):
+        for _ in range(MAX_IN_A_ROW - 1):
             job.step((0, NAN))
-        with pytest.raises(FloatingPointError, match=f"the {MAX_SKIPPED_IN_A_ROW}th step in a row"):
+        with pytest.raises(FloatingPointError, match=f"the {MAX_IN_A_ROW}th step in a row"):
             job.step((0, NAN))
 
     run_jobs(2, "sgd", DEFAULTS, work)

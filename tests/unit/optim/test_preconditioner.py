@@ -132,15 +132,70 @@ def test_decoupled_decay_reaches_all_of_the_parameter():
     assert_close(p.view(-1)[8:], torch.full((1992,), 0.95**2))
 
 
-def test_coupled_decay_and_late_delegation_are_refused():
+def test_coupled_decay_is_refused():
     p = nn.Parameter(torch.ones(40, 50))
     with pytest.raises(ValueError, match="set decoupled_weight_decay=True"):
         FactoredAdam([p], weight_decay=0.1).delegate_second_moment(p)
-    optimizer = FactoredAdam([p])
-    p.grad = torch.ones(40, 50)
+
+
+MAKERS = {
+    "factored": lambda p: FactoredAdam([p], min_compressed_numel=0, **NO_FIRST),
+    "with a first moment": lambda p: FactoredAdam([p], min_compressed_numel=0),
+    "sketch that is cleaned": lambda p: SketchAdam(
+        [p], min_compressed_numel=0, clean_factor=0.5, clean_interval=2, **NO_FIRST
+    ),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("load_when", ["before", "after"])
+def test_the_moment_of_a_plain_run_goes_on_where_it_is_delegated(make, load_when):
+    """Stepped alone, then delegated, or loaded by one that has delegated: the same moment after."""
+
+    def gradients():
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(6):
+            yield torch.randn(40, 50, generator=generator)
+
+    p = nn.Parameter(torch.zeros(40, 50))
+    plain = make(p)
+    q = nn.Parameter(torch.zeros(40, 50))
+    delegating = make(q)
+    if load_when == "after":
+        given = delegating.delegate_second_moment(q)
+    for number, gradient in enumerate(gradients()):
+        if number == 4:
+            delegating.load_state_dict(plain.state_dict())
+            if load_when == "before":
+                given = delegating.delegate_second_moment(q)
+        p.grad = gradient
+        plain.step()
+        if number >= 4:
+            given.observe(gradient.view(-1), scale=None, num_parts=1, is_first=True)
+            delegating.step(elements={q: (torch.tensor([3]), torch.tensor([1.0]))})
+    assert int(given.tensors["step"]) == int(delegating.state[q]["step"]) == 6
+    # of the last step, the cleaning is still to come
+    given.observe(torch.zeros(2000), scale=None, num_parts=1, is_first=True)
+    p.grad = torch.zeros(40, 50)
+    plain.step()
+    expected = (plain.estimate(p) * plain._scalars(plain.param_groups[0], 7)["second_scale"]).sqrt()
+    assert_close(given.root() - 1e-8, expected.view(-1))
+
+
+def test_a_moment_that_is_taken_back_begins_anew_with_all_state():
+    p = nn.Parameter(torch.zeros(40, 50))
+    optimizer = FactoredAdam([p], lr=0.1, min_compressed_numel=0)
+    fresh = copy.deepcopy(optimizer.state_dict())
+    given = optimizer.delegate_second_moment(p)
+    given.observe(torch.ones(2000), scale=None, num_parts=1, is_first=True)
+    optimizer.step(elements={p: (torch.tensor([3]), torch.tensor([1.0]))})
+    optimizer.reclaim_second_moment(p)
+    optimizer.reclaim_second_moment(p)  # nothing is left to take back
+    assert str(optimizer.state_dict()) == str(fresh)
+    p.grad = torch.full((40, 50), 7.0)
+    before = p.detach().clone()
     optimizer.step()
-    with pytest.raises(ValueError, match="before the first step"):
-        optimizer.delegate_second_moment(p)
+    assert_close(before - p.data, torch.full((40, 50), 0.1))  # a first step, not a far larger one
 
 
 def test_an_optimizer_without_a_second_moment_has_none_to_give():

@@ -1,0 +1,31 @@
+"""Steps that were undone on all ranks: each is told, and too many in a row end the run."""
+
+from __future__ import annotations
+
+import logging
+
+MAX_IN_A_ROW = 100
+
+_log = logging.getLogger(__name__)
+
+
+class Undone:
+    """Counts the steps in a row that were undone. rank: the one that logs is 0."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank, self._num_in_a_row = rank, 0
+
+    def end_row(self) -> None:
+        self._num_in_a_row = 0
+
+    def note(self, skipped: str) -> None:
+        """Raises: FloatingPointError, on all ranks alike, when there were too many."""
+        self._num_in_a_row += 1
+        reason = f"the gradient of {skipped} has infinite or NaN entries"
+        if self._num_in_a_row >= MAX_IN_A_ROW:
+            raise FloatingPointError(
+                f"{reason}, the {MAX_IN_A_ROW}th step in a row that had to be undone; "
+                f"lower the learning rate, lengthen its warm-up or clip (dgc.clip_norm)"
+            )
+        if self._rank == 0:
+            _log.warning("step undone on all ranks: %s", reason)
