@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from dgc.compression import Compression
+from dgc.elements import flattened
 from dgc.exchange import Exchange
 
 Group = dict[str, Any]
@@ -188,9 +189,10 @@ def _of_sgd(groups: list[Group], row_sparse: Sequence[Tensor]) -> tuple[float, b
 def _share(buffer: Tensor, exchange: Exchange) -> Tensor:
     """Return this rank's share (N,) of a velocity whose mean over ranks is the momentum buffer."""
     whole = buffer.to_dense() if buffer.is_sparse else buffer
-    numel = exchange.share_numel(whole.numel())
-    padding = numel * exchange.num_shares - whole.numel()
-    padded = torch.nn.functional.pad(whole.detach().reshape(-1), (0, padding))
+    whole_N = flattened(whole.detach())
+    numel = exchange.share_numel(whole_N.numel())
+    padding = numel * exchange.num_shares - whole_N.numel()
+    padded = torch.nn.functional.pad(whole_N, (0, padding))
     share_N = padded[exchange.place * numel :][:numel]
     return share_N * exchange.num_shares  # of an island's sum
 

@@ -211,7 +211,7 @@ def test_checkpoints_and_copies_know_that_it_is_elsewhere(kind):
     fresh.load_state_dict(optimizer.state_dict())
     assert set(fresh.state[other]) == {"step"}
     own = KINDS[kind]([nn.Parameter(torch.zeros(40, 50))])
-    with pytest.raises(ValueError, match="the checkpoint keeps"):
+    with pytest.raises(ValueError, match="has no second moment"):
         own.load_state_dict(optimizer.state_dict())
     copied = copy.deepcopy(optimizer)
     (q,) = copied.param_groups[0]["params"]
