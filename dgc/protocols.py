@@ -142,11 +142,23 @@ def sparse_all_reduce(
         parts, sent_K = _pack_shares(exchange, bucket, outgoing)
         exchange.outlet.keep_lost(outgoing, sent_K)
         exchange.stats.sparse_bytes += sum(part.numel() for part in parts)
-    received = yield group.all_to_all_async(parts, exchange.name_of(bucket, "shares"))
+    received = yield group.all_to_all_async(
+        parts, exchange.name_of(bucket, "shares"), largest_share(bucket, group.world_size)
+    )
     with exchange.stats.timed("merge"):
         message = _merge_share(exchange, bucket, received)
         exchange.stats.sparse_bytes += message.numel()
     return (yield group.all_gather_async(message, exchange.name_of(bucket)))
+
+
+def largest_share(bucket: Bucket, num_owners: int) -> int | None:
+    """Return how many bytes a message to an owner has at most, on any rank; None: too many."""
+    num_entries = sum(max(plan.k + 1, plan.k_bounds[1]) for plan in bucket.plans)
+    share = bucket.codec.share(0, num_owners)  # of the largest
+    try:
+        return share.message_bytes(min(num_entries, share.universe))
+    except OverflowError:  # were one owner sent all of it
+        return None
 
 
 def _pack_shares(

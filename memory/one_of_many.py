@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgc.comm import Names, check_sendable
+from dgc.comm import Names
+from dgc.pieces import check_sendable
 
 
 class _Group:
@@ -34,7 +35,9 @@ class _Group:
         check_sendable(tensor, name)
         return _Arrived(tensor[0] * self.world_size)
 
-    def all_to_all_async(self, parts: list[Tensor], name: str) -> _Arrived:
+    def all_to_all_async(
+        self, parts: list[Tensor], name: str, largest_bytes: int | None = None
+    ) -> _Arrived:
         return _Arrived([parts[0].clone() for _ in range(self.world_size)])
 
 

