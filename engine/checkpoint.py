@@ -62,21 +62,25 @@ class CheckpointFolder:
     def load_latest(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Return the newest whole checkpoint's shared part and this rank's, or None if none is.
 
-        Rank 0 names the candidates, newest first; the first that every rank can read is taken.
+        Rank 0 names the candidates, newest first; the first that every rank can read is taken. Of
+        it rank 0 sends the shared part, tensor by tensor: beside what is returned a rank needs
+        memory for 64 MiB, or for what in the part is not a tensor.
         Raises: CheckpointError if it was written by another number of ranks, or none can be read.
         """
         manifests = self._comm.broadcast_object(self._list_manifests())
         complaints = []
         for manifest in manifests:
             self._check_world_size(manifest)
-            content, problem = self._try(manifest)
+            contents, problem = self._try(manifest)
             problems = [p for p in self._comm.all_gather_object(problem) if p]
             if not problems:
+                content = self._comm.broadcast_object(contents[0]), contents[-1]
                 self._best = manifest["best"]
                 for complaint in complaints if self._comm.rank == 0 else []:
                     print(f"skipped a damaged checkpoint: {complaint}", flush=True)
                 return content
             complaints += problems
+            del contents
         if complaints:
             raise CheckpointError(
                 f"no checkpoint in {self._folder} can be read: {'; '.join(complaints)}. "
@@ -113,7 +117,8 @@ class CheckpointFolder:
             raise CheckpointError(f"{path} is not what was written: its SHA-256 differs")
         return torch.load(path, map_location="cpu", weights_only=True)
 
-    def _try(self, manifest: dict[str, Any]) -> tuple[Any, str | None]:
+    def _try(self, manifest: dict[str, Any]) -> tuple[list[Any], str | None]:
+        """Read this rank's parts, rank 0's shared one first; return them, or what is wrong."""
         name, rank, world_size = (
             f"step-{manifest['step']:08d}",
             self._comm.rank,
@@ -127,8 +132,7 @@ class CheckpointFolder:
             contents, problem = [None, None], f"rank {rank}: {error}"
         else:
             problem = None
-        shared = self._comm.broadcast_object(contents[0] if rank == 0 else None)
-        return (shared, contents[-1]), problem
+        return contents, problem
 
     def _check_world_size(self, manifest: dict[str, Any]) -> None:
         if manifest["world_size"] != self._comm.world_size:
