@@ -96,7 +96,7 @@ class Comm(Group, Protocol):
         """Return rank 0's value: to others a copy, to rank 0 what it gave.
 
         Tensors travel one by one, in place. Beside the value itself a rank needs memory for one
-        piece (pieces.BROADCAST_BYTES) where strides have gaps, and three times what is in the
+        piece (pieces.PIECE_BYTES) where strides have gaps, and three times what is in the
         value without being a tensor.
         """
 

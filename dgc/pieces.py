@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 MOST_BYTES = 2**30  # of one call, with all that it gathers; an int counts to twice that
-BROADCAST_BYTES = 2**26  # of one call of a broadcast: as fast as more, and some have to be copied
+PIECE_BYTES = 2**26  # of one of several calls: as fast as more, some are copied, and Gloo gives up
+# on a call after 30 s
 _SOON = 0.01  # seconds after which one who waits helps other collectives on
 
 Calls = Generator[Any, Any, Any]
@@ -110,22 +111,22 @@ def fits(num_bytes: int) -> bool:
     return num_bytes <= MOST_BYTES
 
 
-def most_elements(tensor: Tensor, num_ranks: int = 1) -> int:
-    """Return how many elements each of so many ranks may give to a call."""
-    return max(1, MOST_BYTES // (num_ranks * tensor.element_size()))
+def piece_elements(tensor: Tensor, num_ranks: int = 1) -> int:
+    """Return how many elements each of so many ranks gives to one of several calls."""
+    return max(1, PIECE_BYTES // (num_ranks * tensor.element_size()))
 
 
 def parts_of(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield views that make up a tensor, of BROADCAST_BYTES at most, by its shape and type alone.
+    """Yield views that make up a tensor, of PIECE_BYTES at most, by its shape and type alone.
 
     Strides, which may differ between ranks, do not matter.
     """
-    if tensor.dim() == 0 or tensor.nbytes <= BROADCAST_BYTES:
+    if tensor.dim() == 0 or tensor.nbytes <= PIECE_BYTES:
         yield tensor
     elif len(tensor) == 1:
         yield from parts_of(tensor[0])
     else:
-        rows = max(1, BROADCAST_BYTES * len(tensor) // tensor.nbytes)
+        rows = max(1, PIECE_BYTES * len(tensor) // tensor.nbytes)
         for part in tensor.split(rows):
             yield from parts_of(part)
 
@@ -142,7 +143,7 @@ def as_bytes(tensor: Tensor) -> tuple[Tensor, bool]:
 
 def all_reduce(call: Callable[[Tensor, str], Any], tensor: Tensor, name: str) -> Calls:
     """Sum in place. call: starts to sum a part in place."""
-    for number, part in enumerate(tensor.view(-1).split(most_elements(tensor))):
+    for number, part in enumerate(tensor.view(-1).split(piece_elements(tensor))):
         yield call(part, f"{name}.{number}")
     return tensor
 
@@ -150,7 +151,7 @@ def all_reduce(call: Callable[[Tensor, str], Any], tensor: Tensor, name: str) ->
 def reduce_scatter(call: Callable[[Tensor, str], Any], rows: Tensor, name: str) -> Calls:
     """Sum (P, m) and return this rank's row (m,). call: the same for some columns."""
     sums = []
-    for number, part in enumerate(rows.split(most_elements(rows, len(rows)), dim=1)):
+    for number, part in enumerate(rows.split(piece_elements(rows, len(rows)), dim=1)):
         sums.append((yield call(part.contiguous(), f"{name}.{number}")))
     return torch.cat(sums)
 
@@ -164,7 +165,7 @@ def all_gather(
     than one rank may give, no rank has more, and every rank sees that. Else sizes are exchanged,
     and what is left follows; a rank that has nothing left gives one element, which is not used.
     """
-    most = most_elements(tensor, num_ranks)
+    most = max(1, MOST_BYTES // (num_ranks * tensor.element_size()))
     joined = yield call(tensor if len(tensor) <= most else tensor[:most], name)
     if joined.numel() < most:
         return joined
@@ -190,7 +191,7 @@ def all_to_all(
     """Send each rank its part, after an exchange of sizes. call, gather: one call of either."""
     num_ranks = len(parts)
     sizes = (yield gather(_count(parts), f"{name}.sizes")).view(num_ranks, num_ranks)
-    most = most_elements(parts[0], num_ranks)
+    most = piece_elements(parts[0], num_ranks)
     received = [parts[0].new_empty(size) for size in sizes[:, rank].tolist()]
     for number in range(math.ceil(int(sizes.max()) / most)):
         pieces = [_piece(part, number, most) for part in parts]

@@ -22,7 +22,7 @@ def small_pieces():
     """Let a call carry a few elements, and a broadcast a few bytes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "MOST_BYTES", 96)
-        patch.setattr(pieces, "BROADCAST_BYTES", 40)
+        patch.setattr(pieces, "PIECE_BYTES", 40)
         patch.setattr(objects, "LEAST_BYTES", 16)
         yield
 

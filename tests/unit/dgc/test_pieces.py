@@ -13,7 +13,7 @@ SIZES = (1, 5, 6, 7, 24, 25, 100)
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     monkeypatch.setattr(pieces, "MOST_BYTES", 72)  # of float32: 18 elements, 6 from each of three
-    monkeypatch.setattr(pieces, "BROADCAST_BYTES", 40)
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 40)
 
 
 class Watched:
