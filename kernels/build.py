@@ -20,7 +20,7 @@ import torch
 
 HERE = Path(__file__).parent
 SOURCES = ("host.cpp", "host_buffers.cpp", "host_packing.cpp", "host_merge.cpp")
-HEADERS = ("common.h", "packing.h")
+HEADERS = ("common.h", "float_mode.h", "packing.h")
 # No contraction: a product and a sum stay two roundings, as in the specification. What is allowed
 # (no errno, no traps) changes no result, and lets roots and quotients be vectorised.
 ARITHMETIC = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")

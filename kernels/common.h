@@ -45,10 +45,13 @@ FN float widen(float x) { return x; }
 
 FN float widen(bf16 x) { return as_float((u32)x.bits << 16); }
 
+// No float32 on the way is denormal, so that this is exact where a thread makes those 0, too.
 FN float widen(f16 x) {
-    u32 magnitude = (u32)(x.bits & 0x7fff) << 13;
-    float finite = as_float(magnitude) * 5.192296858534828e33f;  // 2^112 moves the exponent's bias
-    u32 bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : as_bits(finite);
+    u32 magnitude = x.bits & 0x7fffu;
+    u32 subnormal = as_bits((float)(int)magnitude * 5.9604644775390625e-8f);  // 2^-24
+    u32 normal = (magnitude << 13) + 0x38000000u;                             // moves the exponent's bias
+    u32 bits = magnitude < 0x400u ? subnormal : normal;
+    bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : bits;
     return as_float(bits | (u32)(x.bits & 0x8000) << 16);
 }
 
@@ -103,14 +106,18 @@ FN float sign_of(u32 hash) { return (hash & 1) ? -1.0f : 1.0f; }
 
 // ---- estimates from a sketch's `depth` buckets -----------------------------------------------------
 
+FN float lesser(float a, float b) { return a < b ? a : b; }  // b if one of them is NaN
+FN float greater(float a, float b) { return a > b ? a : b; }
+
 // NaN if one of them is, as torch's: what is not finite must not be lost on the way.
-FN float smaller(float a, float b) { return a < b || a != a ? a : b; }
-FN float larger(float a, float b) { return a > b || a != a ? a : b; }
-FN float not_negative(float x) { return x < 0.0f ? 0.0f : x; }  // nor here
+FN float or_nan(float x, float a) { return a != a ? a : x; }
+FN float smaller(float a, float b) { return or_nan(lesser(a, b), a); }
+FN float larger(float a, float b) { return or_nan(greater(a, b), a); }
+FN float not_negative(float x) { return x < 0.0f ? 0.0f : x; }
 
 FN void order(float &a, float &b) {
-    float low = smaller(a, b);
-    b = larger(a, b);
+    float low = lesser(a, b);
+    b = greater(a, b);
     a = low;
 }
 
@@ -120,23 +127,30 @@ template <int DEPTH> FN float minimum_of(const float *x) {
     return least;
 }
 
-// An even depth takes the mean of the two in the middle. NaN if one of them is.
-template <int DEPTH> FN float median_of(const float *x) {
+// Of numbers; an even depth takes the mean of the two in the middle.
+template <int DEPTH> FN float middle_of(const float *x) {
     if (DEPTH == 1) return x[0];
     if (DEPTH == 2) return (x[0] + x[1]) * 0.5f;
     float a = x[0], b = x[1], c = x[2];
     if (DEPTH == 3) {
         order(a, b);
-        return larger(a, smaller(b, c));
+        return greater(a, lesser(b, c));
     }
     float d = x[DEPTH > 3 ? 3 : 0];
     order(a, b);
     order(c, d);
-    float low = larger(a, c), high = smaller(b, d);  // of four, the two in the middle
+    float low = greater(a, c), high = lesser(b, d);  // of four, the two in the middle
     if (DEPTH == 4) return (low + high) * 0.5f;
     float e = x[DEPTH > 4 ? 4 : 0];
     order(low, high);
-    return larger(low, smaller(high, e));
+    return greater(low, lesser(high, e));
+}
+
+// NaN if one of them is.
+template <int DEPTH> FN float median_of(const float *x) {
+    float median = middle_of<DEPTH>(x);
+    for (int j = 0; j < DEPTH; j++) median = or_nan(median, x[j]);
+    return median;
 }
 
 // ---- the rule --------------------------------------------------------------------------------------
@@ -236,6 +250,5 @@ FN bf16 stochastic_bf16(float x, u32 random) {
 FN signed char stochastic_code(float x, float scale, u32 random) {
     float drawn = (float)(int)(random >> 17) * 3.0517578125e-5f + 1.52587890625e-5f;  // (k + 1/2) / 2^15
     float code = floorf(x / scale + drawn);
-    code = code > -127.0f ? code : -127.0f;
-    return (signed char)(int)(code < 127.0f ? code : 127.0f);
+    return (signed char)(int)lesser(greater(code, -127.0f), 127.0f);
 }

@@ -4,8 +4,9 @@
 // Memory is read and written once where the structure allows it (none, full, SM3-II). Where the estimate
 // needs this step's gradients first (SM3-I, factored, sketches) the gradient is read twice; a sketch is
 // walked in blocks of columns, small enough that the block's part of the table stays in the cache.
-// No result depends on the number of threads. What threads need of memory is taken before they start: an
-// exception must not leave them, and becomes a MemoryError in Python.
+// No result depends on the number of threads, which all calculate in the caller's mode (float_mode.h). What
+// they need of memory is taken before they start: an exception must not leave them, and becomes a
+// MemoryError in Python.
 #include <omp.h>
 
 #include <cmath>
@@ -16,6 +17,7 @@
 #include <vector>
 
 #include "common.h"
+#include "float_mode.h"
 
 namespace {
 
@@ -349,8 +351,10 @@ template <class T, bool FIRST_VARIANT> void feed_cover(const StepArgs &a) {
     const int threads = a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
     std::vector<std::vector<float>> squares(threads, std::vector<float>(a.m));
     std::vector<std::vector<int>> own(threads, std::vector<int>(a.m, 0));
+    const ModeBits callers = current_mode();
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (i64 i = 0; i < a.k; i++) {
+        const InMode mode(callers);
         float *__restrict x = squares[omp_get_thread_num()].data();
         int *__restrict col_max = own[omp_get_thread_num()].data();
         rows.read_squares(i, x);
@@ -416,11 +420,13 @@ template <class T> void feed_factored(const StepArgs &a) {
     std::vector<double> total(a.m, 0.0);
     const int threads = a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
     std::vector<std::vector<float>> squares(threads, std::vector<float>(a.m));
+    const ModeBits callers = current_mode();
     for (i64 first = 0; first < groups; first += SPAN) {  // so many partial sums are held at once
         const i64 last = first + SPAN < groups ? first + SPAN : groups;
         std::vector<double> partial((last - first) * a.m, 0.0);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
         for (i64 group = first; group < last; group++) {
+            const InMode mode(callers);
             std::vector<float> &x = squares[omp_get_thread_num()];
             double *__restrict sums = &partial[(group - first) * a.m];
             for (i64 i = group * GROUP; i < a.k && i < (group + 1) * GROUP; i++) {
@@ -545,8 +551,10 @@ template <class T> void step_by_rows(const StepArgs &a, const float *col, int *c
     std::vector<std::vector<int>> own(threads, std::vector<int>(col_max ? a.m : 0, 0));
     const i64 each = sizeof(T) == 4 ? 0 : 3 * a.m;
     Aligned scratch(threads * each);
+    const ModeBits callers = current_mode();
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (i64 c = 0; c < chunks; c++) {
+        const InMode mode(callers);
         const i64 end = (c + 1) * CHUNK < a.k ? (c + 1) * CHUNK : a.k;
         const int thread = omp_get_thread_num();
         walk_all(a, c * CHUNK, end, 0, a.m, col, Estimates{}, scratch + thread * each, own[thread].data(),
@@ -575,8 +583,10 @@ template <class T> void step_by_columns(const StepArgs &a, const Buckets *first,
         if (first && a.k == a.n) fed.front().keep = a.rule.first_beta;
     }
     Aligned scratch(threads * 3 * size);
+    const ModeBits callers = current_mode();
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+        const InMode mode(callers);
         float *x = scratch + omp_get_thread_num() * 3 * size;
         std::vector<Block> &fed = all[omp_get_thread_num()];
         const Estimates e{first ? &fed.front() : nullptr, second ? &fed.back() : nullptr};
@@ -629,8 +639,10 @@ template <class T> void feed_full(const StepArgs &a) {
     const T *__restrict g = (const T *)a.grad;
     float *__restrict v = a.second_values;
     const i64 size = a.n * a.m, CHUNK = 1 << 12, chunks = (size + CHUNK - 1) / CHUNK;
+    const ModeBits callers = current_mode();
 #pragma omp parallel for schedule(static) num_threads(a.threads) if (a.threads > 1 && size >= PARALLEL_FROM)
     for (i64 c = 0; c < chunks; c++) {
+        const InMode mode(callers);
         const i64 end = (c + 1) * CHUNK < size ? (c + 1) * CHUNK : size;
         for (i64 j = c * CHUNK; j < end; j++) v[j] = average_second(v[j], r.sign * widen(g[j]), r);
     }
@@ -792,8 +804,10 @@ int parsimony_sketch_update(const SketchArgs *table, int is_signed, i64 dim, con
     const i64 size = buckets.block(dim, threads), blocks = (dim + size - 1) / size;
     std::vector<Block> scratch;
     for (int thread = 0; thread < threads; thread++) scratch.emplace_back(buckets, size);
+    const ModeBits callers = current_mode();
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (i64 b = 0; b < blocks; b++) {
+        const InMode mode(callers);
         Block &block = scratch[omp_get_thread_num()];
         const i64 begin = b * size;
         block.load(begin, begin + size < dim ? size : dim - begin);
@@ -807,8 +821,10 @@ int parsimony_sketch_update(const SketchArgs *table, int is_signed, i64 dim, con
 
 void parsimony_sketch_query(const SketchArgs *table, int is_signed, i64 dim, const i64 *rows, float *out,
                             i64 k, int threads) {
+    const ModeBits callers = current_mode();
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && k * dim >= PARALLEL_FROM)
     for (i64 i = 0; i < k; i++) {
+        const InMode mode(callers);
         const float *cells[5];
         float sign[5];
         for (i64 j = 0; j < table->depth; j++) {

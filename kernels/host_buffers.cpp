@@ -11,6 +11,7 @@
 #endif
 
 #include "common.h"
+#include "float_mode.h"
 
 namespace {
 
@@ -284,8 +285,10 @@ i64 parsimony_buffer_sizes(int which) { return which ? sizeof(BufferArgs) : size
 void parsimony_accumulate(const AccumulateArgs *args, i64 *listed) {
     const AccumulateArgs &a = *args;
     const i64 blocks = blocks_of(a.n);
+    const ModeBits callers = current_mode();
 #pragma omp parallel for schedule(static, 1) num_threads(a.threads) if (a.threads > 1)
     for (int index = 0; index < a.threads; index++) {
+        const InMode mode(callers);
         Part part = {};
         part.begin = blocks * index / a.threads;
         part.end = blocks * (index + 1) / a.threads;

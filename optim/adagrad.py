@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from optim.base import Group, MomentOptimizer
+from optim.moments import factored_bound
 from optim.options import given
 
 
@@ -39,7 +40,8 @@ class Adagrad(MomentOptimizer):
         return "square_sum", group["second_moment"]
 
     def _scalars(self, group: Group, step: int) -> dict[str, float]:
-        return {"eps_outside": group["eps"]}
+        bound = factored_bound(1.0) if group["second_moment"] == "factored" else {}
+        return {"eps_outside": group["eps"], **bound}
 
 
 class SketchAdagrad(Adagrad):

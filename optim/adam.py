@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from optim.base import Group, MomentOptimizer
+from optim.moments import factored_bound
 from optim.options import given
 
 _DOUBT = 9.0  # divided by a rare row's small v, what collisions add to its m is not small
@@ -64,25 +65,30 @@ class Adam(MomentOptimizer):
             **self._bound(group, step),
         }
 
-    def _bound(self, group: Group, step: int) -> dict[str, float]:
-        """Bound what sketches make of m / sqrt(v) by the most that it can be without them.
+    def _bound(self, group: Group, step: float) -> dict[str, float]:
+        """Bound what sketches and factors make of m / sqrt(v) by the most that it can be in full.
 
-        By Cauchy and Schwarz, over a history of at most `step` gradients; it does not hold for a
-        second moment that is no average of the element's own squares. Where a rare row shares
-        buckets with a frequent one, its estimate of m can be far beyond its own v.
+        By Cauchy and Schwarz, over a history of at most `step` gradients. Where a rare row shares
+        buckets with a frequent one, its estimate of m can be far beyond its own v. A factored v has
+        a wider bound, for any number of steps: see moments.factored_bound. A cover's v is at least
+        the element's own, so that it keeps within the bound by itself.
         """
         beta1, beta2 = group["betas"]
         first, second = group["first_moment"] if beta1 else None, group["second_moment"]
-        if "sketch" not in (first, second) or second in ("factored", "cover") or not beta2:
+        is_exact = "sketch" not in (first, second) and second != "factored"
+        if is_exact or second == "cover" or (beta1 and not beta2):
             return {}
-        ratio = beta1**2 / beta2
+        if second == "factored":
+            step = math.inf
+        ratio = beta1**2 / beta2 if beta1 else 0.0
         growth = step * math.log(ratio) if ratio else -math.inf
         if growth > _BEYOND:
             return {}
         terms = step if ratio == 1 else math.expm1(growth) / (ratio - 1)
         exact = (1 - beta1) * math.sqrt(terms / (1 - beta2))
         scales = math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        return {"largest_quotient": SLACK * exact * scales}
+        most = SLACK * exact * scales
+        return factored_bound(most) if second == "factored" else {"largest_quotient": most}
 
 
 class SketchAdam(Adam):
@@ -109,7 +115,8 @@ class FactoredAdam(Adam):
     """Adam whose second moment is kept as its row and column means: exp_avg_sq_row, exp_avg_sq_col.
 
     Source: Shazeer and Stern 2018 (arXiv:1804.04235), section 3. Differs: Adam's bias correction,
-        eps and rate; no clipping of the update, and no rate relative to the parameter.
+        eps and rate, not one relative to the parameter; no clipping of the update by its mean
+        square, but a bound for each entry (moments.factored_bound).
     """
 
     structures = {"first_moment": "full", "second_moment": "factored"}  # noqa: RUF012

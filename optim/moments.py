@@ -23,6 +23,7 @@ from kernels.reference import relative
 from optim.sketch import CountMinSketch, CountSketch, hash_seeds, width_for
 
 SEEDS = "_seeds"  # what the names of the tensors end in that stay on the CPU
+_LARGEST_FACTORED = 16.0  # normal gradients: 5 in large matrices, 14 in the first step of tiny ones
 
 
 class Spec(NamedTuple):
@@ -208,6 +209,17 @@ class Factored(Moment):
     def at(self, indices_K: Tensor) -> Tensor:
         row, col = self.tensors.values()
         return row[indices_K // len(col)] * relative(col)[indices_K % len(col)]
+
+
+def factored_bound(exact: float, unit: float = 1.0) -> dict[str, float]:
+    """Return the rule's bound of what is divided by the root of a factored moment.
+
+    One entry whose gradient is huge makes the estimates of all others next to nothing, and eps is
+    what they would be divided by, for as long as the mean remembers. What ordinary matrices reach
+    is let through, and what the element's own moment would let through: `exact`.
+    Args: unit: the quotient of a gradient like all those before it.
+    """
+    return {"largest_quotient": max(exact, _LARGEST_FACTORED * unit)}
 
 
 class Sketch(Moment):

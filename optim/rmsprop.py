@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from optim.base import Group, MomentOptimizer
+from optim.moments import factored_bound
 from optim.options import given
 
 
@@ -46,13 +48,16 @@ class RMSprop(MomentOptimizer):
         return "square_avg", group["second_moment"]
 
     def _scalars(self, group: Group, step: int) -> dict[str, float]:
-        alpha = group["alpha"]
+        alpha, bound = group["alpha"], {}
+        if group["second_moment"] == "factored":
+            bound = factored_bound(1 / math.sqrt(1 - alpha), 1 / math.sqrt(1 - alpha**step))
         return {
             "first_beta": group["momentum"],
             "second_beta": alpha,
             "second_gain": 1 - alpha,
             "second_decay": 1 - alpha,
             "eps_outside": group["eps"],
+            **bound,
         }
 
 

@@ -132,7 +132,16 @@ class Guarded:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    a, b = (x.contiguous().view(-1).view(torch.uint8) for x in (a, b))
+    return torch.equal(a, b)
+
+
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Equal to the bit, but for what bits a NaN has."""
+    places = a.isnan()
+    if a.shape != b.shape or not torch.equal(places, b.isnan()):
+        return False
+    return _same_bits(a.masked_fill(places, 0), b.masked_fill(places, 0))
 
 
 def table(values: Tensor, signed: bool, seed: int = 0) -> Table:
@@ -234,11 +243,11 @@ def assert_same(actual: Tensor, expected: Tensor, what: str, case: Case) -> None
     """To the bit; with Factored, to the rounding of a few float32 operations on numbers below 4."""
     if case.second != "factored":
         wrong = (actual != expected).sum() if actual.shape == expected.shape else "shape"
-        assert _same_bits(actual, expected), f"{what}: {wrong} of {expected.numel()} differ"
+        assert same_numbers(actual, expected), f"{what}: {wrong} of {expected.numel()} differ"
         return
     rounding = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[expected.dtype]
     torch.testing.assert_close(
-        actual, expected, rtol=rounding, atol=3e-7, msg=lambda m: f"{what}: {m}"
+        actual, expected, rtol=rounding, atol=3e-7, equal_nan=True, msg=lambda m: f"{what}: {m}"
     )
 
 

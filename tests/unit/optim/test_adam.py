@@ -158,13 +158,19 @@ def test_the_bound_of_a_sketched_step_is_the_most_that_exact_moments_reach(betas
     assert max(reached) <= bound <= 1.0011 * reached[0]
 
 
-def test_steps_without_sketches_are_not_bounded():
+def test_steps_without_sketches_or_factors_are_not_bounded():
     assert largest_quotient((0.9, 0.999), 5) is None
-    assert largest_quotient((0.9, 0.999), 5, second_moment="factored") is None
-    assert (
-        largest_quotient((0.9, 0.999), 5, first_moment="sketch", second_moment="factored") is None
-    )
+    assert largest_quotient((0.9, 0.999), 5, second_moment="cover") is None
     assert largest_quotient((0.9, 0.0), 5, second_moment="sketch") is None
+
+
+@pytest.mark.parametrize("first_moment", ["full", "sketch"])
+def test_a_factored_step_is_bounded_as_exact_ones_are_or_a_little_wider(first_moment):
+    for betas in ((0.9, 0.999), (0.0, 0.9), (0.0, 0.0), (0.0, 0.9999)):
+        moments = {"first_moment": first_moment, "second_moment": "factored"}
+        exact = largest_quotient(betas, 10**6, second_moment="sketch")
+        assert largest_quotient(betas, 1, **moments) == pytest.approx(max(exact, 16.0))
+    assert largest_quotient((0.9, 0.5), 1, **moments) is None  # nothing bounds an exact one
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.5), (0.99, 0.95), (0.9, 0.81)])
