@@ -20,8 +20,8 @@ class SM3(MomentOptimizer):
         Polyak averaging (torch.optim.swa_utils.AveragedModel).
     Differs: from torch-SM3: with beta > 0 accumulators can fall; sparse gradients work on tensors
         of any rank, leave what is absent alone, and have momentum, of what arrived (see
-        kernels.ops.step); state is float32. From the paper: eps; vectors keep one accumulator an
-        element, which is Adagrad.
+        kernels.ops.step); 16-bit parameters have float32 state. From the paper: eps; vectors keep
+        one accumulator an element, which is Adagrad.
     State: accumulator_0, ..., one for each axis, shaped (1, .., n_k, .., 1); momentum_buffer.
     Options: see MomentOptimizer. No tensor is too small for a cover unless min_compressed_numel
         says so.

