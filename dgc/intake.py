@@ -81,7 +81,7 @@ class Intake:
         return on_gradient
 
     def _on_gradient(self, name: str, parameter: Tensor) -> None:
-        self._check_layout(name)
+        self._check_layout(name, parameter.grad)
         self._num_backward[name] += 1
         count, parts = self._num_backward[name], self._num_parts
         if count > parts or not self._is_open:
@@ -97,8 +97,8 @@ class Intake:
             if count == parts:
                 self._exchange.close(name)
 
-    def _check_layout(self, name: str) -> None:
-        is_sparse = self._named[name].grad.is_sparse
+    def _check_layout(self, name: str, grad: Tensor) -> None:
+        is_sparse = grad.is_sparse
         if is_sparse != (name in self._row_sparse):
             kind, remedy = ("sparse", "name it") if is_sparse else ("dense", "do not name it")
             raise TypeError(
@@ -114,8 +114,9 @@ class Intake:
             self._exchange.add_rows(name, grad.detach(), scale)
             return
         may_keep = is_sole_owner(grad)
-        grad_N = flattened(grad.detach())  # maybe a copy, and ours
-        may_keep = may_keep or grad_N.data_ptr() != grad.data_ptr()
+        grad_N = flattened(grad.detach())
+        if not grad.is_contiguous():  # most such are copied, and the copy is ours
+            may_keep = grad_N.data_ptr() != grad.data_ptr()
         del grad
         self._exchange.add(name, grad_N, scale, num_parts, is_last, may_keep)
 
@@ -127,7 +128,7 @@ class Intake:
         for name, parameter in self._named.items():
             if parameter.grad is None or self._is_update(name):
                 continue
-            self._check_layout(name)
+            self._check_layout(name, parameter.grad)
             if self._num_backward[name] == 0:
                 self._take(name, self._scaling.of_tensor(_values(parameter.grad), 1), 1)
             elif _values(parameter.grad).any():
@@ -144,7 +145,7 @@ class Intake:
         mine = [name for name, p in self._named.items() if p.grad is not None]
         mine = [name for name in mine if not self._is_update(name)]
         for name in mine:
-            self._check_layout(name)
+            self._check_layout(name, self._named[name].grad)
         if mine:
             scale = self._scaling.of_all([_values(self._named[name].grad) for name in mine])
             for name in mine:  # each gradient is given up in its turn
