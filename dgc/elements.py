@@ -46,7 +46,9 @@ def to_reals(tensor: Tensor) -> Tensor:
 
 def flattened(grad: Tensor) -> Tensor:
     """Return a dense gradient's elements (N,), contiguous: a view of it if its strides allow it."""
-    return to_reals(grad).reshape(-1).contiguous()
+    if grad.is_complex() or grad.is_neg():
+        grad = to_reals(grad)
+    return grad.reshape(-1).contiguous()
 
 
 def rows_of(grad: Tensor) -> tuple[Tensor, Tensor]:
