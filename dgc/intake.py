@@ -85,6 +85,8 @@ class Intake:
         self._num_backward[name] += 1
         count, parts = self._num_backward[name], self._num_parts
         if count > parts or not self._is_open:
+            if not self._scaling.clips_globally:  # all that is here is what is refused
+                parameter.grad = None
             raise RuntimeError(
                 f"{name} got a gradient {count} times without a step(); "
                 f"micro_batches_per_step is {parts}"
