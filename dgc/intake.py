@@ -54,8 +54,10 @@ class Intake:
         with self._lock:
             self._is_open = True
             for name, parameter in self._named.items():
-                if parameter.grad is not None and not self._exchange.returns_gradients(name):
-                    parameter.grad._updates_at = parameter.grad._version
+                grad = parameter.grad
+                if grad is None or self._exchange.returns_gradients(name) or grad.is_inference():
+                    continue
+                grad._updates_at = grad._version
 
     def shut(self) -> None:
         """Hand over what is still here; a tensor without a gradient counts as zero."""
@@ -115,7 +117,7 @@ class Intake:
         if grad.is_sparse:
             self._exchange.add_rows(name, grad.detach(), scale)
             return
-        may_keep = is_sole_owner(grad)
+        may_keep = is_sole_owner(grad) and not grad.is_inference()  # which are never written again
         grad_N = flattened(grad.detach())
         if not may_keep and not grad.is_contiguous():  # most such are copied, and the copy is ours
             may_keep = grad_N.data_ptr() != grad.data_ptr()
@@ -158,9 +160,11 @@ class Intake:
         """Tell whether `p.grad` is still what the step before left there, made of gradients but not
         their mean: to send it would be to count again what has been applied."""
         grad = self._named[name].grad
-        return getattr(grad, "_updates_at", None) == grad._version
+        updates_at = getattr(grad, "_updates_at", None)
+        return updates_at is not None and updates_at == grad._version
 
 
 def _values(grad: Tensor) -> Tensor:
     """Return what a gradient's norm is of."""
+    grad = grad.detach()
     return to_reals(grad.coalesce().values() if grad.is_sparse else grad)
