@@ -39,7 +39,8 @@ class Compression:
     """Momentum factor masking: forget the velocity of an entry when it is sent."""
     residual_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """How the residual is stored between steps: 4, 2 or 1 bytes an element (int8: in blocks of 256
-    with a scale), rounded stochastically, so that what rounding loses is 0 in the mean."""
+    with a scale), rounded stochastically, so that what rounding loses is 0 in the mean. float32 is
+    exact: for float64 parameters it means float64, 8 bytes."""
     velocity_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """How the velocity is stored, if there is one."""
     preconditioning: Literal["late", "early", "after"] | None = None
@@ -73,7 +74,8 @@ class Compression:
     the largest, and for a smaller one the residual is looked through again."""
     value_dtype: Literal["float32", "float16", "mxfp8", "mxfp4"] = "float32"
     """Type of the values sent: 32, 16, 8.25 or 4.25 bits (the last two in groups of 32 with a
-    common power of two); what rounding takes off stays in the residual."""
+    common power of two); what rounding takes off stays in the residual. float32 is exact: for
+    float64 parameters it means float64, 64 bits."""
     index_coding: Literal["int32", "int64", "elias_fano"] = "int32"
     """How positions are sent: 32 or 64 bits, or about 2 + log2(1 / density), 12 at 0.1%."""
     protocol: Literal["auto", "gather", "sparse_all_reduce", "dense"] = "auto"

@@ -41,12 +41,14 @@ def to_reals(tensor: Tensor) -> Tensor:
     conjugate or negated view does not matter, and is not to be seen in the result."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.resolve_neg()
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
 def flattened(grad: Tensor) -> Tensor:
     """Return a dense gradient's elements (N,), contiguous: a view of it if its strides allow it."""
-    return to_reals(grad).reshape(-1).contiguous()
+    if grad.is_complex() or grad.is_neg():
+        grad = to_reals(grad)
+    return grad.reshape(-1).contiguous()
 
 
 def rows_of(grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +74,9 @@ def gradient_of(parameter: Tensor, mean_N: Tensor) -> Tensor:
     Of strides: torch's fused optimizers go through both memories at once. A copy is made only if
     dtype or order are others.
     """
-    values_N = _of_its_dtype(parameter, mean_N)
+    values_N = mean_N
+    if mean_N.dtype != parameter.dtype:
+        values_N = _of_its_dtype(parameter, mean_N)
     if parameter.is_contiguous():  # of axes of length 1 the strides are arbitrary
         return values_N.as_strided(parameter.shape, parameter.stride())
     grad = torch.empty_like(parameter, memory_format=torch.preserve_format)
@@ -83,7 +87,7 @@ def gradient_of(parameter: Tensor, mean_N: Tensor) -> Tensor:
 
 def row_gradient_of(parameter: Tensor, rows_K: Tensor, means_KM: Tensor) -> Tensor:
     """Return rows as a sparse gradient in the parameter's dtype and shape."""
-    values = _of_its_dtype(parameter, means_KM).view(-1, *parameter.shape[1:])
+    values = _of_its_dtype(parameter, means_KM.reshape(-1)).view(-1, *parameter.shape[1:])
     return torch.sparse_coo_tensor(
         rows_K[None], values, parameter.shape, is_coalesced=True, check_invariants=False,
         device=values.device,
@@ -91,8 +95,7 @@ def row_gradient_of(parameter: Tensor, rows_K: Tensor, means_KM: Tensor) -> Tens
 
 
 def _of_its_dtype(parameter: Tensor, values: Tensor) -> Tensor:
-    """Return (N,) values in a parameter's dtype: reals, or pairs of them as complex numbers."""
-    values = values.reshape(-1)
+    """Return values (N,) in a parameter's dtype: reals, or pairs of them as complex numbers."""
     if parameter.is_complex():
         if values.storage_offset() % 2:  # behind an odd tensor of its bucket
             values = values.clone()

@@ -65,6 +65,7 @@ class Exchange:
         self._scope = comm.unique_name("exchange")  # two optimizers' buckets must not be confused
         self._bucket_of: dict[str, Bucket] = {}
         self._specs: dict[str, TensorSpec] = {}
+        self._returned: set[str] = set()
         self._reset()
 
     def plan(self, specs: Sequence[TensorSpec], density: float, bucket_bytes: int) -> None:
@@ -80,6 +81,7 @@ class Exchange:
         self.outlet.plan(self.buckets)
         self._bucket_of = {spec.name: bucket for bucket in self.buckets for spec in bucket.specs}
         self._specs = {spec.name: spec for spec in specs}
+        self._returned = {spec.name for spec in specs if self._is_returned(spec)}
 
     def share_numel(self, whole: int) -> int:
         """Return the elements of a tensor whose exchange is this rank's affair, with padding."""
@@ -136,11 +138,9 @@ class Exchange:
     def returns_gradients(self, name: str) -> bool:
         """Tell whether what arrives for a tensor is the mean of the ranks' gradients in this step,
         neither accumulated nor divided or scaled."""
-        bucket, spec = self._bucket_of[name], self._specs[name]
-        is_scaled = spec.compressible and self.compression.update_scale != 1
-        is_divided = name in self.statistics.preconditioners
-        is_accumulated = bucket.is_sparse or self.compensation.momentum != 0
-        return bucket.protocol == "rows" or not (is_accumulated or is_divided or is_scaled)
+        if self.compensation.momentum:
+            return self._specs[name].row_size > 0
+        return name in self._returned
 
     def open_names(self) -> list[str]:
         """Names of the tensors that are not closed in this step."""
@@ -194,6 +194,11 @@ class Exchange:
     def name_of(self, bucket: Bucket, stage: str = "") -> str:
         """Return the name of a bucket's collective; of one stage, if it has several."""
         return ".".join(part for part in (self._scope, bucket.name, stage) if part)
+
+    def _is_returned(self, spec: TensorSpec) -> bool:
+        is_scaled = spec.compressible and self.compression.update_scale != 1
+        is_divided = spec.name in self.statistics.preconditioners
+        return not (is_scaled or is_divided or self._bucket_of[spec.name].is_sparse)
 
     def _begin(self, name: str) -> None:
         if not self.is_under_way:

@@ -61,8 +61,10 @@ class Intake:
         with self._lock:
             self._is_open = True
             for name, parameter in self._named.items():
-                if parameter.grad is not None and not self._exchange.returns_gradients(name):
-                    parameter.grad._updates_at = parameter.grad._version
+                grad = parameter.grad
+                if grad is None or self._exchange.returns_gradients(name) or grad.is_inference():
+                    continue
+                grad._updates_at = grad._version
 
     def shut(self) -> None:
         """Hand over what is still here; a tensor without a gradient counts as zero."""
@@ -88,10 +90,12 @@ class Intake:
         return on_gradient
 
     def _on_gradient(self, name: str, parameter: Tensor) -> None:
-        self._check_layout(name)
+        self._check_layout(name, parameter.grad)
         self._num_backward[name] += 1
         count, parts = self._num_backward[name], self._num_parts
         if count > parts or not self._is_open:
+            if not self._scaling.clips_globally:  # all that is here is what is refused
+                parameter.grad = None
             raise RuntimeError(
                 f"{name} got a gradient {count} times without a step(); "
                 f"micro_batches_per_step is {parts}"
@@ -104,8 +108,8 @@ class Intake:
             if count == parts:
                 self._exchange.close(name)
 
-    def _check_layout(self, name: str) -> None:
-        is_sparse = self._named[name].grad.is_sparse
+    def _check_layout(self, name: str, grad: Tensor) -> None:
+        is_sparse = grad.is_sparse
         if is_sparse != (name in self._row_sparse):
             kind, remedy = ("sparse", "name it") if is_sparse else ("dense", "do not name it")
             raise TypeError(
@@ -120,9 +124,10 @@ class Intake:
         if grad.is_sparse:
             self._exchange.add_rows(name, grad.detach(), scale)
             return
-        may_keep = is_sole_owner(grad)
-        grad_N = flattened(grad.detach())  # maybe a copy, and ours
-        may_keep = may_keep or grad_N.data_ptr() != grad.data_ptr()
+        may_keep = is_sole_owner(grad) and not grad.is_inference()  # which are never written again
+        grad_N = flattened(grad.detach())
+        if not may_keep and not grad.is_contiguous():  # most such are copied, and the copy is ours
+            may_keep = grad_N.data_ptr() != grad.data_ptr()
         del grad
         self._exchange.add(name, grad_N, scale, num_parts, is_last, may_keep)
 
@@ -134,7 +139,7 @@ class Intake:
         for name, parameter in self._named.items():
             if parameter.grad is None or self._is_update(name):
                 continue
-            self._check_layout(name)
+            self._check_layout(name, parameter.grad)
             if self._num_backward[name] == 0:
                 self._take(name, self._scaling.of_tensor(_values(parameter.grad), 1), 1)
             elif _values(parameter.grad).any():
@@ -151,7 +156,7 @@ class Intake:
         mine = [name for name, p in self._named.items() if p.grad is not None]
         mine = [name for name in mine if not self._is_update(name)]
         for name in mine:
-            self._check_layout(name)
+            self._check_layout(name, self._named[name].grad)
         if mine:
             scale = self._scaling.of_all([_values(self._named[name].grad) for name in mine])
             for name in mine:  # each gradient is given up in its turn
@@ -162,9 +167,11 @@ class Intake:
         """Tell whether `p.grad` is still what the step before left there, made of gradients but not
         their mean: to send it would be to count again what has been applied."""
         grad = self._named[name].grad
-        return getattr(grad, "_updates_at", None) == grad._version
+        updates_at = getattr(grad, "_updates_at", None)
+        return updates_at is not None and updates_at == grad._version
 
 
 def _values(grad: Tensor) -> Tensor:
     """Return what a gradient's norm is of."""
+    grad = grad.detach()
     return to_reals(grad.coalesce().values() if grad.is_sparse else grad)

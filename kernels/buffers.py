@@ -154,7 +154,8 @@ def accumulate(
     stored = (residual, old_residual, velocity, old_velocity)
     dtype = _arithmetic_dtype(grad_N, stored)
     for name, buffer in zip(_STORED, stored, strict=True):
-        _check_buffer(name, buffer, n, device, (dtype, *STORED_DTYPES[1:]))
+        if buffer is not None:
+            _check_buffer(name, buffer, n, device, _ALLOWED[dtype])
     if grad_N is None:
         _check_in_place(residual, old_residual, velocity, old_velocity, selection)
     else:
@@ -170,6 +171,7 @@ def accumulate(
     )
 
 
+_ALLOWED = {torch.float32: STORED_DTYPES, torch.float64: (torch.float64, *STORED_DTYPES[1:])}
 _STORED = ("residual", "old_residual", "velocity", "old_velocity")
 
 
@@ -206,7 +208,7 @@ def _nothing(dtype: torch.dtype, device: torch.device, selection: Selection | No
 
 def _check_buffer(
     name: str,
-    buffer: Buffer | None,
+    buffer: Buffer,
     n: int,
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
@@ -214,7 +216,7 @@ def _check_buffer(
     if isinstance(buffer, Blocks):
         _check_part(f"{name}.codes", buffer.codes, (torch.int8,), n, device)
         _check_part(f"{name}.scales", buffer.scales, (torch.float32,), -(-n // BLOCK), device)
-    elif buffer is not None:
+    else:
         _check_part(name, buffer, dtypes, n, device)
 
 

@@ -139,10 +139,47 @@ def check_training(comm):
         torch.testing.assert_close(vector, simulated)
 
 
+def check_elements(comm):
+    """float64 and complex parameters, and rows of them, on the way that their ranks take."""
+    grads = {
+        "double": torch.full((40, 30), (comm.rank + 1) / 3, dtype=torch.float64),
+        "complex": torch.full((30, 40), 1j * comm.rank + 1 / 3, dtype=torch.complex128),
+        "float": torch.full((7,), comm.rank + 0.5),
+        "rows": torch.full((6, 4), comm.rank + 1 / 3, dtype=torch.float64).to_sparse(1),
+    }
+
+    def train(comm, compression):
+        named = {n: nn.Parameter(torch.zeros(g.shape, dtype=g.dtype)) for n, g in grads.items()}
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD(named.values(), lr=1.0), named.items(), comm=comm,
+            compression=compression, row_sparse=["rows"],
+        )  # fmt: skip
+        for step in range(3):
+            for name, parameter in named.items():
+                parameter.grad = grads[name] * (step + 1)
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: parameter.detach() for name, parameter in named.items()}
+
+    sparse = {"density": 0.05, "min_numel": 1}
+    exact = train(comm, None)
+    ranks = torch.arange(comm.world_size, dtype=torch.float64)
+    expected = -6 * (ranks + 1).div(3).mean()
+    torch.testing.assert_close(exact["double"][0, 0], expected, rtol=1e-15, atol=0)
+    torch.testing.assert_close(exact["complex"][0, 0].imag, -6 * ranks.mean(), rtol=1e-15, atol=0)
+    torch.testing.assert_close(exact["rows"][5, 3], -6 * (ranks + 1 / 3).mean(), rtol=1e-15, atol=0)
+    for protocol in ("gather", "sparse_all_reduce"):
+        found = train(comm, Compression(**sparse, protocol=protocol))
+        assert found["double"].count_nonzero() and found["complex"].imag.count_nonzero()
+        for others in comm.all_gather_object(found):
+            assert all(torch.equal(other, found[name]) for name, other in others.items())
+
+
 with horovod_job() as comm:
     check_collectives(comm)
     check_groups(comm)
     check_training(comm)
+    check_elements(comm)
     wanted = sys.argv[1]
     assert comm.controller == wanted, f"{comm.controller} carries the job, not {wanted}"
     print(f"rank {comm.rank} of {comm.world_size} agrees", flush=True)

@@ -11,6 +11,7 @@ from torch import nn
 
 from dgc import Compression, DistributedOptimizer
 from dgc.local import run_local
+from kernels import ops
 from optim import FactoredAdam
 from tests.unit.dgc.method import NO_FIRST, assert_equal
 
@@ -143,6 +144,40 @@ def test_where_gradients_stay_they_may_be_changed_until_the_step():
 
     for weight in run_local(2, work):
         assert torch.equal(weight, torch.full((3,), 0.75))
+
+
+@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
+@pytest.mark.parametrize("clip_scope", ["tensor", "global"])
+@pytest.mark.parametrize("two_level", [False, True])
+def test_gradients_of_inference_mode_and_those_with_a_graph_are_taken(
+    implementation, clip_scope, two_level
+):
+    """Evolution strategies make the first kind, whose memory may not be written again."""
+
+    def work(comm):
+        weight = nn.Parameter(torch.ones(30, 40))
+        optimizer = DistributedOptimizer(
+            torch.optim.Adam([weight]), [("w", weight)], comm=comm,
+            compression=Compression(**SPARSE, clip_norm=0.1, clip_scope=clip_scope,
+                                    two_level=two_level),
+        )  # fmt: skip
+        for _ in range(3):
+            with torch.inference_mode():
+                grad = torch.arange(1200.0).view(30, 40)
+            weight.grad = grad
+            del grad
+            optimizer.step()
+            loss = (weight.square() * torch.arange(1200.0).view(30, 40)).sum()
+            weight.grad = torch.autograd.grad(loss, weight, create_graph=True)[0]
+            assert weight.grad.requires_grad
+            optimizer.step()
+        assert not weight.grad.requires_grad
+        return weight.detach()
+
+    with ops.use(implementation):
+        first, *others = run_local(4, work, ranks_per_node=2)
+    assert not torch.equal(first, torch.ones(30, 40))
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_gradients_by_hand_are_unscaled_as_others():

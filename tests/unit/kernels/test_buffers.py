@@ -283,3 +283,53 @@ def test_what_does_not_fit_is_named():
         arguments |= {"old_residual": None} | changes
         with pytest.raises(ValueError, match=message):
             buffers.accumulate(**arguments)
+
+
+# ---- float64 -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "int8"])
+def test_float64_gradients_are_accumulated_in_float64(dtype, implementation):
+    """By the definition, whatever the implementation; what is stored in fewer bits from float32."""
+    n, momentum = 3 * BLOCK + 5, 0.9  # as a float32 it is 2.4e-8 off
+    grads = [numbers(n, seed).double() * (1 + 1e-9) for seed in (1, 2)]
+    scale = torch.tensor([1 / 3], dtype=torch.float64)
+    before = [buffers.empty(n, dtype, CPU) for _ in range(2)]
+    for buffer in before:
+        for part in buffers.tensors(buffer):
+            part.zero_()
+    old_v, old_u = before
+    v = u = torch.zeros(n, dtype=torch.float64)
+    with ops.use(implementation):
+        for grad in grads:
+            new_v, new_u = (buffers.empty(n, dtype, CPU) for _ in range(2))
+            found = buffers.accumulate(
+                grad, Correction(momentum, 1.0, 1.0, 0.0), residual=new_v, old_residual=old_v,
+                velocity=new_u, old_velocity=old_u, scale=scale, key=KEY,
+                selection=Selection(1.0, n),
+            )  # fmt: skip
+            u = u * momentum + grad * scale
+            v = v + u
+            taken = (v.abs() >= 1.0).nonzero().view(-1)
+            if dtype == "float64":
+                assert torch.equal(found.indices, taken)
+                assert_same_bits(found.values, v[taken])
+                assert_same_bits(found.velocities, u[taken])
+            assert found.values.dtype == torch.float64
+            assert read_reports([found])[0].largest == (grad * scale).abs().max().float()
+            for buffer, exact in ((new_v, v), (new_u, u)):
+                exact[found.indices] = 0.0
+                off = (buffers.decode(buffer).double() - exact).abs()
+                most = 0.0 if dtype == "float64" else quantum(exact.float(), buffer) * (1 + 1e-4)
+                assert (off <= most).all()
+            if dtype != "float64":
+                break  # what is then added to is what was stored
+            buffers.put(new_v, found.indices, found.values, KEY)
+            buffers.put(new_u, found.indices, found.velocities, KEY)
+            v[found.indices], u[found.indices] = found.values, found.velocities
+            assert_same_bits(new_v, v)
+            old_v, old_u = new_v, new_u
+    assert buffers.take(new_v, taken[:3]).dtype == (
+        torch.float64 if dtype == "float64" else torch.float32
+    )

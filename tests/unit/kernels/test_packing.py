@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernels import host_packing, ops, packing, reference_packing
-from kernels.message import GROUP, VALUE_DTYPES
+from kernels.message import GROUP, VALUE_DTYPES, MessageError
 from tests.unit.kernels.cases import CPU, Guarded
 from tests.unit.kernels.plain_packing import (
     ELEMENTS,
@@ -226,3 +226,44 @@ def test_what_cannot_be_merged_is_refused(implementation):
             packing.merge([torch.tensor([1, 2])], [ones], 2)
         with pytest.raises(ValueError, match="0 lists of positions"):
             packing.merge([], [])
+
+
+@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
+@pytest.mark.parametrize("index_coding", ["int32", "elias_fano"])
+def test_float64_values_travel_exactly_or_by_way_of_float32(index_coding, implementation):
+    generator = torch.Generator().manual_seed(0)
+    how = {"universe": 9000, "dim": 3, "index_coding": index_coding, "layout": 7}
+    for count in (0, 1, 7, 100):
+        positions = torch.randperm(9000, generator=generator)[:count].sort().values
+        values = torch.randn(3 * count, dtype=torch.float64, generator=generator) * 1e60
+        if count == 7:
+            values = values * 1e-130  # among what float32 has no numbers for
+        with ops.use(implementation):
+            for value_dtype in ("float64", *VALUE_DTYPES):
+                message = packing.pack(positions, values, value_dtype=value_dtype,
+                                       flags=[True], **how)  # fmt: skip
+                shifted = torch.cat([message.new_zeros(4), message])[4:]  # at half of a float64
+                found = packing.unpack(shifted, value_dtype=value_dtype, num_flags=1, **how)
+                rounded = packing.round_values(values, value_dtype)
+                assert rounded.dtype == torch.float64 and rounded.isfinite().all()
+                assert torch.equal(found[0], positions) and found[2] == (True,)
+                assert torch.equal(found[1].double(), rounded)
+            assert packing.round_values(values, "float64") is values
+            assert packing.pack(positions, values, value_dtype="float64", flags=[False],
+                                **how).numel() >= 24 * count  # fmt: skip
+    with ops.use(implementation), pytest.raises(MessageError, match="infinite or NaN"):
+        message = packing.pack(positions, values * math.inf, value_dtype="float64",
+                               flags=[False], **how)  # fmt: skip
+        packing.unpack(message, value_dtype="float64", num_flags=1, **how)
+
+
+@pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
+def test_float64_sums_are_float64_in_the_order_of_the_lists(implementation):
+    positions = [torch.tensor([1, 4, 9]), torch.tensor([4]), torch.tensor([4, 8])]
+    values = [torch.tensor(v, dtype=torch.float64) for v in ([1e20, 1.0, 2.0], [1e-9], [0.1, 3.0])]
+    with ops.use(implementation):
+        found, sums = packing.merge(positions, values)
+        assert found.tolist() == [1, 4, 8, 9]
+        assert sums.tolist() == [1e20, 0.0 + 1.0 + 1e-9 + 0.1, 3.0, 2.0]
+        with pytest.raises(ValueError, match="values is torch.float32; allowed: torch.float64"):
+            packing.merge(positions[:2], [values[0], values[1].float()])
