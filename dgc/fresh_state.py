@@ -8,6 +8,7 @@ there is no state it steps the optimizer on zero gradients, which in an exchange
 from __future__ import annotations
 
 import copy
+import logging
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer, SparseAdam
 
+_log = logging.getLogger(__name__)
 _HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
@@ -33,9 +35,14 @@ def fill_in(
     for parameter in parameters:
         if not optimizer.state.get(parameter):
             is_sparse = id(parameter) in rows or isinstance(optimizer, SparseAdam)
-            fresh = _first_values(optimizer, parameter, is_sparse)
-            if fresh:
-                optimizer.state[parameter] = fresh
+            try:
+                fresh = _first_values(optimizer, parameter, is_sparse)
+            except Exception as error:  # whatever a person's own step asks for
+                _log.info("%s makes no state before its first step, as Horovod's broadcast would "
+                          "need it: %r", type(optimizer).__name__, error)  # fmt: skip
+                return
+            if fresh and not any(torch.is_tensor(v) and v.is_sparse for v in fresh.values()):
+                optimizer.state[parameter] = fresh  # Horovod sends no sparse tensors
 
 
 def drop_zeros(optimizer: Optimizer) -> None:

@@ -51,7 +51,13 @@ class Momentum:
         self._named = {name: p for name, p in named.items() if name not in row_sparse}
         is_followed = compression.momentum_correction and not compression.momentum
         self.is_sgds = is_followed and isinstance(optimizer, SGD)
-        self.now()
+        momentum, _ = self.now()
+        if self.is_sgds and not momentum and optimizer.defaults.get("momentum"):
+            _log.warning(
+                "SGD was made with momentum %g and has 0 now. If that comes from a checkpoint of a "
+                "compressed run by an older version: load it into the DistributedOptimizer instead",
+                optimizer.defaults["momentum"],
+            )
 
     def now(self) -> tuple[float, bool]:
         """Return momentum and Nesterov of the correction, by the groups as they are."""

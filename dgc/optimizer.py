@@ -146,8 +146,8 @@ class DistributedOptimizer(View):
         )  # fmt: skip
         check_groups(optimizer, self.compression, self._rows)
         dense = {n: p for n, p in self._named.items() if n not in self._row_sparse}
-        statistics = delegate_statistics(optimizer, dense, self.compression)
         islands = choose_islands(comm, self.compression)
+        statistics = delegate_statistics(optimizer, dense, self.compression)
         self._exchange = Exchange(comm, self.compression, compensation, statistics, islands)
         self._exchange.before_step = partial(_begin_step, self._momentum, self._exchange)
         self._replicas = Replicas(comm, optimizer, self._named)

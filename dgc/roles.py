@@ -100,11 +100,16 @@ def delegate_statistics(
     if compression.preconditioning == "after":
         return Statistics()
     found: dict[str, Preconditioner] = {}
-    for name, parameter in named.items():
-        if is_compressible(parameter, compression):
-            preconditioner = optimizer.delegate_second_moment(parameter)
-            if preconditioner is not None:
-                found[name] = preconditioner
+    try:
+        for name, parameter in named.items():
+            if is_compressible(parameter, compression):
+                preconditioner = optimizer.delegate_second_moment(parameter)
+                if preconditioner is not None:
+                    found[name] = preconditioner
+    except ValueError:
+        for name in found:
+            optimizer.reclaim_second_moment(named[name])
+        raise
     intervals: dict[str, int] = {}
     if compression.share_statistics:
         for name, preconditioner in found.items():

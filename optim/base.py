@@ -167,14 +167,19 @@ class MomentOptimizer(StatefulOptimizer):
         return given
 
     def reclaim_second_moment(self, p: Tensor) -> None:
-        """Own p's second moment again. All state of p begins anew, from 0 and step 0.
+        """Own p's second moment again: as it was given, if it has not been fed since.
 
-        A moment that workers have fed differs between them; and beside one that begins at 0, the
-        first moment and the bias corrections of a later step would make far too large an update.
+        If it has, all state of p begins anew, from 0 and step 0: what workers have fed differs
+        between them, and beside a moment that begins at 0 the first moment and the bias corrections
+        of a later step would make far too large an update.
         """
-        if p in self._delegated:
-            del self._delegated[p]
-            self.state.pop(p, None)
-            for position, group, q in self._places():
-                if q is p:
-                    self._moments(position, group, p)
+        if p not in self._delegated:
+            return
+        given = self._delegated.pop(p)
+        if given is not None and not given.is_fed:
+            self.state[p].update({k: t for k, t in given.tensors.items() if k != "step"})
+            return
+        self.state.pop(p, None)
+        for position, group, q in self._places():
+            if q is p:
+                self._moments(position, group, p)

@@ -48,9 +48,8 @@ class Preconditioner:
             of the step.
         """
         if is_first:
-            step = int(self.tensors["step"])
-            if step != self._last_ended:
-                self._moment.end_step(step, self._options())
+            if self.is_fed:
+                self._moment.end_step(int(self.tensors["step"]), self._options())
             self.tensors["step"] += 1
         scalars = self._scalars()
         rule = ops.Rule(
@@ -64,6 +63,11 @@ class Preconditioner:
         operand = self._moment.operand(split)
         ops.observe(grad_N.view(matrix_shape(shape, split)), rule, operand, scale=scale)
         self._moment.write_back(operand, split, is_dense=True)
+
+    @property
+    def is_fed(self) -> bool:
+        """Whether it is another moment than the optimizer gave."""
+        return int(self.tensors["step"]) != self._last_ended
 
     def take_out_of(self, state: dict[str, Tensor]) -> None:
         """Take over the moment that a parameter's loaded state holds, if it holds one."""

@@ -259,8 +259,8 @@ class Delayed:
         return self._timed(value) if name.endswith("_async") else value
 
     def _timed(self, start):
-        def timed(tensor, name):
-            handle = start(tensor, name)
+        def timed(tensor, name, *options):
+            handle = start(tensor, name, *options)
             poll, is_late = handle.poll, self._are_late(name)
 
             def patient():  # as if backward took its time

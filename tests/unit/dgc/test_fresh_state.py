@@ -127,3 +127,21 @@ def test_an_optimizer_around_another_one_is_left_alone():
     before = weights[0].detach().clone()
     fill_in(Around(torch.optim.SGD(weights, lr=1.0)), weights)
     assert torch.equal(weights[0], before)
+
+
+def test_a_step_that_asks_for_more_than_gradients_makes_no_state_and_no_failure():
+    class NeedsClosure(torch.optim.SGD):
+        def step(self, closure):
+            return super().step(closure)
+
+    weights = make_weights()
+    optimizer = NeedsClosure(weights, lr=1.0, momentum=0.9)
+    fill_in(optimizer, weights)
+    assert not optimizer.state
+
+
+def test_sparse_momentum_which_horovod_cannot_send_is_not_made():
+    weights = make_weights()
+    optimizer = torch.optim.SGD(weights, lr=1.0, momentum=0.9)
+    fill_in(optimizer, weights, row_sparse=weights[:1])
+    assert [id(p) for p in optimizer.state] == [id(weights[1])]

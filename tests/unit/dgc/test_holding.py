@@ -201,3 +201,25 @@ def test_a_second_optimizer_on_the_same_parameters_is_refused_until_the_first_le
         train(copied, wrap(sgd(copied.parameters()), copied, comm), range(2), comm.rank)
 
     run_local(2, work)
+
+
+def test_one_that_could_not_be_made_leaves_the_optimizer_as_it_was():
+    def work(comm):
+        model = copy.deepcopy(MODEL)
+        groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+        groups[1]["weight_decay"] = 0.1  # within the gradient
+        inner = factored(groups)
+        train(model, inner, range(3), 0)
+        before = state_of(inner)
+        with pytest.raises(ValueError, match="decoupled_weight_decay=True"):
+            wrap(inner, model, comm)
+        assert state_of(inner) == before
+        inner.param_groups[1]["weight_decay"] = 0.0
+        wrap(inner, model, comm).close()
+        assert state_of(inner) == before
+
+    def state_of(inner):
+        states = inner.state_dict()["state"]
+        return {(i, key): value.tolist() for i in states for key, value in states[i].items()}
+
+    run_local(1, work)

@@ -198,6 +198,23 @@ def test_a_moment_that_is_taken_back_begins_anew_with_all_state():
     assert_close(before - p.data, torch.full((40, 50), 0.1))  # a first step, not a far larger one
 
 
+@pytest.mark.parametrize("num_steps", [0, 3])
+def test_a_moment_that_nobody_fed_comes_back_as_it_was_given(num_steps):
+    p = nn.Parameter(torch.zeros(40, 50))
+    optimizer = FactoredAdam([p], min_compressed_numel=0)
+    for _ in range(num_steps):
+        p.grad = torch.randn(40, 50)
+        optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    optimizer.delegate_second_moment(p)
+    assert set(optimizer.state[p]) == {"step", "exp_avg"}
+    optimizer.reclaim_second_moment(p)
+    after = optimizer.state_dict()["state"][0]
+    assert {k: str(v) for k, v in after.items()} == {
+        k: str(v) for k, v in before["state"][0].items()
+    }
+
+
 def test_an_optimizer_without_a_second_moment_has_none_to_give():
     p = nn.Parameter(torch.ones(100, 50))
     assert SketchMomentum([p], momentum=0.9).delegate_second_moment(p) is None
@@ -211,7 +228,7 @@ def test_checkpoints_and_copies_know_that_it_is_elsewhere(kind):
     fresh.load_state_dict(optimizer.state_dict())
     assert set(fresh.state[other]) == {"step"}
     own = KINDS[kind]([nn.Parameter(torch.zeros(40, 50))])
-    with pytest.raises(ValueError, match="has no second moment"):
+    with pytest.raises(ValueError, match="Make the DistributedOptimizer first"):
         own.load_state_dict(optimizer.state_dict())
     copied = copy.deepcopy(optimizer)
     (q,) = copied.param_groups[0]["params"]
