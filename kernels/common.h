@@ -45,13 +45,13 @@ FN float widen(float x) { return x; }
 
 FN float widen(bf16 x) { return as_float((u32)x.bits << 16); }
 
-// No float32 on the way is denormal, so that this is exact where a thread makes those 0, too.
+// Exact where a thread makes denormal numbers 0, too: the shifted bits of f16's own would be one.
 FN float widen(f16 x) {
-    u32 magnitude = x.bits & 0x7fffu;
-    u32 subnormal = as_bits((float)(int)magnitude * 5.9604644775390625e-8f);  // 2^-24
-    u32 normal = (magnitude << 13) + 0x38000000u;                             // moves the exponent's bias
-    u32 bits = magnitude < 0x400u ? subnormal : normal;
-    bits = magnitude >= 0x7c00u ? (magnitude << 13) | 0x7f800000u : bits;
+    u32 half = x.bits & 0x7fffu, shifted = half << 13;
+    float normal = as_float(shifted) * 5.192296858534828e33f;     // 2^112 moves the exponent's bias
+    float subnormal = (float)(int)half * 5.9604644775390625e-8f;  // 2^-24
+    u32 finite = as_bits(half < 0x400u ? subnormal : normal);
+    u32 bits = half >= 0x7c00u ? shifted | 0x7f800000u : finite;
     return as_float(bits | (u32)(x.bits & 0x8000) << 16);
 }
 

@@ -9,6 +9,10 @@
 // MemoryError in Python.
 #include <omp.h>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -462,6 +466,19 @@ template <class T> void fetch(const T *x, i64 length) {
         __builtin_prefetch(byte, 1);
 }
 
+template <class T> void widen_all(const T *__restrict x, i64 length, float *__restrict out) {
+    for (i64 j = 0; j < length; j++) out[j] = widen(x[j]);
+}
+
+template <> void widen_all(const f16 *__restrict x, i64 length, float *__restrict out) {
+    i64 j = 0;
+#if defined(__F16C__)
+    for (; j + 8 <= length; j += 8)
+        _mm256_storeu_ps(out + j, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(x + j))));
+#endif
+    for (; j < length; j++) out[j] = widen(x[j]);
+}
+
 // Walk items i0..i1 in columns begin..begin+length. col_max collects a cover's new columns, row_max (one
 // for an item) its new rows. 16-bit parameters are widened a stretch at a time. `scratch`: 3 x length.
 template <class T, First F, int S>
@@ -482,8 +499,7 @@ void walk_rows(const StepArgs &a, i64 i0, i64 i1, i64 begin, i64 length, const f
         const T *g = rows.grad(i) + begin;
         float *wide_p = is_wide ? (float *)p : wide;
         const float *wide_g = is_wide ? (const float *)g : wide + length;
-        if (!is_wide)
-            for (i64 j = 0; j < length; j++) wide[j] = widen(p[j]), wide[length + j] = widen(g[j]);
+        if (!is_wide) widen_all(p, length, wide), widen_all(g, length, wide + length);
         Stretch s = {};
         s.ahead = length == a.m && is_wide ? AHEAD : 0;
         if (F == FIRST_BEFORE || F == FIRST_AFTER) s.m = a.first_values + offset;

@@ -69,6 +69,22 @@ def test_root_has_adams_bias_correction_and_eps():
     assert_close(apart.root().view(40, 50), expected.float())
 
 
+@pytest.mark.parametrize("kind", ["full", "factored", "cover"])
+def test_the_root_of_a_huge_gradient_is_as_large_and_one_that_is_not_finite_shows(kind):
+    """Its square, times what corrects the bias, would overflow."""
+    _, _, apart = delegated(kind, (40, 50))
+    feed(apart, torch.full((40, 50), 1e20))
+    assert_close(apart.root(), torch.full((2000,), 1e20))
+    for bad in (float("nan"), float("inf")):
+        _, _, apart = delegated(kind, (40, 50))
+        grad = torch.ones(40, 50)
+        grad[3, 7] = bad
+        feed(apart, grad)
+        root = apart.root().view(40, 50)
+        assert not root[3, 7].isfinite()
+        assert kind != "factored" or root.isnan().all()
+
+
 @pytest.mark.parametrize("kind", ["full", "factored"])
 def test_micro_batches_feed_the_mean_of_their_own_squares(kind):
     """Each part's gradient by itself is num_parts times what it adds to the sum."""
