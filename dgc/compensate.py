@@ -21,13 +21,13 @@ from torch import Tensor
 from kernels import buffers
 from kernels.buffers import tensors
 from kernels.operands import (
+    STATE_DTYPES,
     VELOCITY_KEY,
     Blocks,
     Buffer,
     Correction,
     Found,
     Selection,
-    state_dtype,
 )
 
 _KINDS = ("velocity", "residual")
@@ -111,7 +111,7 @@ class Compensation:
                 whether velocities are masked is this compensation's `mask_velocity`.
         """
         is_first = ("residual", name) not in self._before
-        room = grad_N if may_keep and grad_N.dtype == state_dtype(grad_N.dtype) else None
+        room = grad_N if may_keep and grad_N.dtype in STATE_DTYPES else None
         old_residual, residual = self._renew("residual", name, grad_N, is_sent_whole, room)
         old_velocity, velocity = None, None
         if self.momentum:
@@ -315,7 +315,7 @@ class Compensation:
 
 def _exact(dtype: torch.dtype) -> str:
     """Return as what gradients of this dtype are stored without loss, of kernels.buffers."""
-    return str(state_dtype(dtype)).removeprefix("torch.")
+    return "float64" if dtype == torch.float64 else "float32"
 
 
 _64_BITS = 2**64 - 1

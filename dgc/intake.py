@@ -103,8 +103,7 @@ class Intake:
         if parameter.grad.is_sparse:  # once, for its norm and for the exchange
             parameter.grad = parameter.grad.coalesce()
         if not self._scaling.clips_globally:
-            scale = self._scaling.of_tensor(_values(parameter.grad), parts)
-            self._take(name, scale, parts, count == parts)
+            self._take(name, self._scale(parameter.grad, parts), parts, count == parts)
             if count == parts:
                 self._exchange.close(name)
 
@@ -116,6 +115,9 @@ class Intake:
                 f"{name} has a {kind} gradient; {remedy} in row_sparse of the "
                 f"DistributedOptimizer (row_sparse_names(model) finds them)"
             )
+
+    def _scale(self, grad: Tensor, num_parts: int) -> Tensor | None:
+        return self._scaling.of_tensor(_values(grad), num_parts) if self._scaling.scales else None
 
     def _take(self, name: str, scale: Tensor | None, num_parts: int, is_last: bool = True) -> None:
         """Hand this rank's gradient to the exchange and give its memory up."""
@@ -141,7 +143,7 @@ class Intake:
                 continue
             self._check_layout(name, parameter.grad)
             if self._num_backward[name] == 0:
-                self._take(name, self._scaling.of_tensor(_values(parameter.grad), 1), 1)
+                self._take(name, self._scale(parameter.grad, 1), 1)
             elif _values(parameter.grad).any():
                 raise RuntimeError(
                     f"p.grad of {name} was set after backward(), which had given this step's "

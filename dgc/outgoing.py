@@ -127,8 +127,9 @@ class Outlet:
                 chosen, root_K = chosen.where(root_K > 0), root_K[root_K > 0]
             taken.append((spec.name, chosen))
             roots.append(torch.ones_like(chosen.values_K) if root_K is None else root_K)
+        dtype = bucket.dtype  # of what was selected in fewer bits, the values are float32
         positions_K, values_K = bucket.codec.join(
-            [(part.indices_K, part.values_K.to(bucket.dtype)) for _, part in taken]
+            [(part.indices_K, part.values_K.to(dtype)) for _, part in taken]
         )
         roots_K = torch.cat(roots) if self.compression.preconditioning == "late" else None
         divided_K = values_K if roots_K is None else divide(values_K, roots_K)

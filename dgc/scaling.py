@@ -41,6 +41,11 @@ class Scaling:
         self._unscale: float | None = None
 
     @property
+    def scales(self) -> bool:
+        """Whether gradients may be multiplied with anything at all."""
+        return self._clip_norm is not None or self._scaler is not None
+
+    @property
     def clips_globally(self) -> bool:
         return self._clip_norm is not None and self._scope == "global"
 

@@ -70,7 +70,8 @@ def numel(buffer: Buffer) -> int:
 def take(buffer: Buffer, indices_K: Tensor) -> Tensor:
     """Return the values (K,) at indices (K,) int64: float64 of a float64 buffer, else float32."""
     if not isinstance(buffer, Blocks):
-        return buffer[indices_K].to(state_dtype(buffer.dtype))
+        values_K = buffer[indices_K]
+        return values_K.float() if buffer.dtype == torch.bfloat16 else values_K
     return buffer.codes[indices_K] * buffer.scales[indices_K // BLOCK]
 
 

@@ -60,7 +60,7 @@ def round_codes(values: Tensor, scales: Tensor, indices: Tensor, key: int) -> Te
 def decode(buffer: Buffer) -> Tensor:
     """Return all values (N,) float32, or float64 as stored; of such a buffer, the buffer itself."""
     if not isinstance(buffer, Blocks):
-        return buffer.to(state_dtype(buffer.dtype))
+        return buffer.float() if buffer.dtype == torch.bfloat16 else buffer
     return buffer.codes.float() * _spread(buffer.scales, buffer.codes.numel())
 
 
