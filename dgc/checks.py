@@ -15,9 +15,9 @@ from dgc.compression import Compression
 from dgc.elements import check_dtype
 
 MAKE_ANEW = (
-    "close() it and make it anew. Residuals, velocities and the workers' second moments begin at 0 "
-    "then, unless what its worker_state_dict() returned is given to load_worker_state_dict() of "
-    "the new one; parameters that were added begin at 0"
+    "close() the DistributedOptimizer and make it anew. Residuals, velocities and the workers' "
+    "second moments begin at 0 then, unless what its worker_state_dict() returned is given to "
+    "load_worker_state_dict() of the new one; parameters that were added begin at 0"
 )
 
 

@@ -183,7 +183,7 @@ def _of_sgd(groups: list[Group], row_sparse: Sequence[Tensor]) -> tuple[float, b
     momentum, nesterov = settings.pop() if settings else (0.0, False)
     if not 0 <= momentum < 1:
         raise ValueError(f"SGD's momentum is {momentum}; allowed: from 0 to below 1")
-    if momentum and any(holds(group, row_sparse) for group in groups):
+    if momentum and row_sparse and any(holds(group, row_sparse) for group in groups):
         raise ValueError(
             f"SGD's momentum of {momentum} acts in the correction, through which rows do not "
             f"go; give row-sparse parameters a group of their own, which keeps its momentum, or "
