@@ -220,7 +220,7 @@ FN float preconditioned(float numerator, float nu, const Rule &r) {
     // sqrt(scale nu + eps_inside), of which the scaled moment could overflow
     float root = sqrtf(nu + r.eps_inside / r.second_scale) * sqrtf(r.second_scale) + r.eps_outside;
     float quotient = numerator / root, most = r.largest_quotient;
-    float bounded = quotient > most ? most : quotient < -most ? -most : quotient;  // NaN stays
+    float bounded = greater(-most, lesser(most, quotient));  // NaN stays
     bounded = root == 0.0f ? 0.0f : bounded;
     return numerator - numerator == 0.0f ? bounded : quotient;
 }
