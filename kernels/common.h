@@ -220,7 +220,7 @@ FN float preconditioned(float numerator, float nu, const Rule &r) {
     // sqrt(scale nu + eps_inside), of which the scaled moment could overflow
     float root = sqrtf(nu + r.eps_inside / r.second_scale) * sqrtf(r.second_scale) + r.eps_outside;
     float quotient = numerator / root, most = r.largest_quotient;
-    float bounded = quotient > most ? most : quotient < -most ? -most : quotient;  // NaN stays
+    float bounded = greater(-most, lesser(most, quotient));  // NaN stays
     bounded = root == 0.0f ? 0.0f : bounded;
     return numerator - numerator == 0.0f ? bounded : quotient;
 }
@@ -245,7 +245,8 @@ FN bf16 stochastic_bf16(float x, u32 random) {
     return result;
 }
 
-// x / scale to one of the two neighbouring integers. NaN becomes -127: its conversion is not defined.
+// x / scale to one of the two neighbouring integers. NaN becomes -127: its conversion is not defined. (The
+// exchange has seen it by then in the largest |gradient|, and undoes the step.)
 // What is an integer times scale, to the rounding of a float, becomes that integer whatever is drawn.
 FN signed char stochastic_code(float x, float scale, u32 random) {
     float drawn = (float)(int)(random >> 17) * 3.0517578125e-5f + 1.52587890625e-5f;  // (k + 1/2) / 2^15

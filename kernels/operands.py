@@ -38,7 +38,7 @@ class Rule(ctypes.Structure):
         first moment   m  <- first_beta m + first_gain g          (of the update, for a Velocity)
         second moment  nu <- second_beta nu + second_gain g^2
         p <- decay p - lr (first_scale m) / (sqrt(second_scale nu + eps_inside) + eps_outside)
-    where 0 / 0 is 0 and the quotient is kept within +-largest_quotient. A sketch inserts
+    where 0 / 0 is 0 and a finite m's quotient is kept within +-largest_quotient. A sketch inserts
     gain x - (its decay) query instead: for an average that forgets beta is 1 - decay, for a sum
     decay is 0. A sketched m of which all rows arrive is scaled by first_beta instead, which makes
     it the exact sketch of m. What the update takes for it is (w m' + (1 - w) g'), where m' is the
