@@ -78,8 +78,8 @@ class DistributedOptimizer(View):
     change. Decoupled weight decay of the optimizers of `optim` reaches all of a tensor in every
     step, however few entries arrive.
 
-    A step in which a gradient of any rank is infinite, beyond 2**40, or NaN is undone on all ranks,
-    to the bit: nothing moves, `stats.skipped` says why, and rank 0 logs it. After 100 such steps in
+    A step in which a gradient of any rank is infinite, NaN, or beyond 2**40 (in float64 2**100) is
+    undone on all ranks, to the bit: nothing moves, `stats.skipped` says why, and rank 0 logs it. After 100 such steps in
     a row: FloatingPointError.
 
     Rank 0's parameters are given to all when this is made; buffers, such as batch-norm statistics,
