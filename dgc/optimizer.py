@@ -79,8 +79,8 @@ class DistributedOptimizer(View):
     step, however few entries arrive.
 
     A step in which a gradient of any rank is infinite, NaN, or beyond 2**40 (in float64 2**100) is
-    undone on all ranks, to the bit: nothing moves, `stats.skipped` says why, and rank 0 logs it. After 100 such steps in
-    a row: FloatingPointError.
+    undone on all ranks, to the bit: nothing moves, `stats.skipped` says why, and rank 0 logs it.
+    After 100 such steps in a row: FloatingPointError.
 
     Rank 0's parameters are given to all when this is made; buffers, such as batch-norm statistics,
     are the caller's. A parameter without a gradient in a step counts as zero on this rank. `step`,
