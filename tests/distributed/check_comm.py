@@ -202,7 +202,7 @@ def begun_by_a_person():
         comm.close()
     assert hvd.is_initialized(), "a HorovodComm has ended what a person began"
     hvd.allreduce(torch.ones(1), name="theirs")
-    assert os.environ.get("HOROVOD_FUSION_THRESHOLD") is None, "too late: it would only mislead"
+    assert int(os.environ["HOROVOD_FUSION_THRESHOLD"]) == 128 * 2**20, "0 would mislead: too late"
 
     for life in range(2):
         MPI.COMM_WORLD.Barrier()

@@ -1,4 +1,5 @@
 import logging
+import os
 import types
 
 import pytest
@@ -26,7 +27,7 @@ class Horovod:
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     for name, value in (("_num_open", 0), ("_own_life", None), ("_codes", []),
-                        ("_is_fusion_known", False)):  # fmt: skip
+                        ("_is_fusion_known", False), ("_is_fusion_noted", False)):  # fmt: skip
         monkeypatch.setattr(life, name, value)
     for name in ("HOROVOD_ELASTIC", "HOROVOD_FUSION_THRESHOLD", "HOROVOD_DYNAMIC_PROCESS_SETS"):
         monkeypatch.setenv(name, "")  # so that what is set here is undone
@@ -49,7 +50,9 @@ def test_what_a_person_began_goes_on():
     life.leave(hvd)
     assert hvd.is_up
     hvd.shutdown()
+    assert int(os.environ["HOROVOD_FUSION_THRESHOLD"]) == 128 * 2**20  # what it began with
     life.enter(hvd)
+    assert os.environ["HOROVOD_FUSION_THRESHOLD"] == "0"  # what this life begins with
     hvd.shutdown()
     hvd.init()  # a person's, in place of ours
     life.leave(hvd)
