@@ -173,7 +173,7 @@ def test_what_pack_is_given_is_checked():
         ("outside", {"positions_K": torch.tensor([-1, 5])}),
         ("2 positions; allowed: at most 1", {"universe": 1}),
         ("positions is torch.int32", {"positions_K": torch.tensor([1, 5], dtype=torch.int32)}),
-        ("values is torch.float64", {"values_M": torch.ones(2).double()}),
+        ("values is torch.float16", {"values_M": torch.ones(2).half()}),
         ("2 values for 2 positions; allowed: 2 each", {"dim": 2}),
         ("dim is 0", {"dim": 0}),
         ("index_coding 'int8'; allowed: int32, int64", {"index_coding": "int8"}),
