@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -74,21 +75,27 @@ class Adam(MomentOptimizer):
         the element's own, so that it keeps within the bound by itself.
         """
         beta1, beta2 = group["betas"]
-        first, second = group["first_moment"] if beta1 else None, group["second_moment"]
+        second = group["second_moment"]
+        first = group["first_moment"] if beta1 else None
         is_exact = "sketch" not in (first, second) and second != "factored"
         if is_exact or second == "cover" or (beta1 and not beta2):
             return {}
-        if second == "factored":
-            step = math.inf
-        ratio = beta1**2 / beta2 if beta1 else 0.0
-        growth = step * math.log(ratio) if ratio else -math.inf
-        if growth > _BEYOND:
+        most = _largest_exact(beta1, beta2, math.inf if second == "factored" else step)
+        if most == math.inf:
             return {}
-        terms = step if ratio == 1 else math.expm1(growth) / (ratio - 1)
-        exact = (1 - beta1) * math.sqrt(terms / (1 - beta2))
-        scales = math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        most = SLACK * exact * scales
         return factored_bound(most) if second == "factored" else {"largest_quotient": most}
+
+
+@functools.lru_cache(maxsize=256)
+def _largest_exact(beta1: float, beta2: float, step: float) -> float:
+    """Return the most that m / sqrt(v), both in full, can be after so many steps."""
+    ratio = beta1**2 / beta2 if beta1 else 0.0
+    growth = step * math.log(ratio) if ratio else -math.inf
+    if growth > _BEYOND:
+        return math.inf
+    terms = step if ratio == 1 else math.expm1(growth) / (ratio - 1)
+    exact = (1 - beta1) * math.sqrt(terms / (1 - beta2))
+    return SLACK * exact * math.sqrt(1 - beta2**step) / (1 - beta1**step)
 
 
 class SketchAdam(Adam):
