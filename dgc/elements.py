@@ -48,7 +48,7 @@ def flattened(grad: Tensor) -> Tensor:
     """Return a dense gradient's elements (N,), contiguous: a view of it if its strides allow it."""
     if grad.is_complex() or grad.is_neg():
         grad = to_reals(grad)
-    return grad.reshape(-1).contiguous()
+    return grad.view(-1) if grad.is_contiguous() else grad.reshape(-1).contiguous()
 
 
 def rows_of(grad: Tensor) -> tuple[Tensor, Tensor]:

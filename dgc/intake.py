@@ -128,7 +128,7 @@ class Intake:
             return
         may_keep = is_sole_owner(grad) and not grad.is_inference()  # which are never written again
         grad_N = flattened(grad.detach())
-        if not may_keep and not grad.is_contiguous():  # most such are copied, and the copy is ours
+        if not (may_keep or grad.is_contiguous()):  # most such are copied, and the copy is ours
             may_keep = grad_N.data_ptr() != grad.data_ptr()
         del grad
         self._exchange.add(name, grad_N, scale, num_parts, is_last, may_keep)

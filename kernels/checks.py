@@ -20,6 +20,8 @@ from kernels.operands import (
     state_dtype,
 )
 
+_STATE = {dtype: (state_dtype(dtype),) for dtype in STEP_DTYPES}  # what a parameter's state may be
+
 
 def check_tensor(
     name: str, tensor: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], dim: int
@@ -125,7 +127,7 @@ def check_table(
 
 
 def check_first(first: First, param: Tensor) -> None:
-    dtypes = (state_dtype(param.dtype),)
+    dtypes = _STATE[param.dtype]
     match first:
         case Full() | Velocity():
             check_shape("first moment", first.values, tuple(param.shape), param.device, dtypes)
@@ -136,7 +138,7 @@ def check_first(first: First, param: Tensor) -> None:
 
 
 def check_second(second: Second, param: Tensor) -> None:
-    dtypes = (state_dtype(param.dtype),)
+    dtypes = _STATE[param.dtype]
     match second:
         case Full():
             check_shape("second moment", second.values, tuple(param.shape), param.device, dtypes)

@@ -23,6 +23,7 @@ from kernels.operands import (
 )
 
 PARALLEL_FROM = 1 << 15  # elements; below, starting threads costs more than it saves
+_CPU = torch.device("cpu")  # said by name, it would be parsed in each call
 _pointer, _i64, _int, _float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
@@ -67,10 +68,10 @@ def accumulate(
     )  # fmt: skip
     room = 0 if selection is None else min(selection.capacity, n)
     places = args.threads * room  # most of them are never touched, and so take no memory
-    indices = torch.empty(places, dtype=torch.int64, device="cpu")
-    values = torch.empty(places, dtype=torch.float32, device="cpu")
+    indices = torch.empty(places, dtype=torch.int64, device=_CPU)
+    values = torch.empty(places, dtype=torch.float32, device=_CPU)
     size = 2 if selection is None else 2 + BINS
-    report = torch.zeros(size, dtype=torch.int32, device="cpu")
+    report = torch.zeros(size, dtype=torch.int32, device=_CPU)
     args.report, velocities = report.data_ptr(), None
     if selection is not None:
         args.indices, args.values, args.capacity = indices.data_ptr(), values.data_ptr(), room

@@ -94,8 +94,8 @@ class MomentOptimizer(StatefulOptimizer):
         return loss
 
     def _step_parameter(self, position: int, group: Group, p: Tensor, gradient: Gradient) -> None:
-        moments = self._moments(position, group, p)
-        step = int(self.state[p]["step"]) + 1
+        moments, state = self._moments(position, group, p), self.state[p]
+        step = int(state["step"]) + 1
         rule = self._rule(group, step)
         if gradient.indices is not None and not gradient.is_alone:
             if (decay := rule.scalars(p.dtype).decay) != 1:
@@ -103,7 +103,7 @@ class MomentOptimizer(StatefulOptimizer):
                 rule = rule.replace(decay=1.0)
         if gradient.values.numel():
             update(p, gradient, rule, moments)
-        self.state[p]["step"] += 1
+        state["step"] += 1
         if moments[1] is not None:
             moments[1].end_step(step, group)
 
