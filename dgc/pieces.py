@@ -24,7 +24,7 @@ from torch import Tensor
 MOST_BYTES = 2**30  # of one call, with all that it gathers; an int counts to twice that
 PIECE_BYTES = 2**26  # of one of several calls: as fast as more, some are copied, and Gloo gives up
 # on a call after 30 s
-_SOON = 0.01  # seconds after which one who waits helps other collectives on
+_HELP_EVERY = 0.01  # seconds in which one who waits helps other collectives on
 
 Calls = Generator[Any, Any, Any]
 
@@ -81,7 +81,7 @@ def _help_others() -> None:
 def wait_until(poll: Callable[[], bool], name: str) -> None:
     """Wait no longer than Horovod's own limit, which under Gloo Horovod does not keep."""
     limit = float(os.environ.get("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "600"))
-    start, pause = time.monotonic(), 0.0001
+    start, pause, helps_at = time.monotonic(), 0.0001, _HELP_EVERY
     while not poll():
         waited = time.monotonic() - start
         if waited > limit > 0:
@@ -90,8 +90,9 @@ def wait_until(poll: Callable[[], bool], name: str) -> None:
                 f"they are stuck or do something else. HOROVOD_STALL_SHUTDOWN_TIME_SECONDS "
                 f"sets the limit, 0 for none"
             )
-        if waited > _SOON:
+        if waited > helps_at:
             _help_others()
+            helps_at = waited + _HELP_EVERY
         time.sleep(pause)
         pause = min(1.1 * pause, 0.001)  # ranks may be more than cores
 
