@@ -23,15 +23,7 @@ from torch.autograd.graph import increment_version
 
 from dgc import life, objects, pieces
 from dgc.horovod_group import HorovodGroup, HorovodHandle
-
-
-class Handle(Protocol):
-    """A collective under way. Ranks may start and await their collectives in different orders."""
-
-    def wait(self) -> Any: ...
-
-    def poll(self) -> bool:
-        """Tell whether `wait` would return at once."""
+from dgc.pieces import Handle
 
 
 class Names:

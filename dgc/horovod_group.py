@@ -6,16 +6,13 @@ Each is handed `horovod.torch`; nothing here imports it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dgc import pieces
-from dgc.pieces import Stepwise, check_sendable, wait_until
-
-if TYPE_CHECKING:
-    from dgc.comm import Handle
+from dgc.pieces import Handle, Stepwise, check_sendable, wait_until
 
 
 class HorovodHandle:

@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,15 @@ PIECE_BYTES = 2**26  # of one of several calls: as fast as more, some are copied
 _HELP_EVERY = 0.01  # seconds in which one who waits helps other collectives on
 
 Calls = Generator[Any, Any, Any]
+
+
+class Handle(Protocol):
+    """A collective under way. Ranks may start and await their collectives in different orders."""
+
+    def wait(self) -> Any: ...
+
+    def poll(self) -> bool:
+        """Tell whether `wait` would return at once."""
 
 
 class Stepwise:
