@@ -27,6 +27,8 @@ def hand_over(optimizer: Optimizer, named: Mapping[str, Tensor], update: Update)
     """Put what must be dense into `p.grad`; return parameter -> (indices, values) of the rest."""
     elements: Elements = {}
     wants_entries = _wants_entries(optimizer)
+    for name in named.keys() - update.dense.keys() - update.rows.keys():
+        named[name].grad = None  # of an earlier step, if it was not set to none
     for name, mean_N in update.dense.items():
         named[name].grad = gradient_of(named[name], mean_N)
     for name, (rows_K, means_KM) in update.rows.items():
@@ -35,7 +37,6 @@ def hand_over(optimizer: Optimizer, named: Mapping[str, Tensor], update: Update)
         parameter = named[name]
         if wants_entries and parameter.dtype in STEP_DTYPES:
             elements[parameter] = (mean.indices, mean.values)
-            parameter.grad = None  # of an earlier step, if it was not set to none
         else:
             parameter.grad = gradient_of(parameter, _densify(mean))
     return elements

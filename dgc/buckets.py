@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -138,10 +138,7 @@ def _plan_bucket(
         )
         for spec in specs
     )  # fmt: skip
-    codec = Codec(
-        names, tuple(spec.numel for spec in specs), value_dtype=compression.value_dtype,
-        index_coding=compression.index_coding, dtype=dtype,
-    )  # fmt: skip
+    codec = _codec(specs, compression)
     num_entries = sum(plan.k for plan in plans)
     costs["gather"] = gather_cost(codec.message_bytes(num_entries), world_size, compression.network)
     costs["sparse_all_reduce"] = sparse_all_reduce_cost(
@@ -154,6 +151,41 @@ def _plan_bucket(
     if protocol == "dense":
         return Bucket(f"{name}.dense", specs, "dense", costs=costs)
     return Bucket(f"{name}.{protocol}", specs, protocol, codec, plans, costs)
+
+
+def move_to_rows(
+    buckets: Sequence[Bucket],
+    row_specs: Sequence[TensorSpec],
+    compression: Compression,
+    world_size: int,
+) -> list[Bucket]:
+    """Return the buckets without these tensors, and a bucket of rows for each behind them.
+
+    What stays in a bucket goes the way it would have gone.
+    """
+    names = {spec.name for spec in row_specs}
+    kept = []
+    for bucket in buckets:
+        stay = [n for n, spec in enumerate(bucket.specs) if spec.name not in names]
+        if len(stay) == len(bucket.specs):
+            kept.append(bucket)
+        elif stay:
+            specs = tuple(bucket.specs[n] for n in stay)
+            codec = bucket.codec and _codec(specs, compression)
+            plans = tuple(bucket.plans[n] for n in stay if bucket.plans)
+            kept.append(replace(bucket, specs=specs, codec=codec, plans=plans, costs={}))
+    return kept + [
+        _plan_bucket(f"bucket{len(buckets) + n}", (spec,), compression, 1.0, world_size)
+        for n, spec in enumerate(row_specs)
+    ]
+
+
+def _codec(specs: tuple[TensorSpec, ...], compression: Compression) -> Codec:
+    return Codec(
+        tuple(spec.name for spec in specs), tuple(spec.numel for spec in specs),
+        value_dtype=compression.value_dtype, index_coding=compression.index_coding,
+        dtype=specs[0].dtype,
+    )  # fmt: skip
 
 
 def explain(buckets: Sequence[Bucket], world_size: int) -> str:

@@ -12,7 +12,8 @@ Message, version 3: little-endian words of 32 bits, each part starting at a word
     4           checksum: sum mod 2**32, over all words w but this one at places i from 0, of
                 mix(w ^ mix(i)); `mix` (kernels/common.h) is a bijection, so a change within any
                 one word is found for certain, and others but for one in 2**32
-    ceil(T/32)  flags: bit t of T: tensor t's gradient is not finite, and it has no entries
+    ceil(T/16)  flags: bit t of T: tensor t's gradient is not finite, and it has no entries;
+                bit T + t: tensor t rests here, and has none either
     positions   int32: K words. int64: 2K words, the lower half first. elias_fano, if K > 0: with
                 l = floor(log2(universe / K)), at least 0, the upper part, K + (universe >> l) + 1
                 bits of which bit (position_i >> l) + i is set for each i from 0, in whole words;
@@ -46,7 +47,7 @@ import functools
 import itertools
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,12 +76,13 @@ SHARE_BLOCK = 256  # consecutive positions that one owner has
 class Entries(NamedTuple):
     """What a message holds: positions (K,) int64, values (K * dim,) in the codec's dtype.
 
-    bad: the numbers of the tensors whose gradient is not finite.
+    bad: the numbers of the tensors whose gradient is not finite. resting: of those that rest.
     """
 
     positions_K: Tensor
     values_M: Tensor
     bad: tuple[int, ...]
+    resting: tuple[int, ...] = ()
 
 
 def to_share(positions_K: Tensor, num_owners: int) -> tuple[Tensor, Tensor]:
@@ -185,7 +187,7 @@ class Codec:
 
     def message_bytes(self, num_entries: int) -> int:
         """Return the exact length of a message of this many entries."""
-        shape = self.universe, self.dim, self.index_coding, self.wire_dtype, len(self.names)
+        shape = self.universe, self.dim, self.index_coding, self.wire_dtype, 2 * len(self.names)
         return 4 * sections(num_entries, *shape).end
 
     # ---- entries of tensors ----------------------------------------------------------------------
@@ -221,15 +223,22 @@ class Codec:
         """
         return packing.round_values(values_M, self.wire_dtype)
 
-    def encode(self, positions_K: Tensor, values_M: Tensor, bad: Sequence[int] = ()) -> Tensor:
+    def encode(
+        self,
+        positions_K: Tensor,
+        values_M: Tensor,
+        bad: Iterable[int] = (),
+        resting: Iterable[int] = (),
+    ) -> Tensor:
         """Write one message (bytes,) uint8; see kernels.packing.pack.
 
         Args: positions_K: (K,) int64, ascending.
             values_M: (K * dim,) in the codec's dtype, finite; rounded here.
             bad: the numbers of the tensors whose gradient is not finite; they have no entries.
+            resting: the numbers of those that rest; they have none either.
         """
-        flags = [False] * len(self.names)
-        for tensor in bad:
+        flags = [False] * (2 * len(self.names))
+        for tensor in (*bad, *(len(self.names) + tensor for tensor in resting)):
             flags[tensor] = True
         return packing.pack(
             positions_K, values_M, universe=self.universe, dim=self.dim, layout=self.layout,
@@ -242,13 +251,15 @@ class Codec:
             positions_K, values_M, flags = packing.unpack(
                 message, universe=self.universe, dim=self.dim, layout=self.layout,
                 index_coding=self.index_coding, value_dtype=self.wire_dtype,
-                num_flags=len(self.names),
+                num_flags=2 * len(self.names),
             )  # fmt: skip
         except MessageError as error:
             raise MessageError(f"{error} (bucket of {self.names[0]}..., {self.value_dtype}, "
                                f"{self.index_coding})") from error  # fmt: skip
-        bad = tuple(t for t, is_bad in enumerate(flags) if is_bad)
-        return Entries(positions_K, values_M.to(self.dtype), bad)
+        numbers = range(len(self.names))
+        bad = tuple(t for t in numbers if flags[t])
+        resting = tuple(t for t in numbers if flags[len(self.names) + t])
+        return Entries(positions_K, values_M.to(self.dtype), bad, resting)
 
     def decode_any(self, message: Tensor) -> Entries:
         """Read a message of this codec, or of `exact`."""

@@ -10,6 +10,7 @@ Source: Lin et al. 2018 (arXiv:1712.01887), momentum correction and momentum fac
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -183,12 +184,20 @@ class Compensation:
 
     def roll_back(self) -> None:
         """Undo the step, to the bit."""
-        for (kind, name), buffer in self._before.items():
-            kept = getattr(self, kind)
-            kept.pop(name, None)
-            if buffer is not None:
-                kept[name] = buffer
+        for name in {name for _, name in self._before}:
+            self.drop(name)
         self._end_step()
+
+    def drop(self, name: str) -> None:
+        """Undo what a tensor's gradients did in this step, to the bit."""
+        for kind in _KINDS:
+            if (kind, name) in self._before:
+                kept, buffer = getattr(self, kind), self._before.pop((kind, name))
+                kept.pop(name, None)
+                if buffer is not None:
+                    kept[name] = buffer
+        self._keys.pop(name, None)
+        self._num_writes.pop(name, None)
 
     def _end_step(self) -> None:
         self._before.clear()
@@ -255,6 +264,13 @@ class Compensation:
         for part in (self.num_steps, number, zlib.crc32(name.encode())):
             key = _mix((key ^ part) & _64_BITS)
         return key
+
+    def norm(self) -> float:
+        """Return the 2-norm of the residual, of all tensors together."""
+        parts = (buffers.decode(buffer) for buffer in self.residual.values())
+        return math.hypot(
+            *(torch.linalg.vector_norm(part, dtype=torch.float64).item() for part in parts)
+        )
 
     def num_bytes(self) -> dict[str, int]:
         """Return the bytes kept, by kind: velocity, residual."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dgc import protocols
-from dgc.buckets import Bucket, TensorSpec, plan_buckets
+from dgc.buckets import Bucket, TensorSpec, move_to_rows, plan_buckets
 from dgc.comm import Comm, Group, Handle
 from dgc.compensate import Compensation
 from dgc.compression import Compression
@@ -27,7 +27,7 @@ from dgc.rows import RowGradients
 from dgc.scaling import scaled
 from dgc.stats import StepStats
 from dgc.travelling import Travelling
-from dgc.verdict import Magnitudes
+from dgc.verdict import Magnitudes, overflown
 from kernels import buffers
 from kernels.operands import Found, Report
 
@@ -36,8 +36,9 @@ class Exchange:
     """One worker's side of the exchange.
 
     A step is: `add` for every gradient of every tensor, `close` for every tensor, in any order,
-    then `finish`. A bucket leaves when its last tensor is closed and all buckets before it have
-    left.
+    `finish`, then `commit` or `roll_back`. A bucket leaves when its last tensor is closed and all
+    buckets before it have left; the last one leaves in `finish`, so that until then a rank can make
+    all ranks undo the step (`spoil`).
 
     island: the ranks with whom gradients are summed densely first; None in one level. group: those
     with whom sums, or gradients, are exchanged: all ranks, or those in the same place of the other
@@ -66,6 +67,7 @@ class Exchange:
         self._bucket_of: dict[str, Bucket] = {}
         self._specs: dict[str, TensorSpec] = {}
         self._returned: set[str] = set()
+        self._is_provisional = False  # a step is finished that can still be rolled back
         self._reset()
 
     def plan(self, specs: Sequence[TensorSpec], density: float, bucket_bytes: int) -> None:
@@ -75,13 +77,32 @@ class Exchange:
         """
         if self.is_under_way:
             raise RuntimeError("the density can change only between steps; finish this one first")
-        self.buckets = plan_buckets(
-            specs, self.compression, density, self.group.world_size, bucket_bytes
+        self._lay_out(
+            plan_buckets(specs, self.compression, density, self.group.world_size, bucket_bytes),
+            {spec.name: spec for spec in specs},
         )
-        self.outlet.plan(self.buckets)
-        self._bucket_of = {spec.name: bucket for bucket in self.buckets for spec in bucket.specs}
-        self._specs = {spec.name: spec for spec in specs}
-        self._returned = {spec.name for spec in specs if self._is_returned(spec)}
+
+    def take_as_rows(self, row_specs: Sequence[TensorSpec]) -> None:
+        """Send these tensors as rows from this step on, in which nothing of them was added yet.
+
+        On all ranks alike, at the end of a step's backward: the buckets that they leave cannot have
+        left on any rank.
+        """
+        for spec in row_specs:
+            self.statistics.remove(spec.name)
+        buckets = move_to_rows(self.buckets, row_specs, self.compression, self.group.world_size)
+        self._lay_out(buckets, self._specs | {spec.name: spec for spec in row_specs})
+
+    def _lay_out(self, buckets: list[Bucket], specs: dict[str, TensorSpec]) -> None:
+        self.buckets, self._specs = buckets, specs
+        self.outlet.plan(buckets)
+        self._bucket_of = {spec.name: bucket for bucket in buckets for spec in bucket.specs}
+        self._returned = {name for name, spec in specs.items() if self._is_returned(spec)}
+
+    @property
+    def order(self) -> list[str]:
+        """The tensors in the order by which buckets are made."""
+        return list(self._specs)
 
     def share_numel(self, whole: int) -> int:
         """Return the elements of a tensor whose exchange is this rank's affair, with padding."""
@@ -123,17 +144,46 @@ class Exchange:
         self._begin(name)
         self.rows.add(name, grad, scale)
 
-    def close(self, name: str) -> None:
-        """Take no more gradients of a tensor in this step; start what can now be sent."""
+    def close(self, name: str, rests: bool = False) -> None:
+        """Take no more gradients of a tensor in this step; start what can now be sent.
+
+        A tensor without a gradient counts as zero, unless it rests: what this rank keeps of it then
+        stays as it is, and if it rests on all ranks there is no update for it.
+        """
         if name in self._closed:
             raise RuntimeError(f"{name} has already given its gradient in this step")
         spec = self._specs[name]
-        if name not in self._seen and spec.row_size:
+        if name not in self._seen and (rests or spec.row_size):
             self._begin(name)
+            if rests:
+                self.resting.add(name)
         elif name not in self._seen:
             self.add(name, torch.zeros(spec.whole, dtype=spec.dtype, device=spec.device))
         self._closed.add(name)
-        self._start_ready_buckets()
+        self._start_ready_buckets(len(self.buckets) - 1)
+
+    def drop(self, name: str) -> bool:
+        """Forget a tensor's gradients in this step; return False, and do nothing, if it has left."""
+        if self._bucket_of[name] in self.buckets[: self._num_started]:
+            return False
+        for kept in (self.compensation, self.statistics, self.magnitudes, self.rows):
+            kept.drop(name)
+        for found in (self._founds, self._held):
+            found.pop(name, None)
+        for names in (self._seen, self._closed, self._is_selected):
+            names.discard(name)
+        return True
+
+    def spoil(self) -> None:
+        """Make all ranks undo the step under way, whatever the gradients were. Before `finish`."""
+        self.spoilt.update(
+            spec.name for bucket in self.buckets[self._num_started :] for spec in bucket.specs
+        )
+
+    @property
+    def num_started(self) -> int:
+        """The buckets of this step that have left."""
+        return self._num_started
 
     def returns_gradients(self, name: str) -> bool:
         """Tell whether what arrives for a tensor is the mean of the ranks' gradients in this step,
@@ -167,9 +217,11 @@ class Exchange:
         self._founds[name] = found
         self.magnitudes.note(name, found.report[:1])
 
-    def read(self, bucket: Bucket) -> tuple[list[Found], list[Report]]:
-        """Return what the passes over a bucket's tensors found. On a GPU this waits for them."""
-        for spec in bucket.specs:
+    def read(self, bucket: Bucket) -> tuple[list[Found | None], list[Report | None]]:
+        """Return what the passes over a bucket's tensors found, None for one that rests. On a GPU
+        this waits for them."""
+        awake = [spec for spec in bucket.specs if spec.name not in self.resting]
+        for spec in awake:
             is_open = bucket.is_sparse and spec.name not in self._is_selected
             if is_open and self.compression.select_by == "raw":
                 selection = self.outlet.selectors[spec.name].begin(self.compensation.num_steps)
@@ -177,8 +229,14 @@ class Exchange:
                     found = self.compensation.select_again(spec.name, selection)
                     self._founds[spec.name] = found
             self._founds[spec.name].report[:1] = self.magnitudes[spec.name]
-        founds = [self._founds.pop(spec.name) for spec in bucket.specs]
-        return founds, buffers.read_reports(founds)
+        founds = [self._founds.pop(spec.name, None) for spec in bucket.specs]
+        reports = iter(buffers.read_reports([f for f in founds if f is not None]) if awake else ())
+        return founds, [None if found is None else next(reports) for found in founds]
+
+    def bad_places(self, bucket: Bucket, reports: Sequence[Report | None]) -> set[int]:
+        """Return the places of tensors because of which all ranks must undo the step."""
+        spoilt = {n for n, spec in enumerate(bucket.specs) if spec.name in self.spoilt}
+        return spoilt | overflown(reports, bucket.dtype)
 
     def note_selected(self, bucket: Bucket, outgoing: Outgoing) -> None:
         self.stats.num_selected += outgoing.positions_K.numel()
@@ -202,8 +260,9 @@ class Exchange:
 
     def _begin(self, name: str) -> None:
         if not self.is_under_way:
+            self.commit()
             self.before_step()
-            self.stats = StepStats()
+            self.stats = StepStats(norm_of_residual=self.compensation.norm)
         self._seen.add(name)
 
     def _divide_early(self, name: str, grad_N: Tensor, scale: Tensor | None) -> Tensor:
@@ -224,8 +283,8 @@ class Exchange:
 
     # ---- on the way ------------------------------------------------------------------------------
 
-    def _start_ready_buckets(self) -> None:
-        for bucket in self.buckets[self._num_started :]:
+    def _start_ready_buckets(self, end: int) -> None:
+        for bucket in self.buckets[self._num_started : end]:
             if not all(spec.name in self._closed for spec in bucket.specs):
                 break
             self._num_started += 1
@@ -242,6 +301,7 @@ class Exchange:
 
     def finish(self) -> Update | None:
         """Wait for all buckets and return what to apply; None if the step was undone."""
+        self._start_ready_buckets(len(self.buckets))
         # An island's means replace its ranks' statistics whenever they arrive: till then what would
         # be shared is not the same on all ranks.
         sharing = self._start_sharing() if self.island is None else None
@@ -258,17 +318,33 @@ class Exchange:
             self._finish_sharing(*sharing, is_bad=bool(update.bad))
         if self._first_start is not None:
             self.stats.in_flight_seconds = time.perf_counter() - self._first_start
+        self._is_provisional = True
         if update.bad:
             self.stats.skipped = ", ".join(update.bad)
-        for part in (self.compensation, self.statistics, self.outlet):
-            part.roll_back() if update.bad else part.commit()
+            self.roll_back()
         self._reset()
         return None if update.bad else update
+
+    def commit(self) -> None:
+        """Make the finished step final, if there is one that is not."""
+        if self._is_provisional:
+            self._is_provisional = False
+            for part in (self.compensation, self.statistics, self.outlet):
+                part.commit()
+
+    def roll_back(self) -> None:
+        """Undo the finished step, to the bit. On all ranks alike."""
+        if self._is_provisional:
+            self._is_provisional = False
+            for part in (self.compensation, self.statistics, self.outlet):
+                part.roll_back()
 
     def _reset(self) -> None:
         self._seen: set[str] = set()
         self._closed: set[str] = set()
         self._is_selected: set[str] = set()
+        self.resting: set[str] = set()
+        self.spoilt: set[str] = set()
         self._founds: dict[str, Found] = {}
         self.magnitudes = Magnitudes()
         self._held: dict[str, Tensor] = {}
@@ -298,8 +374,13 @@ class Exchange:
     # ---- state -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's residuals, velocities, statistics and thresholds; not the replica's."""
+        """This rank's residuals, velocities, statistics and thresholds; not the replica's.
+
+        order: the names by which buckets are made; with it a resumed run repeats the same sums.
+        """
+        self.commit()
         return {
+            "order": self.order,
             "share": torch.tensor([self.place, self.num_shares], dtype=torch.int64, device="cpu"),
             "compensation": self.compensation.state_dict(),
             "statistics": self.statistics.state_dict(),
@@ -317,6 +398,7 @@ class Exchange:
             that are not here."""
         if self.is_under_way:
             raise RuntimeError("a state can be loaded only between steps; finish this one first")
+        self.commit()
         share = tuple(state["share"].tolist() if "share" in state else (0, 1))
         mine = (self.place, self.num_shares)
         if share != mine:

@@ -1,7 +1,7 @@
 """Gradients on their way to the exchange: from autograd, or from `p.grad` where a person put them.
 
-Owns: the hooks on the parameters, micro-batches, when gradients are clipped and unscaled, and that
-their memory is given up.
+Owns: the hooks on the parameters, micro-batches, when gradients are clipped and unscaled, that
+their memory is given up, and that zero_grad() can drop them as long as they have not left.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dgc.elements import element_dtype, flattened, to_reals
 from dgc.exchange import Exchange
+from dgc.handed_over import HandedOver
 from dgc.ownership import is_sole_owner
 from dgc.scaling import Scaling
 
@@ -24,6 +25,8 @@ class Intake:
     Whatever is in `p.grad` when it is shut is this rank's gradient, as torch's optimizers have it,
     whoever put it there. Autograd runs the hooks of several devices in several threads: one lock
     lets them in one by one, and buckets leave in the same order all the same.
+
+    first: what the first step tells of the gradients; None once all ranks know it.
     """
 
     def __init__(
@@ -34,23 +37,28 @@ class Intake:
         scaling: Scaling,
         num_parts: int,
     ) -> None:
-        self._named, self._row_sparse = named, row_sparse
-        self._exchange, self._scaling, self._num_parts = exchange, scaling, num_parts
+        self._named, self.row_sparse = named, row_sparse
+        self._exchange, self._scaling, self.num_parts = exchange, scaling, num_parts
+        self.first: FirstStep | None = FirstStep()
         self._is_open = True
         self._lock = threading.RLock()
+        self._stand_ins: dict[str, HandedOver] = {}
+        self._standing: set[str] = set()  # names of those that are in p.grad now
         self.count_anew()
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(
-                torch.compiler.disable(self._make_hook(name))
-            )
-            for name, parameter in named.items()
-        ]
+        self._hooks = []
+        for name, parameter in named.items():
+            before, after = self._make_hooks(name)
+            self._hooks += [
+                parameter.register_hook(torch.compiler.disable(before)),
+                parameter.register_post_accumulate_grad_hook(torch.compiler.disable(after)),
+            ]
 
     def close(self) -> None:
         """Let go of the parameters."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self.clear()
 
     def takes(self, parameter: Tensor) -> bool:
         """Tell whether this parameter's gradients come here."""
@@ -67,14 +75,22 @@ class Intake:
                 grad._updates_at = grad._version
 
     def shut(self) -> None:
-        """Hand over what is still here; a tensor without a gradient counts as zero."""
+        """Hand over what is still here, and take back what zero_grad() has dropped.
+
+        A tensor without a gradient counts as zero, but rests if it is frozen, or if this rank has
+        no gradient at all.
+        """
         with self._lock:
+            self._take_back_dropped()
+            self.clear()
             if self._scaling.clips_globally:
                 self._take_all()
             else:
                 self._take_by_hand()
+            has_any = self._exchange.is_under_way
             for name in self._exchange.open_names():
-                self._exchange.close(name)
+                rests = not has_any or not self._named[name].requires_grad
+                self._exchange.close(name, rests)
             self.count_anew()
             self._is_open = False
 
@@ -82,34 +98,91 @@ class Intake:
         with self._lock:
             self._num_backward = dict.fromkeys(self._named, 0)
 
-    def _make_hook(self, name: str) -> Callable[[Tensor], None]:
+    def clear(self) -> None:
+        """Leave nothing in `p.grad` that stands for a gradient."""
+        with self._lock:
+            for name in self._standing:
+                if isinstance(self._named[name].grad, HandedOver):
+                    self._named[name].grad = None
+            self._standing.clear()
+
+    def drop_all(self) -> None:
+        """Forget this step's gradients, none of which has left."""
+        with self._lock:
+            for name in self._named:
+                self._exchange.drop(name)
+            self.clear()
+            self.count_anew()
+
+    # ---- from backward ---------------------------------------------------------------------------
+
+    def _make_hooks(self, name: str) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
+        def before_accumulation(grad: Tensor) -> None:
+            if name in self._standing:
+                with self._lock:
+                    self._lift(name)
+
         def on_gradient(parameter: Tensor) -> None:
             with self._lock:
                 self._on_gradient(name, parameter)
 
-        return on_gradient
+        return before_accumulation, on_gradient
+
+    def _lift(self, name: str) -> None:
+        """Make `p.grad` free for another gradient; if zero_grad() has dropped the last, forget it."""
+        if not self._is_dropped(name):
+            self._named[name].grad = None
+        elif self._exchange.drop(name):
+            self._num_backward[name] = 0
+        self._standing.discard(name)
 
     def _on_gradient(self, name: str, parameter: Tensor) -> None:
+        if self.first is not None and self._is_found_sparse(name, parameter):
+            return
         self._check_layout(name, parameter.grad)
         self._num_backward[name] += 1
-        count, parts = self._num_backward[name], self._num_parts
+        count, parts = self._num_backward[name], self.num_parts
         if count > parts or not self._is_open:
-            if not self._scaling.clips_globally:  # all that is here is what is refused
-                parameter.grad = None
-            raise RuntimeError(
-                f"{name} got a gradient {count} times without a step(); "
-                f"micro_batches_per_step is {parts}"
-            )
+            self._refuse(name, parameter, count)
         if parameter.grad.is_sparse:  # once, for its norm and for the exchange
             parameter.grad = parameter.grad.coalesce()
         if not self._scaling.clips_globally:
             self._take(name, self._scale(parameter.grad, parts), parts, count == parts)
+            self._stand_in(name, parameter)
             if count == parts:
                 self._exchange.close(name)
 
+    def _stand_in(self, name: str, parameter: Tensor) -> None:
+        stand_in = self._stand_ins.get(name)
+        if stand_in is None:
+            stand_in = self._stand_ins[name] = HandedOver.of(name, parameter)
+        stand_in.is_dropped = False
+        parameter.grad = stand_in
+        self._standing.add(name)
+
+    def _is_found_sparse(self, name: str, parameter: Tensor) -> bool:
+        """Note the gradient's place, and whether it has rows of which nobody has told us: till all
+        ranks know, they stay in `p.grad`."""
+        self.first.order[name] = None
+        if name in self.row_sparse or not parameter.grad.is_sparse:
+            return False
+        parameter.grad = parameter.grad.coalesce()
+        self.first.rows.add(name)
+        return True
+
+    def _refuse(self, name: str, parameter: Tensor, count: int) -> None:
+        if not self._scaling.clips_globally:  # all that is here is what is refused
+            parameter.grad = None
+        raise RuntimeError(
+            f"{name} got a gradient {count} times without a step(); micro_batches_per_step is "
+            f"{self.num_parts}. A module that is used more than once under reentrant checkpointing "
+            f"gives its gradient each time: torch.utils.checkpoint.checkpoint(..., "
+            f"use_reentrant=False). To give up a step: abandon_step()"
+        )
+
     def _check_layout(self, name: str, grad: Tensor) -> None:
         is_sparse = grad.is_sparse
-        if is_sparse != (name in self._row_sparse):
+        if is_sparse != (name in self.row_sparse):
             kind, remedy = ("sparse", "name it") if is_sparse else ("dense", "do not name it")
             raise TypeError(
                 f"{name} has a {kind} gradient; {remedy} in row_sparse of the "
@@ -132,6 +205,32 @@ class Intake:
             may_keep = grad_N.data_ptr() != grad.data_ptr()
         del grad
         self._exchange.add(name, grad_N, scale, num_parts, is_last, may_keep)
+
+    # ---- from p.grad -----------------------------------------------------------------------------
+
+    def _is_dropped(self, name: str) -> bool:
+        grad = self._named[name].grad
+        return grad is None or getattr(grad, "is_dropped", False)
+
+    def _take_back_dropped(self) -> None:
+        """Forget gradients that zero_grad() has dropped; if all are, and some have left, make all
+        ranks undo the step.
+
+        Raises: RuntimeError if only some are, and have left.
+        """
+        dropped = [name for name in self._standing if self._is_dropped(name)]
+        is_all = len(dropped) == len(self._standing)
+        left = [name for name in dropped if not self._exchange.drop(name)]
+        if left and is_all:
+            self._exchange.spoil()
+        elif left:
+            raise RuntimeError(
+                f"zero_grad() dropped the gradient of {left[0]} after backward(), when it had left "
+                f"for the other ranks. Keep these parameters out of that backward pass "
+                f"(requires_grad_(False) meanwhile, backward(inputs=...), torch.autograd.grad), "
+                f"give up the step with abandon_step(), or let gradients stay in p.grad until "
+                f"step(): Compression(clip_norm=math.inf, clip_scope='global')"
+            )
 
     def _take_by_hand(self) -> None:
         """Take what is in `p.grad` though no backward of this step put it there: all of the step's.
@@ -171,6 +270,15 @@ class Intake:
         grad = self._named[name].grad
         updates_at = getattr(grad, "_updates_at", None)
         return updates_at is not None and updates_at == grad._version
+
+
+class FirstStep:
+    """What one rank's first backward tells: order, of names as their gradients first came; rows,
+    the tensors whose gradients are sparse though they were not named."""
+
+    def __init__(self) -> None:
+        self.order: dict[str, None] = {}
+        self.rows: set[str] = set()
 
 
 def _values(grad: Tensor) -> Tensor:

@@ -27,6 +27,25 @@ def pass_on(exchange: Exchange, bucket: Bucket, arrived: Tensor) -> Generator[Ha
     return (yield exchange.island.all_gather_async(arrived, exchange.name_of(bucket, "pass")))
 
 
+def awake_flags(exchange: Exchange, bucket: Bucket) -> Tensor:
+    """Return 1 for each of a bucket's tensors, or 0 for one that rests: sums tell whether all do."""
+    flags = torch.ones(len(bucket.specs), dtype=bucket.dtype, device=bucket.specs[0].device)
+    for place, spec in enumerate(bucket.specs if exchange.resting else ()):
+        if spec.name in exchange.resting:
+            flags[place] = 0
+    return flags
+
+
+def names_at_rest(exchange: Exchange, bucket: Bucket, sums: Tensor) -> set[str]:
+    """Return those tensors that rest on all the ranks whose flags were summed.
+
+    Waits for a GPU only where some rest here: else none rests everywhere.
+    """
+    mine = [n for n, spec in enumerate(bucket.specs) if spec.name in exchange.resting]
+    counts = sums.tolist() if mine else []
+    return {bucket.specs[n].name for n in mine if counts[n] == 0}
+
+
 def sum_within(exchange: Exchange, bucket: Bucket) -> Generator[Handle, Any, None]:
     """Sum the ranks' gradients; add this rank's shares of the sums to its residuals.
 
@@ -35,9 +54,14 @@ def sum_within(exchange: Exchange, bucket: Bucket) -> Generator[Handle, Any, Non
     island = exchange.island
     with exchange.stats.timed("pack"):
         sizes = [spec.numel for spec in bucket.specs]
-        shape, device = (island.world_size, sum(sizes)), bucket.specs[0].device
+        num_tensors, device = len(sizes), bucket.specs[0].device
+        shape = (island.world_size, sum(sizes) + num_tensors)
         rows = torch.zeros(shape, dtype=bucket.dtype, device=device)
-        for spec, part in zip(bucket.specs, rows.split(sizes, dim=1), strict=True):
+        *parts, flags = rows.split([*sizes, num_tensors], dim=1)
+        flags[:] = awake_flags(exchange, bucket)
+        for spec, part in zip(bucket.specs, parts, strict=True):
+            if spec.name in exchange.resting:
+                continue
             held_N = exchange.release(spec.name)
             whole_rows, rest = divmod(held_N.numel(), spec.numel)
             part[:whole_rows] = held_N[: whole_rows * spec.numel].view(whole_rows, -1)
@@ -56,6 +80,12 @@ def sum_within(exchange: Exchange, bucket: Bucket) -> Generator[Handle, Any, Non
         exchange.statistics.unpack(names, means)
         if not all(map(is_finite, means)):  # of one rank's gradient, which was not
             exchange.magnitudes.spoil(names, means[0].device)
+    *shares, flags = mine.split([*sizes, num_tensors])
+    exchange.resting -= {spec.name for spec in bucket.specs} - names_at_rest(
+        exchange, bucket, flags
+    )
     with exchange.stats.timed("compensate"):
-        for spec, share_N in zip(bucket.specs, mine.split(sizes), strict=True):
+        for spec, share_N in zip(bucket.specs, shares, strict=True):
+            if spec.name in exchange.resting:
+                continue
             exchange.accumulate(spec.name, share_N.clone(), may_keep=True)

@@ -59,6 +59,13 @@ class Momentum:
                 optimizer.defaults["momentum"],
             )
 
+    def leave_out_rows(self, row_sparse: Collection[str]) -> None:
+        """Take these to be row-sparse from now on. Raises: ValueError, as above."""
+        for name in row_sparse:
+            if name in self._named:
+                self._rows.append(self._named.pop(name))
+        self.now()
+
     def now(self) -> tuple[float, bool]:
         """Return momentum and Nesterov of the correction, by the groups as they are."""
         groups = corrected_groups(self._optimizer, self._rows)

@@ -7,7 +7,8 @@ the inner optimizer; makes no class of its own for it. intake.py takes the gradi
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from dgc.checks import (
     MAKE_ANEW,
     at_least_one,
     check_all_exchanged,
+    check_comm,
     check_compression,
     check_optimizer,
     check_row_sparse,
@@ -28,16 +30,20 @@ from dgc.checks import (
     match_parameters,
     refuse_capture,
 )
+from dgc.buckets import TensorSpec
+from dgc.clipping import clip_grad_norm
 from dgc.comm import Comm
 from dgc.compensate import Compensation
 from dgc.compression import Compression
 from dgc.exchange import Exchange
 from dgc.fresh_state import drop_zeros, fill_in
 from dgc.holding import check_free, hold, let_go
-from dgc.intake import Intake
+from dgc.horovod_names import check_arguments, take_backward_passes
+from dgc.intake import FirstStep, Intake
 from dgc.momentum import MARK, Momentum
 from dgc.replicas import Replicas
 from dgc.roles import check_groups, delegate_statistics, make_specs, resolve
+from dgc.saved import Saved
 from dgc.scaling import Scaling
 from dgc.topology import choose_islands
 from dgc.undone import Undone
@@ -57,7 +63,8 @@ class DistributedOptimizer(View):
         optimizer: any torch optimizer. One of `optim` hands the second moments of compressible
             tensors over to the workers (Compression.preconditioning), and takes the few entries
             that arrive; so does torch.optim.SGD. Others see the averaged gradient in `p.grad`.
-        named_parameters: as `model.named_parameters()`; every parameter of `optimizer` once.
+        named_parameters: as `model.named_parameters()`; every parameter of `optimizer` once. None:
+            they are named after their place in the optimizer's groups.
         comm: this rank's collectives.
         compression: Deep Gradient Compression, or None for a dense all-reduce.
         micro_batches_per_step: backward passes that make one step; their gradients are summed, so
@@ -68,7 +75,10 @@ class DistributedOptimizer(View):
             usual; gradients are divided by its scale before anything else, also before clipping.
         row_sparse: names of the parameters whose gradients are sparse tensors: those of embeddings
             with sparse=True (`row_sparse_names(model)`). They travel as row numbers and rows, in
-            full, and reach the optimizer as sparse tensors.
+            full, and reach the optimizer as sparse tensors. Others are found in the first step, if
+            they have a gradient in it; what such a parameter was given before, for dense gradients
+            (a second moment), is made and given up again.
+        horovods: arguments of Horovod's DistributedOptimizer; see dgc.horovod_names.
 
     With momentum correction, plain or Nesterov, torch.optim.SGD's momentum acts in the correction,
     with the value that its groups have when a step's first gradient comes, and not in SGD itself.
@@ -78,14 +88,21 @@ class DistributedOptimizer(View):
     change. Decoupled weight decay of the optimizers of `optim` reaches all of a tensor in every
     step, however few entries arrive.
 
+    Until `step`, a gradient that backward has finished is not in `p.grad`: a stand-in is, which
+    zero_grad() of the module may drop, and which refuses to be read (dgc.handed_over). A tensor
+    that is frozen (requires_grad_(False)) on all ranks is not stepped, and what the ranks keep of
+    it rests; nor is anything in a step in which no rank has any gradient.
+
+    After the first step buckets are laid out anew, in the order in which rank 0's gradients came.
+
     A step in which a gradient of any rank is infinite, NaN, or beyond 2**40 (in float64 2**100) is
     undone on all ranks, to the bit: nothing moves, `stats.skipped` says why, and rank 0 logs it.
     After 100 such steps in a row: FloatingPointError.
 
     Rank 0's parameters are given to all when this is made; buffers, such as batch-norm statistics,
-    are the caller's. A parameter without a gradient in a step counts as zero on this rank. `step`,
-    `synchronize`, `set_density` and `check_replicas` are collective: all ranks must call them
-    alike. Learning-rate schedulers may be given this optimizer or the inner one; they share
+    are the caller's. A parameter without a gradient in a step counts as zero on this rank. `step`
+    (or `abandon_step`), `synchronize`, `set_density` and `check_replicas` are collective: all ranks
+    must call them alike. Learning-rate schedulers may be given this optimizer or the inner one; they share
     `param_groups`.
 
     A state may be loaded on every rank, or before the first step on rank 0 alone, if
@@ -104,19 +121,21 @@ class DistributedOptimizer(View):
     def __init__(
         self,
         optimizer: Optimizer,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
         *,
-        comm: Comm,
+        comm: Comm | None = None,
         compression: Compression | None = None,
         micro_batches_per_step: int = 1,
         bucket_bytes: int = 16 * 2**20,
         seed: int = 0,
         grad_scaler: GradScaler | None = None,
         row_sparse: Collection[str] = (),
+        **horovods: Any,
     ) -> None:
-        # Optimizer.__init__ would build groups of its own; ours are the inner optimizer's.
-        self.inner, self.comm = optimizer, comm
-        self.micro_batches_per_step = at_least_one(micro_batches_per_step)
+        super().__init__(optimizer)
+        self.comm = comm = check_comm(comm)
+        micro_batches_per_step = take_backward_passes(horovods, micro_batches_per_step)
+        check_arguments(horovods)
         self._bucket_bytes = bucket_bytes
         check_optimizer(optimizer)
         self._named = match_parameters(optimizer, named_parameters)
@@ -126,12 +145,14 @@ class DistributedOptimizer(View):
         self._row_sparse = check_row_sparse(row_sparse, self._named)
         has_scaler = grad_scaler is not None and grad_scaler.is_enabled()
         rows = sorted(row_sparse)
-        settings = (self.compression, micro_batches_per_step, bucket_bytes, rows, has_scaler)
+        settings = (self.compression, at_least_one(micro_batches_per_step), bucket_bytes, rows,
+                    has_scaler)  # fmt: skip
         check_same_everywhere(comm, self._named, settings)
         for name, parameter in self._named.items():
             comm.broadcast(parameter.detach(), f"initial.{name}")
         self._undone = Undone(comm.rank)
         self._is_synchronized = self._has_stepped = self._is_closed = False
+        self._saved = Saved(comm.rank)
         self._elements: apply.Elements = {}
         self._scaling = Scaling(
             self.compression, grad_scaler, world_size=comm.world_size,
@@ -151,6 +172,7 @@ class DistributedOptimizer(View):
         self._exchange = Exchange(comm, self.compression, compensation, statistics, islands)
         self._exchange.before_step = partial(_begin_step, self._momentum, self._exchange)
         self._replicas = Replicas(comm, optimizer, self._named)
+        self._order: list[str] = []  # of gradients, as far as it is known
         self.set_density(self.compression.density_at(0))
         self._intake = Intake(
             self._named, self._row_sparse, self._exchange, self._scaling, micro_batches_per_step
@@ -173,6 +195,8 @@ class DistributedOptimizer(View):
         if self._is_closed:
             return
         self._is_closed = True
+        self._saved.tell(self._exchange)
+        self._exchange.commit()
         self._intake.close()
         let_go(self, self._named)
         names = self._exchange.statistics.preconditioners.keys()
@@ -189,18 +213,27 @@ class DistributedOptimizer(View):
         Before the first step it holds the state that the optimizer would begin with, so that all
         ranks have the same entries whether they have loaded a checkpoint or not.
         """
+        self._hooked_state("state_dict", "pre")
         if not self._has_stepped:
             fill_in(self.inner, self._named.values(), self._rows)
-        return self._momentum.mark(self.inner.state_dict())
+        self._saved.is_shared_saved = True
+        state = self._momentum.mark(self.inner.state_dict())
+        return self._hooked_state("state_dict", "post", state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Between steps, on all ranks, or before the first step on rank 0 (see the class)."""
+        state = self._hooked_state("load_state_dict", "pre", dict(state))
         self.inner.load_state_dict(self._momentum.unmark(state))
         self.compensation.momentum, self.compensation.nesterov = self._momentum.now()
         self._has_stepped, self._replicas.are_new = False, True
+        self._hooked_state("load_state_dict", "post")
 
     def worker_state_dict(self) -> dict[str, Any]:
-        """What only this rank has: residuals, velocities, statistics. Tensors only."""
+        """What only this rank has: residuals, velocities, statistics, and the order of buckets.
+
+        Tensors and names only. Without it a run that is taken up begins with residuals of 0.
+        """
+        self._saved.is_worker_saved = True
         return self._exchange.state_dict()
 
     def load_worker_state_dict(self, state: dict[str, Any]) -> None:
@@ -209,6 +242,7 @@ class DistributedOptimizer(View):
         Raises: ValueError, before anything changes, for a state of other tensors than those here.
         """
         self._exchange.load_state_dict(state)
+        self._lay_out(state.get("order", self._order))
         self._replicas.are_new = True
 
     def check_replicas(self) -> None:
@@ -220,7 +254,9 @@ class DistributedOptimizer(View):
         self._replicas.check(self._settings(), RuntimeError, "check_replicas")
 
     def _settings(self) -> dict[str, Any]:
-        return {"density": self.density, "steps exchanged": self.compensation.num_steps}
+        order = ", ".join(self._exchange.order)
+        steps = self.compensation.num_steps
+        return {"density": self.density, "steps exchanged": steps, "order of tensors": order}
 
     def set_epoch(self, epoch: int) -> float:
         """Set the density of an epoch, counted from 0, and return it. Between steps only."""
@@ -232,23 +268,37 @@ class DistributedOptimizer(View):
         """Send this fraction of each tensor from the next step on. Between steps only."""
         if not 0 < density <= 1:
             raise ValueError(f"density is {density}; allowed: above 0 and at most 1")
-        specs = make_specs(
-            self._named, self.compression, self._row_sparse, self._exchange.share_numel
-        )
-        self._exchange.plan(specs, density, self._bucket_bytes)
+        self._exchange.plan(self._specs(), density, self._bucket_bytes)
         self.density = density
+
+    def _specs(self) -> list[TensorSpec]:
+        share_numel = self._exchange.share_numel
+        return make_specs(self._named, self.compression, self._row_sparse, share_numel, self._order)
+
+    def _lay_out(self, order: Sequence[str]) -> None:
+        """Lay out buckets in this order of gradients, if they are not yet."""
+        self._order = list(order)
+        if [spec.name for spec in self._specs()] != self._exchange.order:
+            self.set_density(self.density)
 
     @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
-        if self._exchange.is_under_way:
+        """Drop gradients, or after `synchronize` the update, on all ranks alike.
+
+        Raises: RuntimeError where some of the gradients have left already.
+        """
+        if self._exchange.num_started:
             raise RuntimeError(
                 "zero_grad() between backward() and step() would lose gradients that are already "
-                "on their way; call it after step(). Where the backward pass of another loss "
-                "reaches these parameters (a generator's, through the discriminator), keep them "
-                "out of it: requires_grad_(False) on them meanwhile, backward(inputs=...) or "
-                "torch.autograd.grad"
+                "on their way; call it after step(), or give up the step with abandon_step(). "
+                "Where the backward pass of another loss reaches these parameters (a generator's, "
+                "through the discriminator), keep them out of it: requires_grad_(False) on them "
+                "meanwhile, backward(inputs=...) or torch.autograd.grad"
             )
-        self._intake.count_anew()
+        if self._is_synchronized:
+            self._exchange.roll_back()
+            self._begin_anew()
+        self._intake.drop_all()
         self.inner.zero_grad(set_to_none)
 
     @torch.compiler.disable
@@ -260,6 +310,8 @@ class DistributedOptimizer(View):
         """
         if self._is_synchronized:
             return
+        if self._intake.first is not None:
+            self._learn_layout(self._intake.first)
         self._intake.shut()
         update = self._exchange.finish()
         self._elements = {}
@@ -268,15 +320,102 @@ class DistributedOptimizer(View):
         else:
             with self._momentum.in_correction(self.compensation.momentum):
                 self._elements = apply.hand_over(self.inner, self._named, update)
-        self._scaling.end_step()
+        self._scaling.end_step(self.stats)
         self._is_synchronized = True
+
+    def _learn_layout(self, first: FirstStep) -> None:
+        """Let all ranks know what this first step tells: the order in which gradients come, and
+        which are sparse though they were not named. A collective."""
+        everyone = self.comm.all_gather_object((list(first.order), sorted(first.rows)))
+        if not self._order:
+            self._order = everyone[0][0]
+        rows = sorted(set().union(*(names for _, names in everyone)))
+        if rows:
+            self._row_sparse |= check_row_sparse(rows, self._named)
+            self._rows += [self._named[name] for name in rows]
+            for name in rows:
+                if name in self._exchange.statistics.preconditioners:
+                    self.inner.reclaim_second_moment(self._named[name])
+            self._momentum.leave_out_rows(self._row_sparse)
+            check_groups(self.inner, self.compression, self._rows)
+            self._exchange.take_as_rows([s for s in self._specs() if s.name in rows])
+        self._intake.row_sparse, self._intake.first = self._row_sparse, None
+
+    def _begin_anew(self) -> None:
+        self._is_synchronized = False
+        self._elements = {}
+        self._intake.open()
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """As in Horovod: around a `step` that follows `synchronize`. Here it only checks that; such
+        a step never synchronizes again."""
+        if not self._is_synchronized:
+            raise RuntimeError("skip_synchronize() needs a synchronize() before it")
+        yield
+
+    @property
+    def backward_passes_per_step(self) -> int:
+        """Horovod's name of micro_batches_per_step."""
+        return self._intake.num_parts
+
+    micro_batches_per_step = backward_passes_per_step
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Let so many backward passes make one step from now on. Between steps; on all ranks."""
+        if self._exchange.is_under_way:
+            raise RuntimeError("set_backward_passes_per_step() within a step; call it after step()")
+        self._intake.num_parts = at_least_one(passes)
+
+    @torch.compiler.disable
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """Scale the gradient, before `step`, so that its norm is at most max_norm; return what the
+        norm was. On all ranks.
+
+        In a dense exchange it synchronizes first, and clips the mean over ranks. Where
+        Compression(clip_scope="global") leaves gradients in `p.grad` until `step`, it clips this
+        rank's own.
+        Raises: RuntimeError where a gradient is gone as soon as backward has finished it.
+        """
+        if all(map(self._exchange.returns_gradients, self._named)):
+            self.synchronize()
+        elif not self._scaling.clips_globally or self._is_synchronized:
+            raise RuntimeError(
+                "there is no gradient to clip: each was added to a residual as backward finished "
+                f"it. Give the bound to the DistributedOptimizer, Compression(clip_norm={max_norm})"
+                ", which clips each gradient before that; or leave gradients in p.grad until "
+                "step(), Compression(clip_norm=math.inf, clip_scope='global')"
+            )
+        return clip_grad_norm(self._named.values(), max_norm, norm_type, error_if_nonfinite)
+
+    @torch.compiler.disable
+    def abandon_step(self) -> None:
+        """Undo the step under way on all ranks, whatever their gradients are.
+
+        For a rank on which something failed between the last step and this one's end, such as an
+        exception in backward: it calls this, while the others call `step` as always (or this, too).
+        Raises: RuntimeError after `synchronize`, when the others may have stepped.
+        """
+        if self._is_synchronized:
+            raise RuntimeError(
+                "abandon_step() after synchronize(): the other ranks may have stepped. zero_grad() "
+                "on all ranks drops what has arrived"
+            )
+        self._exchange.spoil()
+        self._step()
 
     @torch.compiler.disable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Synchronize, then step the inner optimizer. A closure is run once, before both."""
+        return self._with_hooks(self._step, *(() if closure is None else (closure,)))
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         if self._is_closed:
             raise RuntimeError("step() after close(); make a DistributedOptimizer anew")
         self._scaling.check_call(self)
+        self._saved.tell(self._exchange)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -285,6 +424,8 @@ class DistributedOptimizer(View):
             self._replicas.check_new(self._settings())
             drop_zeros(self.inner)
         self.synchronize()
+        self._exchange.commit()
+        self._lay_out(self._order)
         self._is_synchronized = False
         self._intake.open()
         check_groups(self.inner, self.compression, self._rows)

@@ -28,8 +28,8 @@ class Outgoing:
 
     positions_K int64 ascending; divided_K: what is to be sent, before rounding, in the bucket's
     dtype; roots_K:
-    what the residual's values were divided by, None for 1; taken: the entries by tensor; bad: the
-    places in the bucket of tensors that cannot be used.
+    what the residual's values were divided by, None for 1; taken: the entries by tensor; bad,
+    resting: the places in the bucket of tensors that cannot be used, or that rest.
     """
 
     positions_K: Tensor
@@ -37,6 +37,7 @@ class Outgoing:
     roots_K: Tensor | None
     taken: list[tuple[str, Taken]]
     bad: tuple[int, ...]
+    resting: tuple[int, ...]
 
 
 class Outlet:
@@ -111,13 +112,17 @@ class Outlet:
         return nn.functional.pad(mine, (0, spec.numel - mine.numel()))
 
     def take(
-        self, bucket: Bucket, founds: Sequence[Found], reports: Sequence[Report], bad: set[int]
+        self,
+        bucket: Bucket,
+        founds: Sequence[Found | None],
+        reports: Sequence[Report | None],
+        bad: set[int],
     ) -> Outgoing:
-        """Move a bucket's entries out of the residuals; none of the tensors in `bad`."""
+        """Move a bucket's entries out of the residuals; none of tensors in `bad`, or that rest."""
         taken: list[tuple[str, Taken]] = []
         roots: list[Tensor] = []
         for place, spec in enumerate(bucket.specs):
-            if place in bad:
+            if place in bad or founds[place] is None:
                 chosen, root_K = Taken.nothing(spec.dtype, spec.device), None
             else:
                 chosen = self._select(spec, founds[place], reports[place])
@@ -133,7 +138,8 @@ class Outlet:
         )
         roots_K = torch.cat(roots) if self.compression.preconditioning == "late" else None
         divided_K = values_K if roots_K is None else divide(values_K, roots_K)
-        return Outgoing(positions_K, divided_K, roots_K, taken, tuple(sorted(bad)))
+        resting = tuple(place for place, found in enumerate(founds) if found is None)
+        return Outgoing(positions_K, divided_K, roots_K, taken, tuple(sorted(bad)), resting)
 
     def _select(self, spec: TensorSpec, found: Found, report: Report) -> Taken:
         if self.compression.select_by == "raw":

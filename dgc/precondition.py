@@ -102,10 +102,21 @@ class Statistics:
 
     def roll_back(self) -> None:
         """Undo the step, to the bit."""
-        for name, before in self._before.items():
+        for name in list(self._before):
+            self.drop(name)
+
+    def drop(self, name: str) -> None:
+        """Undo what a tensor's gradients did in this step, to the bit."""
+        before = self._before.pop(name, None)
+        if before is not None:
             for part, tensor in self.preconditioners[name].tensors.items():
                 tensor.copy_(before[part])
-        self._before.clear()
+
+    def remove(self, name: str) -> bool:
+        """Keep no statistic of a tensor any more; tell whether there was one."""
+        self.drop(name)
+        self.share_intervals.pop(name, None)
+        return self.preconditioners.pop(name, None) is not None
 
     def num_bytes(self) -> int:
         return sum(t.nbytes for p in self.preconditioners.values() for t in p.tensors.values())

@@ -22,11 +22,11 @@ from torch import Tensor
 from dgc.buckets import Bucket, TensorSpec
 from dgc.codec import Codec, Entries, from_share, to_share
 from dgc.comm import Handle
-from dgc.islands import pass_on, sum_within
+from dgc.islands import awake_flags, names_at_rest, pass_on, sum_within
 from dgc.outgoing import Outgoing, where_delivered
 from dgc.precondition import divide
 from dgc.sparsify import SparseGrad, largest_indices
-from dgc.verdict import is_finite, is_usable, overflown
+from dgc.verdict import is_finite, is_usable
 from kernels import packing
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ Way = Generator[Handle, Any, "Update"]
 class Update:
     """What the ranks agreed on, by tensor: means (N,), some entries of them, or rows of them.
 
+    A tensor that rests on all ranks is in none of them.
     bad: the tensors, with ranks where they are known, because of which there is no update.
     """
 
@@ -61,7 +62,7 @@ def run(exchange: Exchange, bucket: Bucket) -> Way:
     if exchange.island is not None:
         yield from sum_within(exchange, bucket)
     founds, reports = exchange.read(bucket)
-    bad = overflown(reports, bucket.dtype)
+    bad = exchange.bad_places(bucket, reports)
     if bucket.protocol == "dense":
         return (yield from all_reduce(exchange, bucket, bad))
     with exchange.stats.timed("select"):
@@ -78,16 +79,11 @@ def run(exchange: Exchange, bucket: Bucket) -> Way:
 
 
 def all_reduce(exchange: Exchange, bucket: Bucket, bad: set[int]) -> Way:
-    """Send all that there is, in the bucket's dtype: a ring all-reduce."""
+    """Send all that there is, and which tensors do not rest, in the bucket's dtype: a ring
+    all-reduce."""
     with exchange.stats.timed("pack"):
-        parts = []
-        for place, spec in enumerate(bucket.specs):
-            values_N = exchange.compensation.drain(spec.name).to(spec.dtype)
-            root_N = exchange.outlet.late_root(spec)
-            if place in bad:
-                values_N = torch.full_like(values_N, math.nan)
-            parts.append(values_N if root_N is None else divide(values_N, root_N))
-        flat = torch.cat(parts)
+        parts = [_drain(exchange, spec, n in bad) for n, spec in enumerate(bucket.specs)]
+        flat = torch.cat([*parts, awake_flags(exchange, bucket)])
         exchange.stats.dense_bytes += flat.nbytes
     arrived = yield exchange.group.all_reduce_async(flat, exchange.name_of(bucket))
     arrived = yield from pass_on(exchange, bucket, arrived)
@@ -95,15 +91,29 @@ def all_reduce(exchange: Exchange, bucket: Bucket, bad: set[int]) -> Way:
         return _split_dense(exchange, bucket, arrived.div_(exchange.comm.world_size))
 
 
+def _drain(exchange: Exchange, spec: TensorSpec, is_bad: bool) -> Tensor:
+    """Return all that this rank has to send of a tensor, (N,)."""
+    if is_bad or spec.name in exchange.resting:
+        value = math.nan if is_bad else 0.0
+        return torch.full((spec.numel,), value, dtype=spec.dtype, device=spec.device)
+    values_N = exchange.compensation.drain(spec.name).to(spec.dtype)
+    root_N = exchange.outlet.late_root(spec)
+    return values_N if root_N is None else divide(values_N, root_N)
+
+
 def _split_dense(exchange: Exchange, bucket: Bucket, mean: Tensor) -> Update:
     update = Update()
-    rows = mean.view(exchange.num_shares, -1).split([spec.numel for spec in bucket.specs], dim=1)
+    sizes = [spec.numel for spec in bucket.specs]
+    *rows, flags = mean.view(exchange.num_shares, -1).split([*sizes, len(sizes)], dim=1)
     if not is_finite(mean):
         names = [spec.name for spec in bucket.specs]
         pairs = zip(names, rows, strict=True)
         update.bad = [name for name, part in pairs if not is_finite(part)]
         return update
+    resting = names_at_rest(exchange, bucket, flags[0])
     for spec, part in zip(bucket.specs, rows, strict=True):
+        if spec.name in resting:
+            continue
         mean_N = part.reshape(-1)[: spec.whole]
         scale = exchange.compression.update_scale if spec.compressible else 1.0
         update.dense[spec.name] = mean_N if scale == 1 else mean_N * scale
@@ -117,7 +127,9 @@ def gather(
     with exchange.stats.timed("pack"):
         sent_K = bucket.codec.round_values(outgoing.divided_K)
         exchange.outlet.keep_lost(outgoing, sent_K)
-        message = bucket.codec.encode(outgoing.positions_K, sent_K, outgoing.bad)
+        message = bucket.codec.encode(
+            outgoing.positions_K, sent_K, outgoing.bad, outgoing.resting
+        )
         exchange.stats.sparse_bytes += message.numel()
     return (yield exchange.group.all_gather_async(message, exchange.name_of(bucket)))
 
@@ -172,7 +184,7 @@ def _pack_shares(
     for owner, chosen in enumerate(by_owner.split(counts)):
         share = bucket.codec.share(owner, num_owners)
         sent_K[chosen] = values = share.round_values(outgoing.divided_K[chosen])
-        parts.append(share.encode(local_K[chosen], values, outgoing.bad))
+        parts.append(share.encode(local_K[chosen], values, outgoing.bad, outgoing.resting))
     return parts, sent_K
 
 
@@ -194,19 +206,18 @@ def _merge_share(exchange: Exchange, bucket: Bucket, received: Sequence[Tensor])
         is_kept = exchange.outlet.add(bucket, positions_U, sums_U - returned_U)
         if not is_kept:
             share, returned_U = share.exact, sums_U
-    return share.encode(local_U, returned_U, bad)
+    return share.encode(local_U, returned_U, bad, at_rest(entries))
 
 
 def _join_shares(codec: Codec, messages: Sequence[Tensor]) -> Entries:
     """Return the entries of all owners' messages, by position."""
-    positions, values, bad = [], [], set()
-    for owner, message in enumerate(messages):
-        part = codec.share(owner, len(messages)).decode_any(message)
-        positions.append(from_share(part.positions_K, owner, len(messages)))
-        values.append(part.values_M)
-        bad.update(part.bad)
+    num_owners = len(messages)
+    parts = [codec.share(n, num_owners).decode_any(message) for n, message in enumerate(messages)]
+    positions = [from_share(part.positions_K, n, num_owners) for n, part in enumerate(parts)]
     order = torch.cat(positions).sort()
-    return Entries(order.values, torch.cat(values)[order.indices], tuple(sorted(bad)))
+    values = torch.cat([part.values_M for part in parts])[order.indices]
+    bad = {place for part in parts for place in part.bad}
+    return Entries(order.values, values, tuple(sorted(bad)), tuple(sorted(at_rest(parts))))
 
 
 # ---- what arrived ----
@@ -216,28 +227,36 @@ def _take_in(exchange: Exchange, bucket: Bucket, outgoing: Outgoing, arrived: Te
     """Decode, sum and average what arrived, here and at the other ranks of the island."""
     num_messages = exchange.group.world_size
     messages = bucket.codec.split_messages(arrived, num_messages * exchange.num_shares)
-    update, shares = Update(), []
+    update, shares, sums_of = Update(), [], []
     for share in range(exchange.num_shares):
         mine = messages[share * num_messages : (share + 1) * num_messages]
-        positions_U, sums_U = _sum_messages(exchange, bucket, mine, update.bad)
+        sums = _sum_messages(exchange, bucket, mine, update.bad)
         if share == exchange.place and bucket.protocol == "sparse_all_reduce":
-            _put_back_the_rest(exchange, outgoing, positions_U)
-        shares.append(bucket.codec.split(positions_U, sums_U))
+            _put_back_the_rest(exchange, outgoing, sums.positions_K)
+        shares.append(bucket.codec.split(sums.positions_K, sums.values_M))
+        sums_of.append(sums)
     if not update.bad:
-        for spec, *parts in zip(bucket.specs, *shares, strict=True):
-            update.sparse[spec.name] = _mean(exchange, spec, parts)
+        resting = at_rest(sums_of)
+        for place, (spec, *parts) in enumerate(zip(bucket.specs, *shares, strict=True)):
+            if place not in resting:
+                update.sparse[spec.name] = _mean(exchange, spec, parts)
     return update
+
+
+def at_rest(entries: Sequence[Entries]) -> set[int]:
+    """Return the places of the tensors that rest at all of the senders."""
+    return set.intersection(*(set(part.resting) for part in entries))
 
 
 def _sum_messages(
     exchange: Exchange, bucket: Bucket, messages: Sequence[Tensor], bad: list[str]
-) -> tuple[Tensor, Tensor]:
-    """Return positions, and sums over ranks; tell which tensors cannot be used."""
+) -> Entries:
+    """Return sums over ranks; tell which tensors cannot be used."""
     codec, names = bucket.codec, [spec.name for spec in bucket.specs]
     if bucket.protocol == "sparse_all_reduce":
         whole = _join_shares(codec, messages)
         bad += [names[place] for place in whole.bad if names[place] not in bad]
-        return whole.positions_K, whole.values_M
+        return whole
     entries = [codec.decode_one(message) for message in messages]
     sender = "rank" if exchange.island is None else "node"
     bad += [
@@ -245,7 +264,7 @@ def _sum_messages(
         for number, part in enumerate(entries)
         for place in part.bad
     ]
-    return merge_in_rank_order(entries)
+    return Entries(*merge_in_rank_order(entries), (), tuple(at_rest(entries)))
 
 
 def _put_back_the_rest(exchange: Exchange, outgoing: Outgoing, delivered_U: Tensor) -> None:
@@ -279,17 +298,18 @@ def gather_rows(exchange: Exchange, bucket: Bucket) -> Way:
     (spec,), codec = bucket.specs, bucket.codec
     with exchange.stats.timed("pack"):
         rows_K, values_KM = exchange.rows.release(spec)
-        bad = () if is_usable(values_KM) else (0,)
+        bad = () if is_usable(values_KM) and spec.name not in exchange.spoilt else (0,)
         if bad:
             rows_K, values_KM = rows_K[:0], values_KM[:0]
-        message = codec.encode(rows_K, values_KM.reshape(-1), bad)
+        resting = (0,) if spec.name in exchange.resting else ()
+        message = codec.encode(rows_K, values_KM.reshape(-1), bad, resting)
         exchange.stats.row_bytes += message.numel()
     arrived = yield exchange.comm.all_gather_async(message, exchange.name_of(bucket))
     with exchange.stats.timed("merge"):
         entries = codec.decode(arrived, exchange.comm.world_size)
         update = Update()
         update.bad = [f"{spec.name} (rank {r})" for r, part in enumerate(entries) if part.bad]
-        if not update.bad:
+        if not update.bad and not at_rest(entries):
             rows_U, sums = merge_in_rank_order(entries, spec.row_size)
             means = sums.div_(exchange.comm.world_size).view(-1, spec.row_size)
             update.rows[spec.name] = (rows_U, means)

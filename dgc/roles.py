@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
@@ -132,8 +132,14 @@ def make_specs(
     compression: Compression,
     row_sparse: Collection[str],
     share_numel: Callable[[int], int],
+    order: Iterable[str] = (),
 ) -> list[TensorSpec]:
-    """Describe the tensors in the order in which backward finishes them."""
+    """Describe the tensors in the order in which backward finishes them.
+
+    order: names, as far as that is known. Of others it is taken to be that of `named`, reversed.
+    """
+    known = {name: None for name in order if name in named}
+    names = [*known, *(name for name in reversed(named) if name not in known)]
     return [
         TensorSpec(
             name,
@@ -144,7 +150,7 @@ def make_specs(
             num_elements(p[0]) if name in row_sparse else 0,
             element_dtype(p),
         )
-        for name, p in reversed(named.items())
+        for name, p in ((name, named[name]) for name in names)
     ]
 
 

@@ -24,6 +24,9 @@ class RowGradients:
         rows_K, values_KM = rows_of(grad)
         self._parts.setdefault(name, []).append((rows_K, scaled(values_KM, scale)))
 
+    def drop(self, name: str) -> None:
+        self._parts.pop(name, None)
+
     def release(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
         """Return, and forget, a tensor's gradient: ascending rows (K,), their sums (K, M)."""
         parts = self._parts.pop(spec.name, [])

@@ -15,6 +15,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from dgc.compression import Compression
+from dgc.stats import StepStats
 from kernels.operands import state_dtype
 
 
@@ -39,6 +40,8 @@ class Scaling:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._world_size, self._num_tensors = world_size, num_tensors
         self._unscale: float | None = None
+        self._norms: list[Tensor] = []
+        self._factors: list[Tensor] = []
 
     @property
     def scales(self) -> bool:
@@ -53,7 +56,7 @@ class Scaling:
         """Return (1,) what to multiply one of a tensor's `num_parts` gradients in this step with,
         float32 or for a float64 one float64; None for 1."""
         if self._clip_norm is not None:
-            return self._clip(_norm(grad) * num_parts, self._num_tensors * num_parts)
+            return self._clip(_norm(grad), num_parts, self._num_tensors * num_parts)
         unscale = self._unscale_factor()
         if unscale == 1:
             return None
@@ -64,7 +67,7 @@ class Scaling:
         float64 if any of them is."""
         dtype = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
         norms = [_norm(grad).to(grads[0].device, dtype) for grad in grads]
-        return self._clip(torch.linalg.vector_norm(torch.stack(norms)), 1)
+        return self._clip(torch.linalg.vector_norm(torch.stack(norms)), 1, 1)
 
     def check_call(self, optimizer: Optimizer) -> None:
         """Refuse a GradScaler that we do not know, or that has unscaled what it could find.
@@ -84,8 +87,10 @@ class Scaling:
                 "leave it out, and clip with Compression(clip_norm=...)"
             )
 
-    def end_step(self) -> None:
-        self._unscale = None
+    def end_step(self, stats: StepStats) -> None:
+        """Leave the step's norms and factors in its stats."""
+        stats.gradient_norms, stats.clip_factors = self._norms, self._factors
+        self._norms, self._factors, self._unscale = [], [], None
 
     def tell_scaler(self, optimizer: Optimizer, is_skipped: bool, device: torch.device) -> None:
         """Let GradScaler.update know whether any rank had an infinity, so that all scale alike."""
@@ -102,15 +107,18 @@ class Scaling:
             self._unscale = 1.0 / self._scaler.get_scale()
         return self._unscale
 
-    def _clip(self, norm: Tensor, num_parts: int) -> Tensor:
-        """Return (1,): 1 / loss scale, and so much less that a gradient of this norm, which is one
-        of world_size * num_parts, is within its share of the bound."""
+    def _clip(self, norm: Tensor, num_micro_batches: int, num_parts: int) -> Tensor:
+        """Return (1,): 1 / loss scale, and so much less that a gradient of this norm, times the
+        micro-batches, which is one of world_size * num_parts, is within its share of the bound."""
         unscale = self._unscale_factor()
         threshold = self._clip_norm / math.sqrt(self._world_size * num_parts)
+        norm = norm * unscale
         tiny = torch.finfo(norm.dtype).tiny
-        factor = (threshold / (norm * unscale).clamp(min=tiny)).clamp(max=1) * unscale
+        factor = (threshold / (norm * num_micro_batches).clamp(min=tiny)).clamp(max=1)
+        self._norms.append(norm)
+        self._factors.append(factor)
         nan = torch.full_like(factor, float("nan"))  # undoes the step, instead of adding nothing
-        return torch.where(torch.isfinite(norm), factor, nan).view(1)
+        return torch.where(torch.isfinite(norm), factor * unscale, nan).view(1)
 
 
 def _norm(grad: Tensor) -> Tensor:

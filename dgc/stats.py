@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -34,6 +35,10 @@ class StepStats:
     """By tensor: the least magnitude that was taken out of the residual; on its device."""
     in_flight_seconds: float = 0.0
     """From the first collective's start to the last one's end."""
+    gradient_norms: list[Tensor] = field(default_factory=list)
+    """What `gradient_norm` is of: by tensor and micro-batch, or of all; on their devices."""
+    clip_factors: list[Tensor] = field(default_factory=list)
+    norm_of_residual: Callable[[], float] = lambda: 0.0
     skipped: str | None = None
     """Why the step was undone on all ranks; None: it was not."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -49,6 +54,26 @@ class StepStats:
         kinds = ("sparse", "dense", "row", "statistics", "island")
         found = {kind: getattr(self, f"{kind}_bytes") for kind in kinds}
         return {kind: count for kind, count in found.items() if count}
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """The 2-norm of this rank's gradient before clipping; None where clip_norm is not set.
+
+        Of several micro-batches, each of which is clipped as it comes: the root of the sum of their
+        squared norms. Waits for a GPU.
+        """
+        return math.hypot(*map(float, self.gradient_norms)) if self.gradient_norms else None
+
+    @property
+    def clip_factor(self) -> float | None:
+        """The least factor by which clipping multiplied a gradient, 1 if none was clipped; None
+        where clip_norm is not set. Waits for a GPU."""
+        return min(map(float, self.clip_factors)) if self.clip_factors else None
+
+    @property
+    def residual_norm(self) -> float:
+        """The 2-norm of what this rank has not sent yet; reads all of it when it is asked for."""
+        return self.norm_of_residual()
 
     @property
     def thresholds(self) -> dict[str, float]:

@@ -42,6 +42,9 @@ class Magnitudes:
             infinity = torch.full((1,), math.inf, dtype=torch.float32, device=device)
             self.note(name, infinity.view(torch.int32))
 
+    def drop(self, name: str) -> None:
+        self._bits.pop(name, None)
+
     def __getitem__(self, name: str) -> Tensor:
         return self._bits[name]
 
@@ -67,7 +70,7 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(largest_magnitude(tensor)).all())
 
 
-def overflown(reports: Sequence[Report], dtype: torch.dtype) -> set[int]:
-    """Return the places of tensors whose gradient, of this dtype, cannot be used."""
+def overflown(reports: Sequence[Report | None], dtype: torch.dtype) -> set[int]:
+    """Return the places of tensors whose gradient, of this dtype, cannot be used; None: it rests."""
     most = LARGEST_GRADIENT[dtype]
-    return {n for n, found in enumerate(reports) if not found.largest <= most}
+    return {n for n, found in enumerate(reports) if found and not found.largest <= most}
