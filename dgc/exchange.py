@@ -162,6 +162,14 @@ class Exchange:
         self._closed.add(name)
         self._start_ready_buckets(len(self.buckets) - 1)
 
+    def wake_all_but(self, bucket: Bucket, resting: set[str]) -> None:
+        """Let tensors that rest here, but not on all ranks of the island, count as zero."""
+        for spec in bucket.specs:
+            if spec.name in self.resting - resting:
+                self.resting.discard(spec.name)
+                none = torch.zeros(spec.whole, dtype=spec.dtype, device=spec.device)
+                self.statistics.observe(spec.name, none, None, 1)
+
     def drop(self, name: str) -> bool:
         """Forget a tensor's gradients in this step; return False, and do nothing, if it has left."""
         if self._bucket_of[name] in self.buckets[: self._num_started]:

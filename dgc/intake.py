@@ -77,8 +77,7 @@ class Intake:
     def shut(self) -> None:
         """Hand over what is still here, and take back what zero_grad() has dropped.
 
-        A tensor without a gradient counts as zero, but rests if it is frozen, or if this rank has
-        no gradient at all.
+        A tensor without a gradient counts as zero, but rests if it is frozen.
         """
         with self._lock:
             self._take_back_dropped()
@@ -87,10 +86,8 @@ class Intake:
                 self._take_all()
             else:
                 self._take_by_hand()
-            has_any = self._exchange.is_under_way
             for name in self._exchange.open_names():
-                rests = not has_any or not self._named[name].requires_grad
-                self._exchange.close(name, rests)
+                self._exchange.close(name, rests=not self._named[name].requires_grad)
             self.count_anew()
             self._is_open = False
 
@@ -132,9 +129,15 @@ class Intake:
         """Make `p.grad` free for another gradient; if zero_grad() has dropped the last, forget it."""
         if not self._is_dropped(name):
             self._named[name].grad = None
-        elif self._exchange.drop(name):
-            self._num_backward[name] = 0
+        else:
+            self._drop(name)
         self._standing.discard(name)
+
+    def _drop(self, name: str) -> bool:
+        is_dropped = self._exchange.drop(name)
+        if is_dropped:
+            self._num_backward[name] = 0
+        return is_dropped
 
     def _on_gradient(self, name: str, parameter: Tensor) -> None:
         if self.first is not None and self._is_found_sparse(name, parameter):
@@ -213,17 +216,18 @@ class Intake:
         return grad is None or getattr(grad, "is_dropped", False)
 
     def _take_back_dropped(self) -> None:
-        """Forget gradients that zero_grad() has dropped; if all are, and some have left, make all
-        ranks undo the step.
+        """Forget gradients that zero_grad() has dropped, or that others in `p.grad` replace; where
+        all are dropped, make all ranks undo the step.
 
-        Raises: RuntimeError if only some are, and have left.
+        Raises: RuntimeError if only some are dropped, and have left.
         """
         dropped = [name for name in self._standing if self._is_dropped(name)]
-        is_all = len(dropped) == len(self._standing)
-        left = [name for name in dropped if not self._exchange.drop(name)]
-        if left and is_all:
+        replaced = [n for n in self._standing if not isinstance(self._named[n].grad, HandedOver)]
+        if dropped and len(dropped) == len(self._standing):
             self._exchange.spoil()
-        elif left:
+            return
+        left = [n for n in {*dropped, *replaced} if not self._drop(n) and n in dropped]
+        if left:
             raise RuntimeError(
                 f"zero_grad() dropped the gradient of {left[0]} after backward(), when it had left "
                 f"for the other ranks. Keep these parameters out of that backward pass "

@@ -69,6 +69,8 @@ def sum_within(exchange: Exchange, bucket: Bucket) -> Generator[Handle, Any, Non
                 part[whole_rows, :rest] = held_N[-rest:]
         exchange.stats.island_bytes += rows.nbytes
     mine = yield island.reduce_scatter_async(rows, exchange.name_of(bucket, "sum"))
+    *shares, flags = mine.split([*sizes, num_tensors])
+    exchange.wake_all_but(bucket, names_at_rest(exchange, bucket, flags))
     names = exchange.statistics.shareable(spec.name for spec in bucket.specs)
     if names and exchange.compression.preconditioning == "late":
         means = []
@@ -80,10 +82,6 @@ def sum_within(exchange: Exchange, bucket: Bucket) -> Generator[Handle, Any, Non
         exchange.statistics.unpack(names, means)
         if not all(map(is_finite, means)):  # of one rank's gradient, which was not
             exchange.magnitudes.spoil(names, means[0].device)
-    *shares, flags = mine.split([*sizes, num_tensors])
-    exchange.resting -= {spec.name for spec in bucket.specs} - names_at_rest(
-        exchange, bucket, flags
-    )
     with exchange.stats.timed("compensate"):
         for spec, share_N in zip(bucket.specs, shares, strict=True):
             if spec.name in exchange.resting:
