@@ -171,7 +171,7 @@ class Exchange:
                 self.statistics.observe(spec.name, none, None, 1)
 
     def drop(self, name: str) -> bool:
-        """Forget a tensor's gradients in this step; return False, and do nothing, if it has left."""
+        """Forget a tensor's gradients in this step; do nothing, and return False, if it left."""
         if self._bucket_of[name] in self.buckets[: self._num_started]:
             return False
         for kept in (self.compensation, self.statistics, self.magnitudes, self.rows):

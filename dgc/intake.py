@@ -126,11 +126,11 @@ class Intake:
         return before_accumulation, on_gradient
 
     def _lift(self, name: str) -> None:
-        """Make `p.grad` free for another gradient; if zero_grad() has dropped the last, forget it."""
-        if not self._is_dropped(name):
-            self._named[name].grad = None
-        else:
+        """Make `p.grad` free for another gradient; forget the last if zero_grad() dropped it."""
+        if self._is_dropped(name):
             self._drop(name)
+        if isinstance(self._named[name].grad, HandedOver):
+            self._named[name].grad = None
         self._standing.discard(name)
 
     def _drop(self, name: str) -> bool:

@@ -28,7 +28,7 @@ def pass_on(exchange: Exchange, bucket: Bucket, arrived: Tensor) -> Generator[Ha
 
 
 def awake_flags(exchange: Exchange, bucket: Bucket) -> Tensor:
-    """Return 1 for each of a bucket's tensors, or 0 for one that rests: sums tell whether all do."""
+    """Return 1 for each of a bucket's tensors, 0 for one that rests: sums tell whether all do."""
     flags = torch.ones(len(bucket.specs), dtype=bucket.dtype, device=bucket.specs[0].device)
     for place, spec in enumerate(bucket.specs if exchange.resting else ()):
         if spec.name in exchange.resting:

@@ -176,7 +176,8 @@ def _refuse_a_second(optimizer: Optimizer, groups: list[Group], momentum: float)
         raise ValueError(
             f"dgc.momentum is {momentum} and {type(optimizer).__name__} has a momentum of {mine}: "
             f"it would act twice, each gradient be averaged twice. Set the optimizer's to 0 "
-            f"(betas=(0.0, ...), momentum=0), or leave dgc.momentum at None"
+            f"(betas=(0.0, ...), momentum=0; where a scheduler cycles it, OneCycleLR or CyclicLR, "
+            f"give cycle_momentum=False), or leave dgc.momentum at None"
         )
 
 

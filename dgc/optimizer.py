@@ -18,6 +18,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from dgc import apply
+from dgc.buckets import TensorSpec
 from dgc.checks import (
     MAKE_ANEW,
     at_least_one,
@@ -30,7 +31,6 @@ from dgc.checks import (
     match_parameters,
     refuse_capture,
 )
-from dgc.buckets import TensorSpec
 from dgc.clipping import clip_grad_norm
 from dgc.comm import Comm
 from dgc.compensate import Compensation
@@ -102,8 +102,8 @@ class DistributedOptimizer(View):
     Rank 0's parameters are given to all when this is made; buffers, such as batch-norm statistics,
     are the caller's. A parameter without a gradient in a step counts as zero on this rank. `step`
     (or `abandon_step`), `synchronize`, `set_density` and `check_replicas` are collective: all ranks
-    must call them alike. Learning-rate schedulers may be given this optimizer or the inner one; they share
-    `param_groups`.
+    must call them alike. Learning-rate schedulers may be given this optimizer or the inner one;
+    they share `param_groups`.
 
     A state may be loaded on every rank, or before the first step on rank 0 alone, if
     `hvd.broadcast_parameters` and `hvd.broadcast_optimizer_state` follow; into the inner optimizer
@@ -195,7 +195,7 @@ class DistributedOptimizer(View):
         if self._is_closed:
             return
         self._is_closed = True
-        self._saved.tell(self._exchange)
+        self._saved.tell()
         self._exchange.commit()
         self._intake.close()
         let_go(self, self._named)
@@ -216,7 +216,7 @@ class DistributedOptimizer(View):
         self._hooked_state("state_dict", "pre")
         if not self._has_stepped:
             fill_in(self.inner, self._named.values(), self._rows)
-        self._saved.is_shared_saved = True
+        self._saved.note_shared(sum(self.worker_state_bytes().values()))
         state = self._momentum.mark(self.inner.state_dict())
         return self._hooked_state("state_dict", "post", state)
 
@@ -233,7 +233,7 @@ class DistributedOptimizer(View):
 
         Tensors and names only. Without it a run that is taken up begins with residuals of 0.
         """
-        self._saved.is_worker_saved = True
+        self._saved.note_worker()
         return self._exchange.state_dict()
 
     def load_worker_state_dict(self, state: dict[str, Any]) -> None:
@@ -415,7 +415,7 @@ class DistributedOptimizer(View):
         if self._is_closed:
             raise RuntimeError("step() after close(); make a DistributedOptimizer anew")
         self._scaling.check_call(self)
-        self._saved.tell(self._exchange)
+        self._saved.tell()
         loss = None
         if closure is not None:
             with torch.enable_grad():

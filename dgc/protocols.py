@@ -127,9 +127,7 @@ def gather(
     with exchange.stats.timed("pack"):
         sent_K = bucket.codec.round_values(outgoing.divided_K)
         exchange.outlet.keep_lost(outgoing, sent_K)
-        message = bucket.codec.encode(
-            outgoing.positions_K, sent_K, outgoing.bad, outgoing.resting
-        )
+        message = bucket.codec.encode(outgoing.positions_K, sent_K, outgoing.bad, outgoing.resting)
         exchange.stats.sparse_bytes += message.numel()
     return (yield exchange.group.all_gather_async(message, exchange.name_of(bucket)))
 

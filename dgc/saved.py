@@ -1,26 +1,31 @@
-"""Whether a person who saves what all ranks share also saves what this one alone has."""
+"""Whether a person who saves what all ranks share also saves what each one alone has."""
 
 from __future__ import annotations
 
 import logging
 
-from dgc.exchange import Exchange
-
 _log = logging.getLogger(__name__)
 
 
 class Saved:
-    """What has been asked for since the last step. rank: the one that tells of it is 0."""
+    """What has been saved since the last step. rank: the one that tells of it is 0."""
 
     def __init__(self, rank: int) -> None:
         self._is_told = rank > 0
-        self.is_shared_saved = self.is_worker_saved = False
+        self._is_half = self._is_worker_saved = False
 
-    def tell(self, exchange: Exchange) -> None:
-        """Say, once, that `state_dict` alone was taken between two steps, if that loses anything."""
-        is_half = self.is_shared_saved and not self.is_worker_saved
-        self.is_shared_saved = self.is_worker_saved = False
-        if is_half and not self._is_told and any(exchange.state_bytes().values()):
+    def note_shared(self, num_worker_bytes: int) -> None:
+        """`state_dict` is taken, and so much is not in it."""
+        self._is_half = num_worker_bytes > 0
+
+    def note_worker(self) -> None:
+        self._is_worker_saved = True
+
+    def tell(self) -> None:
+        """Say, once, that `state_dict` alone was taken since the last step."""
+        is_lost = self._is_half and not self._is_worker_saved
+        self._is_half = self._is_worker_saved = False
+        if is_lost and not self._is_told:
             self._is_told = True
             _log.warning(
                 "state_dict() was taken without worker_state_dict(): a run that is taken up from "

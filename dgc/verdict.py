@@ -71,6 +71,6 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def overflown(reports: Sequence[Report | None], dtype: torch.dtype) -> set[int]:
-    """Return the places of tensors whose gradient, of this dtype, cannot be used; None: it rests."""
+    """Return the places of tensors whose gradient, of this dtype, cannot be used."""
     most = LARGEST_GRADIENT[dtype]
     return {n for n, found in enumerate(reports) if found and not found.largest <= most}

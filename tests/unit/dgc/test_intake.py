@@ -261,7 +261,7 @@ def test_an_update_that_was_left_in_p_grad_is_no_gradient_until_it_is_changed(
         for _ in range(3):
             optimizer.step()
             if changes:
-                weight.grad.fill_(1.0)
+                weight.grad.copy_(torch.arange(1600.0).view(40, 40))
             elif clears:
                 optimizer.zero_grad()
         return weight.detach(), optimizer.worker_state_dict()

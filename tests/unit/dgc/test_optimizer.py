@@ -447,6 +447,7 @@ def test_gradients_of_another_layout_than_announced_are_refused_with_the_remedy(
         )  # fmt: skip
         if sparse:  # all know by now that it has none, or dense ones
             optimizer.step()
+            optimizer.zero_grad()
         with pytest.raises(TypeError, match=r"row_sparse_names\(model\) finds them"):
             table(torch.tensor([1])).sum().backward()
         return optimizer
