@@ -106,7 +106,7 @@ class Intake:
     def drop_all(self) -> None:
         """Forget this step's gradients, none of which has left."""
         with self._lock:
-            for name in self._named:
+            for name in self._named if self._exchange.is_under_way else ():
                 self._exchange.drop(name)
             self.clear()
             self.count_anew()
