@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -101,7 +102,7 @@ def _asked_for_nodes() -> str | None:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
     except OSError:
         return None
-    for word, following in zip(words, words[1:], strict=False):
+    for word, following in itertools.pairwise(words):
         option, equals, value = word.replace("_", "-").partition("=")
         if option in ("--nnodes", "-nnodes"):
             return value if equals else following

@@ -190,7 +190,8 @@ class Mail:
                     self._receive(payload, sender)
                 self._deliver(name, sender, payload.view(dtype))
         except Exception as error:
-            self._note_gone(sender, f"rank {sender} was lost ({str(error).splitlines()[0]})")
+            reason = str(error).partition("] ")[2].partition(". ")[0] or repr(error)  # but for gloo's
+            self._note_gone(sender, f"rank {sender} was lost ({reason})")
             return
         with contextlib.suppress(Exception):
             self._bid_farewell(sender)  # it waits for ours before it goes

@@ -8,7 +8,7 @@ from torch import nn
 
 import optim
 from dgc import Compression, DistributedOptimizer
-from dgc.comm import horovod_job
+from dgc.job import job
 
 SPARSE = Compression(density=0.1, min_numel=100)
 TORCHS = [
@@ -125,7 +125,7 @@ def check_a_dense_checkpoint(comm):
     torch.testing.assert_close(run.end()[0], weight.detach())
 
 
-with horovod_job() as comm:
+with job() as comm:
     for make, compression in CASES:
         check(comm, make, compression, is_loaded_before=False)
     for make, compression in ((sgd, SPARSE), (sgd, None), (TORCHS[4], None)):

@@ -25,7 +25,7 @@ class Runs:
         flags = [w for name, value in overrides.items() for w in (f"--configs.{name}", str(value))]
         return ["train.py", *configs, *flags, "--runs", str(self._folder / runs), *extra]
 
-    def start(self, *extra, launcher="mpirun", num_ranks=2, **settings) -> jobs.Job:
+    def start(self, *extra, launcher=jobs.DEFAULT, num_ranks=2, **settings) -> jobs.Job:
         self._num_logs += 1
         log = self._folder / f"log{self._num_logs}"
         return jobs.start(launcher, num_ranks, self.words(*extra, **settings), log)

@@ -48,7 +48,8 @@ def test_a_nan_on_one_rank_costs_one_step_and_is_told_once(runs, launcher):
 
 @pytest.mark.parametrize("launcher", jobs.LAUNCHERS)
 def test_ranks_with_different_settings_are_told_where(launcher, tmp_path):
-    name = "HOROVOD_RANK" if "gloo" in launcher else "OMPI_COMM_WORLD_RANK"
+    names = {"horovodrun --gloo": "HOROVOD_RANK", "torchrun": "RANK"}
+    name = names.get(launcher, "OMPI_COMM_WORLD_RANK")
     script = tmp_path / "differ.py"
     script.write_text(
         "import os, runpy, sys\n"
@@ -81,7 +82,7 @@ def undisturbed_hash(tmp_path_factory):
     return runs.result()["parameter_hash"]
 
 
-@pytest.mark.parametrize("launcher", ["horovodrun", "horovodrun --gloo", "mpirun"])
+@pytest.mark.parametrize("launcher", jobs.LAUNCHERS)
 def test_a_rank_killed_in_mid_epoch_ends_the_job_and_can_be_resumed(
     runs, tmp_path, launcher, undisturbed_hash
 ):
