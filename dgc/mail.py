@@ -190,8 +190,8 @@ class Mail:
                     self._receive(payload, sender)
                 self._deliver(name, sender, payload.view(dtype))
         except Exception as error:
-            reason = str(error).partition("] ")[2].partition(". ")[0] or repr(error)  # but for gloo's
-            self._note_gone(sender, f"rank {sender} was lost ({reason})")
+            reason = str(error).partition("] ")[2].partition(". ")[0]  # gloo says more
+            self._note_gone(sender, f"rank {sender} was lost ({reason or error})")
             return
         with contextlib.suppress(Exception):
             self._bid_farewell(sender)  # it waits for ours before it goes

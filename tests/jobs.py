@@ -28,8 +28,9 @@ def command(launcher: str, num_ranks: int, program: Sequence[str]) -> list[str]:
         as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
         quiet = ["--oversubscribe", "--mca", "mpi_yield_when_idle", "1", "--bind-to", "none"]
         return ["mpirun", *as_root, *quiet, "-np", str(num_ranks), *python]
-    if launcher == "torchrun":  # --standalone: on a port of its own
-        return ["torchrun", "--standalone", "--nproc-per-node", str(num_ranks), "--no-python", *python]
+    if launcher == "torchrun":  # on a port of its own
+        count = f"--nproc-per-node={num_ranks}"
+        return ["torchrun", "--standalone", count, "--no-python", *python]
     return [*launcher.split(), "-np", str(num_ranks), "-H", f"localhost:{num_ranks}", *python]
 
 

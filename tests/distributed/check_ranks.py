@@ -93,7 +93,7 @@ def train(comm, model, make_optimizer, compression, world_size):
 
 
 def check_training(comm):
-    """Real ranks agree to the bit with each other, and two, or torch's, also with simulated workers."""
+    """Real ranks agree to the bit with each other, and two, or torch's, with simulated ones."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 300), nn.ReLU(), nn.Linear(300, 10))
     sparse = {"density": 0.02, "min_numel": 100}

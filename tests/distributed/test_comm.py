@@ -28,7 +28,7 @@ def test_any_size_any_number_of_comms_in_any_life(
     outcome = jobs.run(launcher, num_ranks, program, tmp_path / "log", timeout=240)
     assert outcome.status == 0, outcome.output[-5000:]
     assert outcome.output.count("rank passed every check") == num_ranks
-    warned = 1 if (what, begun_by) == ("horovod", "person") else 0  # once, though several HorovodComms were made
+    warned = int((what, begun_by) == ("horovod", "person"))  # once, of several HorovodComms
     assert outcome.output.count(FUSION) == warned
 
 

@@ -92,7 +92,7 @@ def test_a_rank_killed_in_mid_epoch_ends_the_job_and_can_be_resumed(
     os.kill(rank_processes(job)[-1], signal.SIGKILL)
     outcome = job.wait(60)
     assert outcome.status != 0
-    assert re.search(r"signal 9|Killed|status code (137|-9)", outcome.output), outcome.output
+    assert re.search(r"signal 9|SIGKILL|Killed|code (137|-9)", outcome.output), outcome.output
     resumed = runs.run(launcher=launcher, **settings)
     assert resumed.status == 0, resumed.output[-5000:]
     assert "resuming after step" in resumed.output
