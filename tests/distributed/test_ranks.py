@@ -15,7 +15,8 @@ PROGRAM = str(Path(__file__).with_name("check_ranks.py"))
     [("horovodrun", 2), ("horovodrun --gloo", 2), ("mpirun", 2), ("mpirun", 4),
      ("horovodrun --gloo", 4), ("torchrun", 4)],
 )  # fmt: skip
-def test_ranks_agree_to_the_bit(launcher, num_ranks, tmp_path):
+def test_ranks_agree_to_the_bit(launcher, num_ranks, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOROVOD_DYNAMIC_PROCESS_SETS", "1")  # for islands on one node
     controller = {"horovodrun --gloo": "gloo", "torchrun": "torch"}.get(launcher, "mpi")
     outcome = jobs.run(launcher, num_ranks, [PROGRAM, controller], tmp_path / "log")
     assert outcome.status == 0, outcome.output[-5000:]
