@@ -34,6 +34,11 @@ def command(launcher: str, num_ranks: int, program: Sequence[str]) -> list[str]:
     return [*launcher.split(), "-np", str(num_ranks), "-H", f"localhost:{num_ranks}", *python]
 
 
+def is_our_python(word: str) -> bool:
+    """Whether a command begins with this environment's Python, which has several names."""
+    return Path(word).parent == BIN and Path(word).name.startswith("python")
+
+
 @dataclass
 class Outcome:
     status: int
@@ -94,7 +99,7 @@ class Job:
         while below:
             pid = below.pop()
             below += children.get(pid, [])
-            if pid != self._process.pid and names.get(pid) == sys.executable:
+            if pid != self._process.pid and is_our_python(names.get(pid, "")):
                 found.append(pid)
         return found
 

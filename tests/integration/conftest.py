@@ -65,3 +65,12 @@ class Runs:
 @pytest.fixture
 def runs(tmp_path) -> Runs:
     return Runs(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_hash(tmp_path_factory) -> str:
+    """What two ranks come to in four epochs, with a checkpoint at every other step."""
+    runs = Runs(tmp_path_factory.mktemp("undisturbed"))
+    outcome = runs.run(checkpoint__every_steps=2, train__num_epochs=4)
+    assert outcome.status == 0, outcome.output[-5000:]
+    return runs.result()["parameter_hash"]

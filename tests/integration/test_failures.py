@@ -5,7 +5,6 @@ import os
 import random
 import re
 import signal
-import sys
 import time
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 
 from benchmarks.tables import read_scalars
 from tests import jobs
-from tests.integration.conftest import SPARSE, Runs
+from tests.integration.conftest import SPARSE
 
 pytestmark = pytest.mark.integration
 FAILING = [*SPARSE, "tests/integration/failing.py"]
@@ -72,14 +71,6 @@ def wait_for_step(folder, step, job, timeout=90):
         assert job.is_running, "the run ended before it could be killed"
         time.sleep(0.005)
     pytest.fail(f"no checkpoint of step {step} after {timeout} s")
-
-
-@pytest.fixture(scope="module")
-def undisturbed_hash(tmp_path_factory):
-    runs = Runs(tmp_path_factory.mktemp("undisturbed"))
-    outcome = runs.run(checkpoint__every_steps=2, train__num_epochs=4)
-    assert outcome.status == 0, outcome.output[-5000:]
-    return runs.result()["parameter_hash"]
 
 
 @pytest.mark.parametrize("launcher", jobs.LAUNCHERS)
@@ -169,6 +160,6 @@ def rank_processes(job):
     for pid in job.rank_pids():
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             words = file.read().decode().split("\0")
-        if words[:2] == [sys.executable, "train.py"]:
+        if jobs.is_our_python(words[0]) and "train.py" in words[1:3]:  # torchrun adds -u
             found.append(pid)
     return found

@@ -17,6 +17,8 @@ TRAIN = str(REPO / "train.py")
 
 
 def launch(script: str, *arguments: str, cwd=REPO, dry_run="1", **env: str):
+    if script != "setup.sh":
+        env = {"PARSIMONY_WITHOUT_HOROVOD": "0"} | env
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMP_", "LD_"))}
     return subprocess.run(
         [REPO / "launch" / script, *arguments],
