@@ -1,6 +1,7 @@
 """Train a network from config files, data-parallel, with compressed gradients.
 
 One machine, two ranks:    horovodrun -np 2 python train.py --configs configs/digits/resnet20.py
+With torch alone:          torchrun --nproc-per-node 2 train.py --configs ...
 With compression:          ... --configs configs/digits/resnet20.py configs/dgc/wm5.py
 Change any setting:        ... --configs.train.num_epochs 500 --suffix .e500
 Several machines:          mpirun -H server0:8,server1:8 ... python train.py --configs ...
@@ -24,7 +25,9 @@ import torch
 
 from assembly import build_trainer, refuse_differences
 from configs import load
-from dgc.comm import HorovodComm, horovod_job
+from dgc.comm import Comm
+from dgc.job import job
+from dgc.launched import KINDS, LaunchError
 from engine import report
 from engine.checkpoint import CheckpointError
 from engine.replicas import ReplicaError
@@ -35,14 +38,17 @@ def main() -> None:
     arguments, overrides = parse_arguments(sys.argv[1:])
     if arguments.report:  # others wait while one rank predicts
         os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "0")
-    with horovod_job() as comm:
-        try:
-            run_job(arguments, overrides, comm)
-        except (load.ConfigError, CheckpointError, ReplicaError) as error:
-            raise SystemExit(str(error)) from error  # the person's to mend: no trace
+    try:
+        with job(None if arguments.comm == "auto" else arguments.comm) as comm:
+            try:
+                run_job(arguments, overrides, comm)
+            except (load.ConfigError, CheckpointError, ReplicaError) as error:
+                raise SystemExit(str(error)) from error  # the person's to mend: no trace
+    except LaunchError as error:
+        raise SystemExit(str(error)) from error
 
 
-def run_job(arguments: argparse.Namespace, overrides: dict[str, str], comm: HorovodComm) -> None:
+def run_job(arguments: argparse.Namespace, overrides: dict[str, str], comm: Comm) -> None:
     config = load.compose(arguments.configs, overrides)
     flat_config = load.flatten(config)
     check_same_everywhere(comm, flat_config, arguments)
@@ -82,6 +88,8 @@ def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, dict[str, str
                         help="real steps to measure (default: 3); 0: predict only")  # fmt: skip
     parser.add_argument("--devices", choices=["auto", "cpu", "gpu"], default="auto",
                         help="auto: a GPU for each rank of a machine, if there is one")  # fmt: skip
+    parser.add_argument("--comm", choices=["auto", *KINDS], default="auto",
+                        help="auto: torch under torchrun, else Horovod")  # fmt: skip
     parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")
     overrides, others, rest = {}, [], iter(words)
     for word in rest:
@@ -103,7 +111,7 @@ def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, dict[str, str
 
 
 def check_same_everywhere(
-    comm: HorovodComm, flat_config: dict[str, Any], arguments: argparse.Namespace
+    comm: Comm, flat_config: dict[str, Any], arguments: argparse.Namespace
 ) -> None:
     """Stop, on every rank, where ranks were given different settings, options or versions."""
     options = {f"--{option}": value for option, value in vars(arguments).items()}
@@ -111,7 +119,7 @@ def check_same_everywhere(
     refuse_differences(comm, {**flat_config, **options, **versions})
 
 
-def choose_device(wanted: str, comm: HorovodComm) -> torch.device:
+def choose_device(wanted: str, comm: Comm) -> torch.device:
     """Return this rank's device, and share the machine's cores among its ranks."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.local_size))

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dgc import Compression, DistributedOptimizer
 from dgc.comm import HorovodComm
+from dgc.torch_comm import TorchComm
 
 Options = Any  # exchange_speed.py's command line
 START_POWER_SGD = (
@@ -146,6 +147,7 @@ class Horovod(Contender):
 
 class Ours(Contender):
     needs_horovod = True
+    kind_of_comm: type[HorovodComm | TorchComm] = HorovodComm
 
     def __init__(
         self, options: Options, *, bucket_bytes: int | None = None, **compression: Any
@@ -155,7 +157,7 @@ class Ours(Contender):
         self.optimizer = DistributedOptimizer(
             self.optimizer,
             self.model.named_parameters(),
-            comm=HorovodComm(),
+            comm=self.kind_of_comm(),
             compression=Compression(**compression),
             **more,
         )
@@ -163,6 +165,11 @@ class Ours(Contender):
     @property
     def payload_bytes(self) -> int:
         return self.optimizer.stats.payload_bytes
+
+
+class OursOnTorch(Ours):
+    needs_horovod = False
+    kind_of_comm = TorchComm
 
 
 @contextlib.contextmanager
@@ -215,9 +222,12 @@ CONTENDERS: dict[str, tuple[type[Contender], dict[str, Any]]] = {
     "Horovod fp32": (Horovod, {}),
     "Horovod fp16": (Horovod, {"compression": "fp16", "num_bytes": 2}),
     **{name: (Ours, settings) for name, settings in OURS.items()},
+    **{f"{name}, TorchComm": (OursOnTorch, settings) for name, settings in OURS.items()},
 }
 EXTRA: dict[str, tuple[type[Contender], dict[str, Any]]] = {  # on request, and in the sweep
     "PowerSGD rank 4": (Ddp, {"rank": 4}),
     "PowerSGD rank 1, 8 threads": (Ddp, {"rank": 1, "gloo_threads": 8}),
     **{name: (Ours, settings) for name, settings in SWEEP.items()},
+    "ours dense": (Ours, {"density": 1.0}),
+    "ours dense, TorchComm": (OursOnTorch, {"density": 1.0}),
 }

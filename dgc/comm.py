@@ -15,7 +15,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch.autograd.graph import increment_version
 
 from dgc import life, objects, pieces
 from dgc.horovod_group import HorovodGroup, HorovodHandle
+from dgc.launched import LaunchError, refuse_loners
 from dgc.pieces import Handle
 
 
@@ -104,6 +105,11 @@ class Comm(Group, Protocol):
     def close(self) -> None:
         """Leave the job in good order."""
 
+    def abort(self) -> None:
+        """End the job on every rank with exit status 1. Does not return."""
+
+
+AnyComm = TypeVar("AnyComm", bound=Comm)
 
 _names = Names()  # of all HorovodComms here: Horovod knows a collective by its name
 
@@ -113,15 +119,22 @@ class HorovodComm(HorovodGroup):
 
     Begins Horovod if nobody has. Any number may be made, on all ranks in one order; `close` of the
     last one ends Horovod if one of them began it. While there is one, hvd.join() is refused.
-    Raises: RuntimeError in a job of Horovod Elastic.
+    Raises: RuntimeError in a job of Horovod Elastic, without Horovod, and in one of several
+        processes that finds itself alone.
     """
 
     def __init__(self) -> None:
-        import horovod.torch as hvd
-
+        try:
+            import horovod.torch as hvd
+        except ModuleNotFoundError as error:
+            raise LaunchError(
+                f"{error}, so Horovod cannot be used. Start with torchrun, and use TorchComm "
+                f"(train.py: --comm torch); or install Horovod with launch/setup.sh"
+            ) from error
         life.enter(hvd)
         self._is_open = True
         super().__init__(hvd, hvd.global_process_set, hvd.rank(), hvd.size())
+        refuse_loners(self.world_size, "Horovod")
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
 
     @property
@@ -150,33 +163,10 @@ class HorovodComm(HorovodGroup):
         self._broadcast(tensor, name, root=0)
 
     def broadcast_object(self, value: Any) -> Any:
-        is_root = self.rank == 0
-        message, tensors = objects.pack(value) if is_root else (_bytes(0), [])
-        size = _number(message.numel())
-        self.broadcast(size, "object.size")
-        if not is_root:
-            message = _bytes(int(size))
-        self.broadcast(message, "object.message")
-        if not is_root:
-            tensors = objects.make_tensors(message)
-        for tensor in tensors:
-            self.broadcast(tensor, "object.tensor")
-        return value if is_root else objects.unpack(message, tensors)
+        return objects.broadcast(self, value)
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        message, mine = objects.pack(value)
-        sizes = self.all_gather_async(_number(message.numel()), "objects.sizes").wait().tolist()
-        messages = self.all_gather_async(message, "objects.messages").wait().split(sizes)
-        return [self._gathered(rank, part, mine) for rank, part in enumerate(messages)]
-
-    def _gathered(self, rank: int, message: Tensor, mine: list[Tensor]) -> Any:
-        """Return a rank's value; mine: this rank's tensors."""
-        tensors = objects.make_tensors(message)
-        for number, tensor in enumerate(tensors):
-            if rank == self.rank:
-                tensor.detach().copy_(mine[number].detach())
-            self._broadcast(tensor, "objects.tensor", root=rank)
-        return objects.unpack(message, tensors)
+        return objects.all_gather(self, value)
 
     def _broadcast(self, tensor: Tensor, name: str, root: int) -> None:
         """Overwrite `tensor` with a rank's: as bytes, so that bfloat16 goes too, in their place."""
@@ -214,18 +204,14 @@ class HorovodComm(HorovodGroup):
         os._exit(1)  # without MPI, horovodrun ends the others when it sees one exit with non-zero
 
 
-def _number(value: int) -> Tensor:
-    return torch.tensor([value], dtype=torch.int64, device="cpu")
-
-
-def _bytes(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, device="cpu")
+def horovod_job() -> contextlib.AbstractContextManager[HorovodComm]:
+    """Join a job of Horovod's; if this rank fails, print why and end the job on every rank."""
+    return ended_together(HorovodComm())
 
 
 @contextlib.contextmanager
-def horovod_job() -> Iterator[HorovodComm]:
-    """Join the job; if this rank fails, print why and end the job on every rank."""
-    comm = HorovodComm()
+def ended_together(comm: AnyComm) -> Iterator[AnyComm]:
+    """Close the comm at the end; if this rank fails, print why and end the job on every rank."""
     leaving: SystemExit | None = None
     try:
         try:

@@ -13,7 +13,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+_MPI_NODES, _MPI_SIZE = "OMPI_MCA_orte_num_nodes", "OMPI_COMM_WORLD_SIZE"
+_COUNTS = (_MPI_NODES, _MPI_SIZE, "HOROVOD_SIZE", "HOROVOD_LOCAL_SIZE", "HOROVOD_CROSS_SIZE")
 _FUSION, _HOROVODS_OWN = "HOROVOD_FUSION_THRESHOLD", str(128 * 2**20)
+_GROUPS = "HOROVOD_DYNAMIC_PROCESS_SETS"
 _log = logging.getLogger(__name__)
 
 _num_open = 0  # HorovodComms that were made and not closed
@@ -30,9 +33,12 @@ def enter(hvd: Any) -> None:
     """
     global _num_open, _own_life, _is_fusion_noted
     _refuse_elastic()
-    # Groups of ranks are made when the job knows its nodes, which is after the start. Where Horovod
+    # Groups of ranks are made when the job knows its nodes, which is after the start. They have a
+    # price: while Horovod looks for new ones it holds a lock, with the interpreter's, until every
+    # rank has answered. So they are asked for only where there may be use for them. Where Horovod
     # has begun, this is for its next life; whether it can in this one, it says itself: can_split.
-    os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
+    if nodes_may_be_islands():
+        os.environ.setdefault(_GROUPS, "1")
     if not hvd.is_initialized():  # else it has read its environment
         _prepare_environment()
         hvd.init()
@@ -64,6 +70,22 @@ def _current_life(hvd: Any) -> object:
     return hvd.mpi_ops._handle_map
 
 
+def nodes_may_be_islands() -> bool:
+    """Tell whether there are several nodes, and more ranks than nodes: the same on all ranks.
+
+    Horovod stalls where some ranks ask for process sets and others do not. So of MPI only counts of
+    the whole job serve; what Horovod's own launcher tells each rank is exact.
+    """
+    counts = {name: int(v) for name in _COUNTS if (v := os.environ.get(name, "")).isdecimal()}
+    if {_MPI_NODES, _MPI_SIZE} <= counts.keys():
+        return 1 < counts[_MPI_NODES] < counts[_MPI_SIZE]
+    if {"HOROVOD_SIZE", "HOROVOD_LOCAL_SIZE", "HOROVOD_CROSS_SIZE"} <= counts.keys():
+        size, here = counts["HOROVOD_SIZE"], counts["HOROVOD_LOCAL_SIZE"]
+        # A node's only rank has one of every node across; on other nodes there are several.
+        return here < size and (here > 1 or counts["HOROVOD_CROSS_SIZE"] < size)
+    return not os.environ.keys().isdisjoint(("PMI_RANK", "PMIX_RANK"))  # another MPI's: who knows
+
+
 def can_split(hvd: Any) -> bool:
     """Tell whether process sets can be added: Horovod has read that when it began."""
     basics = hvd.mpi_ops._basics
@@ -82,9 +104,10 @@ def process_set(hvd: Any, ranks: Sequence[int]) -> Any:
             found.process_set_id = number
             return found
     if not can_split(hvd):
+        os.environ.setdefault(_GROUPS, "1")  # who asked once may ask again in Horovod's next life
         raise RuntimeError(
-            "Horovod can make no groups of ranks now: it began without them. Set "
-            "HOROVOD_DYNAMIC_PROCESS_SETS=1 before hvd.init(), or make the HorovodComm first"
+            f"Horovod can make no groups of ranks now: it began without them. Set {_GROUPS}=1 in "
+            f"the environment of every rank, before hvd.init()"
         )
     return hvd.add_process_set(list(ranks))
 

@@ -93,6 +93,9 @@ class LocalComm(_LocalGroup, Names):
     def close(self) -> None:
         pass
 
+    def abort(self) -> None:
+        self._world.fail(RuntimeError(f"worker {self.rank} ends the job"))
+
 
 class _LocalHandle:
     def __init__(self, post: _Post, finish: Callable[[list[Any]], Any]) -> None:

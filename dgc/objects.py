@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -92,3 +92,58 @@ def _kind(tensor: Tensor) -> _Kind:
     return _Kind(
         tensor.dtype, tuple(tensor.shape), stride, tensor.device.type, tensor.requires_grad
     )
+
+
+# ---- sent by a Comm's other calls ----------------------------------------------------------------
+
+
+class Sender(Protocol):
+    """What sends them: a Comm that can broadcast from any rank."""
+
+    rank: int
+
+    def all_gather_async(self, tensor: Tensor, name: str) -> Any: ...
+
+    def _broadcast(self, tensor: Tensor, name: str, root: int) -> None: ...
+
+
+def broadcast(comm: Sender, value: Any) -> Any:
+    """See Comm.broadcast_object."""
+    is_root = comm.rank == 0
+    message, tensors = pack(value) if is_root else (_bytes(0), [])
+    size = _number(message.numel())
+    comm._broadcast(size, "object.size", root=0)
+    if not is_root:
+        message = _bytes(int(size))
+    comm._broadcast(message, "object.message", root=0)
+    if not is_root:
+        tensors = make_tensors(message)
+    for tensor in tensors:
+        comm._broadcast(tensor, "object.tensor", root=0)
+    return value if is_root else unpack(message, tensors)
+
+
+def all_gather(comm: Sender, value: Any) -> list[Any]:
+    """See Comm.all_gather_object."""
+    message, mine = pack(value)
+    sizes = comm.all_gather_async(_number(message.numel()), "objects.sizes").wait().tolist()
+    messages = comm.all_gather_async(message, "objects.messages").wait().split(sizes)
+    return [_gathered(comm, rank, part, mine) for rank, part in enumerate(messages)]
+
+
+def _gathered(comm: Sender, rank: int, message: Tensor, mine: list[Tensor]) -> Any:
+    """Return a rank's value; mine: this rank's tensors."""
+    tensors = make_tensors(message)
+    for number, tensor in enumerate(tensors):
+        if rank == comm.rank:
+            tensor.detach().copy_(mine[number].detach())
+        comm._broadcast(tensor, "objects.tensor", root=rank)
+    return unpack(message, tensors)
+
+
+def _number(value: int) -> Tensor:
+    return torch.tensor([value], dtype=torch.int64, device="cpu")
+
+
+def _bytes(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="cpu")

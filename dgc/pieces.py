@@ -24,6 +24,7 @@ from torch import Tensor
 MOST_BYTES = 2**30  # of one call, with all that it gathers; an int counts to twice that
 PIECE_BYTES = 2**26  # of one of several calls: as fast as more, some are copied, and Gloo gives up
 # on a call after 30 s
+_STALL_LIMIT = "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"  # Horovod's, and without Horovod ours too
 _HELP_EVERY = 0.01  # seconds in which one who waits helps other collectives on
 
 Calls = Generator[Any, Any, Any]
@@ -87,18 +88,27 @@ def _help_others() -> None:
             other.poll()
 
 
+def stall_seconds() -> float:
+    """Return how long a rank waits for another at most; 0: for ever."""
+    return max(0.0, float(os.environ.get(_STALL_LIMIT, "600")))
+
+
+def stall_error(limit: float, name: str, who: str = "") -> TimeoutError:
+    """Return what a rank says that has waited for so long. who: is missing, if that is known."""
+    return TimeoutError(
+        f"waited {limit:g} s for the other ranks to join collective {name!r}; they are stuck or do "
+        f"something else.{who} {_STALL_LIMIT} sets the limit, 0 for none"
+    )
+
+
 def wait_until(poll: Callable[[], bool], name: str) -> None:
     """Wait no longer than Horovod's own limit, which under Gloo Horovod does not keep."""
-    limit = float(os.environ.get("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "600"))
+    limit = stall_seconds()
     start, pause, helps_at = time.monotonic(), 0.0001, _HELP_EVERY
     while not poll():
         waited = time.monotonic() - start
         if waited > limit > 0:
-            raise TimeoutError(
-                f"waited {limit:g} s for the other ranks to join collective {name!r}; "
-                f"they are stuck or do something else. HOROVOD_STALL_SHUTDOWN_TIME_SECONDS "
-                f"sets the limit, 0 for none"
-            )
+            raise stall_error(limit, name)
         if waited > helps_at:
             _help_others()
             helps_at = waited + _HELP_EVERY

@@ -16,7 +16,8 @@ def choose_islands(comm: Comm, compression: Compression) -> tuple[Group, Group] 
 
     The island is the ranks of this node, or `ranks_per_island` that follow one another; the bridge
     is the ranks that have this one's place in the other islands.
-    Raises: ValueError where two levels are asked for and the islands would differ in size.
+    Raises: ValueError where two levels are asked for, and the islands would differ in size or
+        Horovod was started without groups.
     """
     wanted, size = compression.two_level, compression.ranks_per_island
     if wanted is False:
@@ -33,10 +34,8 @@ def choose_islands(comm: Comm, compression: Compression) -> tuple[Group, Group] 
     if not (wanted or is_worth_it):
         return None
     if not all(comm.all_gather_object(comm.can_split)):
-        remedy = (
-            "set HOROVOD_DYNAMIC_PROCESS_SETS=1 before hvd.init(), or make the HorovodComm first"
-        )
-        if wanted:
+        remedy = "set HOROVOD_DYNAMIC_PROCESS_SETS=1 before hvd.init(), on every rank"
+        if wanted or size:
             raise ValueError(f"two levels need groups of ranks: {remedy}, or set two_level=False")
         if comm.rank == 0:
             _log.warning("exchanging in one level; for two, %s", remedy)

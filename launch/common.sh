@@ -24,6 +24,15 @@ enter() {
     cd "$repo" || exit
 }
 
+# Whether this environment was set up without Horovod, or shall be.
+without_horovod() {
+    case ${PARSIMONY_WITHOUT_HOROVOD:-} in
+    1) true ;;
+    0) false ;;
+    *) [[ -e $venv/parsimony-without-horovod ]] ;;
+    esac
+}
+
 # share_cores RANKS: sets `local_env`, what RANKS processes on this machine must know of its cores.
 share_cores() {
     local cores

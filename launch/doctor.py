@@ -18,6 +18,7 @@ from typing import NamedTuple
 REPO = Path(__file__).resolve().parent.parent
 SETUP = "launch/setup.sh"
 AGAIN = "launch/setup.sh --again"
+WITHOUT_HOROVOD = "parsimony-without-horovod"  # in the environment's folder: see launch/setup.sh
 
 
 class Check(NamedTuple):
@@ -79,8 +80,10 @@ def loaded_mpi():
 
 _ASK_TORCH = """
 import json, torch
+from torch import distributed
 gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "gpus": gpus}))
+print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "gpus": gpus,
+    "gloo": distributed.is_available() and distributed.is_gloo_available()}))
 """
 
 _ASK_TORCHVISION = """
@@ -180,6 +183,23 @@ def check_torchvision(facts: dict) -> Check:
     return Check("torchvision", facts["version"])
 
 
+def check_torchrun(facts: dict) -> Check:
+    """What TorchComm needs: to start ranks, and to carry their messages."""
+    torchrun = Path(environment_python()).with_name("torchrun")
+    if not facts["gloo"]:
+        return Check("torchrun", "this torch has no gloo", f"run {AGAIN}")
+    if not torchrun.exists():
+        return Check("torchrun", "none", f"run {AGAIN}")
+    return Check("torchrun", f"{torchrun}, gloo")
+
+
+def is_without_horovod() -> bool:
+    wanted = os.environ.get("PARSIMONY_WITHOUT_HOROVOD", "")
+    return wanted == "1" or (
+        wanted != "0" and (Path(environment_python()).parents[1] / WITHOUT_HOROVOD).exists()
+    )
+
+
 def check_horovod(facts: dict, torch_version: str) -> Check:
     if "error" in facts:
         return Check("horovod", facts["error"], f"run {AGAIN}")
@@ -269,9 +289,6 @@ def check_gpu(driver: bool, torch: dict, horovod: dict) -> Iterator[Check]:
 
 def all_checks() -> Iterator[Check]:
     driver = any(map(os.path.exists, ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")))
-    beside_python = str(Path(environment_python()).parent)
-    mpirun = shutil.which("mpirun", path=f"{beside_python}:{os.environ.get('PATH', '')}") or ""
-
     yield check_python()
     yield check_compiler()
     yield check_headers()
@@ -279,6 +296,19 @@ def all_checks() -> Iterator[Check]:
     yield check_torch(torch, driver)
     if "error" not in torch:
         yield check_torchvision(ask(_ASK_TORCHVISION))
+        yield check_torchrun(torch)
+    if "error" in horovod and is_without_horovod():
+        yield Check("horovod", "none", "left out: jobs start with torchrun", required=False)
+    else:
+        yield from check_horovod_and_mpi(horovod, torch)
+    if "error" not in torch:
+        yield check_kernels(ask(_ASK_KERNELS, seconds=300))
+    yield from check_gpu(driver, torch, horovod)
+
+
+def check_horovod_and_mpi(horovod: dict, torch: dict) -> Iterator[Check]:
+    beside_python = str(Path(environment_python()).parent)
+    mpirun = shutil.which("mpirun", path=f"{beside_python}:{os.environ.get('PATH', '')}") or ""
     yield check_horovod(horovod, torch.get("version", ""))
     yield check_mpirun(mpirun, run(mpirun, "--version")[1] if mpirun else "")
     if mpirun:
@@ -286,9 +316,6 @@ def all_checks() -> Iterator[Check]:
     if mpirun and "error" not in horovod:
         yield check_same_mpi("MPI of horovod", horovod, mpirun)
     yield check_same_mpi("mpi4py", ask(_ASK_MPI4PY), mpirun or "/")
-    if "error" not in torch:
-        yield check_kernels(ask(_ASK_KERNELS, seconds=300))
-    yield from check_gpu(driver, torch, horovod)
 
 
 def main() -> int:

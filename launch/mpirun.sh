@@ -16,6 +16,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 (($#)) || { usage; exit 2; }
+! without_horovod || fail "Horovod and Open MPI were left out here (PARSIMONY_WITHOUT_HOROVOD): start a torchrun on each host"
 ranks='' where=()
 while (($#)); do
     case $1 in

@@ -6,6 +6,8 @@
 # configured it. Environment variables:
 #   PARSIMONY_VENV         the environment's folder (default: .venv in the repository)
 #   PARSIMONY_PYTHON       the Python to make it with (default: python3.11, then python3)
+#   PARSIMONY_WITHOUT_HOROVOD  1: leave Horovod and Open MPI out, which are compiled for minutes; training
+#                          then starts with torchrun (launch/train.sh does). Remembered; 0 takes it back
 #   PARSIMONY_GPU          1 or 0: set up for an NVIDIA GPU or not, whatever this machine has
 #   PARSIMONY_TORCH_INDEX  where to get torch, e.g. https://download.pytorch.org/whl/cu126 for a driver
 #                          older than the default build. Without it and without a GPU: the CPU build,
@@ -30,7 +32,8 @@ have_gpu() {
 
 # What a complete set-up depends on; cheap, because every launch computes it.
 setup_key() {
-    { cat "${build_files[@]}"; echo "$venv ${PARSIMONY_TORCH_INDEX:-}"; have_gpu && echo gpu || true; } |
+    { cat "${build_files[@]}"; echo "$venv ${PARSIMONY_TORCH_INDEX:-}"; have_gpu && echo gpu || true
+        without_horovod && echo without || true; } |
         sha256sum | cut -c1-32
 }
 
@@ -96,7 +99,9 @@ install_torch() {
 }
 
 install_requirements() {
-    sed '/^horovod==/d' "$repo/requirements.txt" >"$venv/requirements-but-horovod.txt"
+    local but=(-e '/^horovod==/d')
+    ! without_horovod || but=(-e '/^# Horovod/,/^$/d')
+    sed "${but[@]}" "$repo/requirements.txt" >"$venv/requirements-but-horovod.txt"
     pip install -r "$venv/requirements-but-horovod.txt"
 }
 
@@ -111,6 +116,7 @@ find_cuda() {
         say "setup: note: a GPU is here, but torch has no CUDA (see PARSIMONY_TORCH_INDEX)"
         return
     fi
+    ! without_horovod || return 0
     for home in "${CUDA_HOME:-}" /usr/local/cuda "$(dirname "$(dirname "$(command -v nvcc)")")"; do
         if [[ -x $home/bin/nvcc ]]; then nvcc_home=$home; return; fi
     done
@@ -204,9 +210,14 @@ setup() {
     step "torch $(pinned torch)" "$network" install_torch
     step "requirements.txt" "$network" install_requirements
     step "torchvision's import" "is $venv writable?" settle_torchvision
-    step "Open MPI's settings" "is $venv writable?" settle_open_mpi
     find_cuda
-    ensure_horovod
+    if without_horovod; then
+        touch "$venv/parsimony-without-horovod"
+    else
+        rm -f "$venv/parsimony-without-horovod"
+        step "Open MPI's settings" "is $venv writable?" settle_open_mpi
+        ensure_horovod
+    fi
     [[ -z $cuda ]] || step "CuPy for CUDA $cuda" "$network" pip install "cupy-cuda${cuda%%.*}x==14.2.0"
     step "check" "launch/doctor prints this table, with a remedy for each" \
         "$venv/bin/python" "$repo/launch/doctor.py"

@@ -1,7 +1,8 @@
-"""Starting real jobs for tests: horovodrun with either controller, and mpirun."""
+"""Starting real jobs for tests: horovodrun with either controller, mpirun, and torchrun."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -15,7 +16,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-LAUNCHERS = ("horovodrun", "horovodrun --gloo", "mpirun")
+HAS_HOROVOD = importlib.util.find_spec("horovod") is not None
+LAUNCHERS = ("horovodrun", "horovodrun --gloo", "mpirun", "torchrun")
+DEFAULT = "mpirun" if HAS_HOROVOD else "torchrun"
 
 
 def command(launcher: str, num_ranks: int, program: Sequence[str]) -> list[str]:
@@ -25,7 +28,15 @@ def command(launcher: str, num_ranks: int, program: Sequence[str]) -> list[str]:
         as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
         quiet = ["--oversubscribe", "--mca", "mpi_yield_when_idle", "1", "--bind-to", "none"]
         return ["mpirun", *as_root, *quiet, "-np", str(num_ranks), *python]
+    if launcher == "torchrun":  # on a port of its own
+        count = f"--nproc-per-node={num_ranks}"
+        return ["torchrun", "--standalone", count, "--no-python", *python]
     return [*launcher.split(), "-np", str(num_ranks), "-H", f"localhost:{num_ranks}", *python]
+
+
+def is_our_python(word: str) -> bool:
+    """Whether a command begins with this environment's Python, which has several names."""
+    return Path(word).parent == BIN and Path(word).name.startswith("python")
 
 
 @dataclass
@@ -88,15 +99,18 @@ class Job:
         while below:
             pid = below.pop()
             below += children.get(pid, [])
-            if pid != self._process.pid and names.get(pid) == sys.executable:
+            if pid != self._process.pid and is_our_python(names.get(pid, "")):
                 found.append(pid)
         return found
 
 
 def start(launcher: str, num_ranks: int, program: Sequence[str], log: Path) -> Job:
     """Start a job; without its launcher skip the test, or fail it where REQUIRE_MPI is set."""
-    if not (BIN / launcher.split()[0]).exists() and shutil.which(launcher.split()[0]) is None:
-        message = f"{launcher.split()[0]} is not installed; run launch/setup.sh"
+    needed = launcher.split()[0]
+    is_there = (BIN / needed).exists() or shutil.which(needed) is not None
+    if not is_there or (launcher != "torchrun" and not HAS_HOROVOD):
+        what = needed if HAS_HOROVOD or launcher == "torchrun" else "Horovod"
+        message = f"{what} is not installed; run launch/setup.sh"
         pytest.fail(message) if os.environ.get("REQUIRE_MPI") else pytest.skip(message)
     return Job(command(launcher, num_ranks, program), log)
 

@@ -1,18 +1,23 @@
-"""Run by test_comm.py on real ranks: collectives in pieces, several HorovodComms, Horovod's lives.
+"""Run by test_comm.py on real ranks: collectives in pieces, several comms, lives of Horovod's.
 
-argv: who begins Horovod: `comm` or `person`.
+argv: what is begun, and who begins it: `comm` or `person`.
 """
 
+import concurrent.futures
 import contextlib
 import os
+import random
 import sys
+import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from dgc import Compression, DistributedOptimizer, objects, pieces
+from dgc import Compression, DistributedOptimizer, mail, objects, pieces, torch_group
 from dgc.comm import HorovodComm
+from dgc.torch_comm import TorchComm
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.int64, torch.bool)
 
@@ -24,6 +29,7 @@ def small_pieces():
         patch.setattr(pieces, "MOST_BYTES", 96)
         patch.setattr(pieces, "PIECE_BYTES", 40)
         patch.setattr(objects, "LEAST_BYTES", 16)
+        patch.setattr(torch_group, "SMALL_BYTES", 100)
         yield
 
 
@@ -159,6 +165,7 @@ def begun_by_us():
     import horovod.torch as hvd
     from horovod.torch import join  # before there is a HorovodComm
 
+    os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = "1"  # which it asks for only on several nodes
     first = HorovodComm()
     first.all_reduce_async(torch.ones(3), "under way")
     second = HorovodComm()
@@ -196,7 +203,9 @@ def begun_by_a_person():
 
     hvd.init()
     comms = [HorovodComm(), HorovodComm()]
-    assert not any(comm.can_split for comm in comms), "Horovod had read its environment"
+    assert not any(comm.can_split for comm in comms), "one node needs no groups"
+    with pytest.raises(RuntimeError, match="HOROVOD_DYNAMIC_PROCESS_SETS=1"):
+        pairs(comms[0])
     names = check_two_optimizers(comms)
     for comm in comms:
         comm.close()
@@ -215,6 +224,70 @@ def begun_by_a_person():
     assert not set(names) & set(check_two_optimizers([comm, comm]))
 
 
+def torch_begun_by_us():
+    """From torchrun's variables, and ended with the last TorchComm."""
+    mail.FRAME_BYTES = 300  # of which most are names
+    first = TorchComm()
+    first.all_reduce_async(torch.ones(3), "under way")
+    second = TorchComm()
+    with small_pieces():
+        with unusual_defaults():
+            for check in (check_collectives, check_order):
+                check(first)
+        check_broadcast(first)
+        check_objects(second)
+    with unusual_defaults():
+        assert first.nodes() == [0] * first.world_size
+        first.barrier()
+    names = check_two_optimizers([first, second])
+    assert len(set(names)) == len(names), names
+    check_starts_in_any_order(first)
+    kept = {*first._mail._posts, *first._mail._unfinished}
+    assert all("under way" in key or ":close:" in key for key in kept), "something is kept for ever"
+    second.close()
+    second.close()
+    first.barrier("torch is still there")
+    first.close()
+    assert not dist.is_initialized() and threading.active_count() == 1
+
+
+def check_starts_in_any_order(comm):
+    """What torch.distributed cannot: each rank starts in an order of its own, on any thread."""
+    names = [f"any{n}" for n in range(8)]
+    order = random.Random(comm.rank).sample(names, len(names))
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        started = {n: pool.submit(comm.all_reduce_async, made(0, 30_000), n) for n in order}
+    for name in random.Random(9 - comm.rank).sample(names, len(names)):
+        assert torch.equal(started[name].result().wait(), made(0, 30_000) * comm.world_size)
+    pair = comm.split([[0], list(range(1, comm.world_size))])
+    assert len(pair.all_gather_async(torch.ones(1), "any0").wait()) == pair.world_size
+
+
+def torch_begun_by_a_person():
+    """The person's groups stay as they are, and may end and begin anew; nothing need be closed."""
+    dist.init_process_group("gloo")
+    comm = TorchComm()
+    check_two_optimizers([comm, TorchComm()])
+    comm.close()
+    comm = TorchComm()
+    theirs = torch.ones(1)
+    dist.all_reduce(theirs)
+    assert theirs == comm.world_size
+    dist.destroy_process_group()
+    dist.init_process_group("gloo")
+    again = TorchComm()
+    check_two_optimizers([again, again])
+    comm.close()  # of the life before
+    again.all_reduce_async(made(0, 2**20), "never awaited")
+    if comm.rank == 0:
+        dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    {"comm": begun_by_us, "person": begun_by_a_person}[sys.argv[1]]()
+    {
+        ("horovod", "comm"): begun_by_us,
+        ("horovod", "person"): begun_by_a_person,
+        ("torch", "comm"): torch_begun_by_us,
+        ("torch", "person"): torch_begun_by_a_person,
+    }[sys.argv[1], sys.argv[2]]()
     print("rank passed every check", flush=True)

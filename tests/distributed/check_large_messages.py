@@ -5,7 +5,7 @@ That one would take 12 GiB; these take 9 at most, on both ranks together.
 
 import torch
 
-from dgc.comm import horovod_job
+from dgc.job import job
 
 LARGE = 2**31 + 2**27  # bytes
 
@@ -45,7 +45,7 @@ def check_gather(comm):
     assert all((part == 1 + rank).all() for rank, part in enumerate(joined.split(sizes)))
 
 
-with horovod_job() as comm:
+with job() as comm:
     for check in (check_broadcast, check_object, check_sum, check_share, check_gather):
         check(comm)
         comm.barrier()

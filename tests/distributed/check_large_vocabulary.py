@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dgc import Compression, DistributedOptimizer, row_sparse_names
-from dgc.comm import horovod_job
+from dgc.job import job
 from optim import SM3, Adam, SketchAdam
 from workloads.language_models import LSTMLanguageModel
 
@@ -145,6 +145,6 @@ def check(comm, name: str) -> None:
 
 
 if __name__ == "__main__":
-    with horovod_job() as comm:
+    with job() as comm:
         for name in OPTIMIZERS:
             check(comm, name)

@@ -5,7 +5,7 @@ import sys
 import torch
 
 import optim
-from dgc.comm import horovod_job
+from dgc.job import job
 
 MAKERS = [
     lambda p: optim.SM3(p, momentum=0.9, weight_decay=0.1),
@@ -67,7 +67,7 @@ def check_wrapped(comm):
     assert all(each == everyone[0] for each in everyone), "ranks have drifted apart"
 
 
-with horovod_job() as comm:
+with job() as comm:
     check_wrapped(comm)
     for make in MAKERS:
         for dtype in (torch.float32, torch.bfloat16):

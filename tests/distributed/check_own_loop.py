@@ -1,20 +1,42 @@
-"""Run by test_own_loop.py: a person's Horovod loop with the README's five lines changed."""
+"""Run by test_own_loop.py: a person's loop with the README's five lines changed.
 
-import horovod.torch as hvd
+argv: `horovod`: one that used Horovod's optimizer; `torch`: one that used DistributedDataParallel.
+"""
+
+import sys
+
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dgc import Compression, DistributedOptimizer
-from dgc.comm import HorovodComm
 from optim import FactoredAdam
 
-hvd.init()
-torch.manual_seed(hvd.rank())
+if sys.argv[1] == "horovod":
+    import horovod.torch as hvd
+
+    from dgc.comm import HorovodComm as Comm
+
+    hvd.init()
+    rank, size, all_gather = hvd.rank(), hvd.size(), hvd.allgather_object
+else:
+    from dgc.torch_comm import TorchComm as Comm
+
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+
+    def all_gather(value):
+        found = [None] * size
+        dist.all_gather_object(found, value)
+        return found
+
+
+torch.manual_seed(rank)
 model = nn.Sequential(nn.Linear(40, 300), nn.ReLU(), nn.Linear(300, 10))
 optimizer = DistributedOptimizer(
     FactoredAdam(model.parameters(), lr=1e-3, betas=(0.0, 0.999)), model.named_parameters(),
-    comm=HorovodComm(), compression=Compression(density=0.01, residual_dtype="bfloat16",
-                                                update_scale=4.0, share_statistics=0.5),
+    comm=Comm(), compression=Compression(density=0.01, residual_dtype="bfloat16",
+                                         update_scale=4.0, share_statistics=0.5),
 )  # fmt: skip
 losses = []
 for _ in range(200):
@@ -26,8 +48,10 @@ for _ in range(200):
     losses.append(loss.item())
 
 vector = nn.utils.parameters_to_vector(model.parameters()).detach()
-for other in hvd.allgather_object(vector):
+for other in all_gather(vector):
     assert torch.equal(other, vector), "replicas differ"
 assert sum(losses[-20:]) < 0.6 * sum(losses[:20]), losses[::20]
 assert optimizer.worker_state_bytes()["residual"] == 2 * (40 * 300 + 300 * 10)
-print(f"rank {hvd.rank()} of {hvd.size()} learns", flush=True)
+print(f"rank {rank} of {size} learns", flush=True)
+if sys.argv[1] == "torch":
+    dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Run by test_resume.py on real ranks: a checkpoint that rank 0 alone loads and Horovod sends."""
+"""Run by test_resume.py on real ranks: a checkpoint that rank 0 alone loads and sends."""
 
 import copy
 import inspect
@@ -8,7 +8,8 @@ from torch import nn
 
 import optim
 from dgc import Compression, DistributedOptimizer
-from dgc.comm import horovod_job
+from dgc.comm import HorovodComm
+from dgc.job import job
 
 SPARSE = Compression(density=0.1, min_numel=100)
 TORCHS = [
@@ -78,10 +79,20 @@ class Run:
         return self.model.weight.detach(), options
 
 
-def check(comm, make, compression, is_loaded_before):
-    """Rank 0 loads and Horovod broadcasts, or every rank loads: the same afterwards, to the bit."""
-    import horovod.torch as hvd
+def broadcast(comm, run):
+    """Give rank 0's model and optimizer to all: as Horovod's users do, or those of torch."""
+    if isinstance(comm, HorovodComm):
+        import horovod.torch as hvd
 
+        hvd.broadcast_parameters(run.model.state_dict(), root_rank=0)
+        hvd.broadcast_optimizer_state(run.optimizer, root_rank=0)
+    else:
+        for part in (run.model, run.optimizer):
+            part.load_state_dict(comm.broadcast_object(part.state_dict()))
+
+
+def check(comm, make, compression, is_loaded_before):
+    """Rank 0 loads and broadcasts, or every rank loads: the same afterwards, to the bit."""
     torch.manual_seed(comm.rank)
     run = Run(comm, make, compression).steps(0, 3)
     run.optimizer.param_groups[0]["lr"] *= 0.5  # as a scheduler does
@@ -97,8 +108,7 @@ def check(comm, make, compression, is_loaded_before):
     resumed = Run(comm, make, compression, before)
     if comm.rank == 0:
         resumed.load(model, None if is_loaded_before else state)
-    hvd.broadcast_parameters(resumed.model.state_dict(), root_rank=0)
-    hvd.broadcast_optimizer_state(resumed.optimizer, root_rank=0)
+    broadcast(comm, resumed)
     weight, options = resumed.steps(4, 3).end()
     what = type(resumed.optimizer.inner).__name__, compression
     assert torch.equal(weight, expected[0]), what
@@ -107,8 +117,6 @@ def check(comm, make, compression, is_loaded_before):
 
 def check_a_dense_checkpoint(comm):
     """Rank 0 alone loads what plain SGD saved, with momentum buffers, into a compressed run."""
-    import horovod.torch as hvd
-
     weight = nn.Parameter(torch.ones(30, 20))
     plain = torch.optim.SGD([weight], lr=0.1, momentum=0.9)  # the options go along, too
     weight.grad = torch.ones_like(weight)
@@ -116,8 +124,7 @@ def check_a_dense_checkpoint(comm):
     run = Run(comm, sgd, Compression(density=1.0))
     if comm.rank == 0:
         run.load({"weight": weight.detach()}, plain.state_dict())
-    hvd.broadcast_parameters(run.model.state_dict(), root_rank=0)
-    hvd.broadcast_optimizer_state(run.optimizer, root_rank=0)
+    broadcast(comm, run)
     (run.model.weight * 0).sum().backward()
     run.optimizer.step()
     weight.grad = torch.zeros_like(weight)
@@ -125,7 +132,7 @@ def check_a_dense_checkpoint(comm):
     torch.testing.assert_close(run.end()[0], weight.detach())
 
 
-with horovod_job() as comm:
+with job() as comm:
     for make, compression in CASES:
         check(comm, make, compression, is_loaded_before=False)
     for make, compression in ((sgd, SPARSE), (sgd, None), (TORCHS[4], None)):

@@ -1,4 +1,4 @@
-"""Collectives in pieces, several HorovodComms and Horovod's lives, on real ranks."""
+"""Collectives in pieces, several comms and lives of Horovod's and torch's, on real ranks."""
 
 import os
 import re
@@ -15,44 +15,49 @@ FUSION = "Horovod's tensor fusion is on: with 3 ranks"
 
 @pytest.mark.parametrize(
     ("launcher", "num_ranks", "begun_by"),
-    [("mpirun", 2, "comm"), ("horovodrun --gloo", 3, "comm"), ("mpirun", 3, "person")],
-)
+    [("mpirun", 2, "comm"), ("horovodrun --gloo", 3, "comm"), ("mpirun", 3, "person"),
+     ("torchrun", 3, "comm"), ("torchrun", 2, "person")],
+)  # fmt: skip
 def test_any_size_any_number_of_comms_in_any_life(
     launcher, num_ranks, begun_by, tmp_path, monkeypatch
 ):
     for name in ("HOROVOD_FUSION_THRESHOLD", "HOROVOD_DYNAMIC_PROCESS_SETS"):
         monkeypatch.delenv(name, raising=False)
-    program = [str(FOLDER / "check_comm.py"), begun_by]
+    what = "torch" if launcher == "torchrun" else "horovod"
+    program = [str(FOLDER / "check_comm.py"), what, begun_by]
     outcome = jobs.run(launcher, num_ranks, program, tmp_path / "log", timeout=240)
     assert outcome.status == 0, outcome.output[-5000:]
     assert outcome.output.count("rank passed every check") == num_ranks
-    warned = 1 if begun_by == "person" else 0  # once, though several HorovodComms were made
+    warned = int((what, begun_by) == ("horovod", "person"))  # once, of several HorovodComms
     assert outcome.output.count(FUSION) == warned
 
 
 DIFFERENT_MODELS = """
-import torch, horovod.torch as hvd
+import torch
 from dgc import DistributedOptimizer
-from dgc.comm import HorovodComm
-hvd.init()
+from dgc.job import COMMS
+from dgc.launched import kind_of_comm
+Comm = COMMS[kind_of_comm()]
 models = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)]
 optimizers = [
     DistributedOptimizer(
-        torch.optim.SGD(m.parameters(), lr=0.1), m.named_parameters(), comm=HorovodComm()
+        torch.optim.SGD(m.parameters(), lr=0.1), m.named_parameters(), comm=Comm()
     )
     for m in models
 ]
-models[hvd.rank()](torch.ones(1, 4)).sum().backward()
-optimizers[hvd.rank()].step()
+rank = optimizers[0].comm.rank
+models[rank](torch.ones(1, 4)).sum().backward()
+optimizers[rank].step()
 """
 
 
-def test_ranks_that_step_different_models_stop_with_a_message(tmp_path, monkeypatch):
+@pytest.mark.parametrize("launcher", ["horovodrun --gloo", "torchrun"])
+def test_ranks_that_step_different_models_stop_with_a_message(launcher, tmp_path, monkeypatch):
     monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "5")
     program = tmp_path / "different.py"
     program.write_text(DIFFERENT_MODELS)
     log = tmp_path / "log"
-    outcome = jobs.run("horovodrun --gloo", 2, [str(program)], log, timeout=120)
+    outcome = jobs.run(launcher, 2, [str(program)], log, timeout=120)
     assert outcome.status != 0
     assert re.search(r"for the other ranks to join collective '(replicas|exchange)", outcome.output)
 
@@ -81,7 +86,7 @@ def test_join_ends_the_job_with_the_remedy(tmp_path):
     not os.environ.get("PARSIMONY_SLOW"),
     reason="takes 9 GiB of memory and minutes; set PARSIMONY_SLOW=1",
 )
-@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo"])
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo", "torchrun"])
 def test_more_than_two_gib(launcher, tmp_path):
     program = [str(FOLDER / "check_large_messages.py")]
     outcome = jobs.run(launcher, 2, program, tmp_path / "log", timeout=800)

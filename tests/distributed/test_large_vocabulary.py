@@ -169,12 +169,14 @@ def test_two_workers_on_halves_do_what_one_does_on_all(name):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_real_ranks_take_no_memory_of_the_tables_size(num_ranks, tmp_path, monkeypatch):
-    """Resident memory also shows what native kernels and Horovod take."""
+@pytest.mark.parametrize(
+    ("launcher", "num_ranks"), [("horovodrun", 1), ("horovodrun", 2), ("torchrun", 2)]
+)
+def test_real_ranks_take_no_memory_of_the_tables_size(launcher, num_ranks, tmp_path, monkeypatch):
+    """Resident memory also shows what native kernels, Horovod and gloo take."""
     for name in ("MMAP_THRESHOLD_", "TRIM_THRESHOLD_"):  # freed memory goes back at once
         monkeypatch.setenv(f"MALLOC_{name}", "65536")
-    outcome = jobs.run("horovodrun", num_ranks, [PROGRAM], tmp_path / "log", timeout=240)
+    outcome = jobs.run(launcher, num_ranks, [PROGRAM], tmp_path / "log", timeout=240)
     assert outcome.status == 0, outcome.output[-5000:]
     for rank in range(num_ranks):
         for name in OPTIMIZERS:

@@ -1,4 +1,4 @@
-"""The library in a Horovod loop that is not ours, under every launcher."""
+"""The library in a loop that is not ours, under every launcher."""
 
 from pathlib import Path
 
@@ -11,8 +11,9 @@ PROGRAM = str(Path(__file__).with_name("check_own_loop.py"))
 
 
 @pytest.mark.parametrize("launcher", jobs.LAUNCHERS)
-def test_a_horovod_loop_learns_with_the_readmes_change(launcher, tmp_path):
-    outcome = jobs.run(launcher, 2, [PROGRAM], tmp_path / "log")
+def test_a_loop_learns_with_the_readmes_change(launcher, tmp_path):
+    written_for = "torch" if launcher == "torchrun" else "horovod"
+    outcome = jobs.run(launcher, 2, [PROGRAM, written_for], tmp_path / "log")
     assert outcome.status == 0, outcome.output[-5000:]
     for rank in range(2):
         assert f"rank {rank} of 2 learns" in outcome.output

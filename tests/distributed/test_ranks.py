@@ -13,10 +13,11 @@ PROGRAM = str(Path(__file__).with_name("check_ranks.py"))
 @pytest.mark.parametrize(
     ("launcher", "num_ranks"),
     [("horovodrun", 2), ("horovodrun --gloo", 2), ("mpirun", 2), ("mpirun", 4),
-     ("horovodrun --gloo", 4)],
+     ("horovodrun --gloo", 4), ("torchrun", 4)],
 )  # fmt: skip
-def test_ranks_agree_to_the_bit(launcher, num_ranks, tmp_path):
-    controller = "gloo" if "gloo" in launcher else "mpi"
+def test_ranks_agree_to_the_bit(launcher, num_ranks, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOROVOD_DYNAMIC_PROCESS_SETS", "1")  # for islands on one node
+    controller = {"horovodrun --gloo": "gloo", "torchrun": "torch"}.get(launcher, "mpi")
     outcome = jobs.run(launcher, num_ranks, [PROGRAM, controller], tmp_path / "log")
     assert outcome.status == 0, outcome.output[-5000:]
     for rank in range(num_ranks):
@@ -25,8 +26,8 @@ def test_ranks_agree_to_the_bit(launcher, num_ranks, tmp_path):
 
 STUCK = """
 import torch
-from dgc.comm import horovod_job
-with horovod_job() as comm:
+from dgc.job import job
+with job() as comm:
     comm.barrier()
     comm.all_reduce_async(torch.ones(3), f"only rank {comm.rank} asks for this").wait()
 """

@@ -1,4 +1,4 @@
-"""Horovod's way to resume (rank 0 loads, the rest is broadcast), with every optimizer."""
+"""To resume Horovod's way: rank 0 loads, the rest is broadcast; with every optimizer."""
 
 from pathlib import Path
 
@@ -10,8 +10,9 @@ pytestmark = pytest.mark.distributed
 PROGRAM = str(Path(__file__).with_name("check_resume.py"))
 
 
-def test_what_rank_0_loads_alone_and_broadcasts_is_as_if_all_had_loaded_it(tmp_path):
-    outcome = jobs.run("mpirun", 2, [PROGRAM], tmp_path / "log")
+@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
+def test_what_rank_0_loads_alone_and_broadcasts_is_as_if_all_had_loaded_it(launcher, tmp_path):
+    outcome = jobs.run(launcher, 2, [PROGRAM], tmp_path / "log")
     assert outcome.status == 0, outcome.output[-5000:]
     for rank in range(2):
         assert f"rank {rank} of 2 resumes" in outcome.output

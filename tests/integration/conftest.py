@@ -25,7 +25,7 @@ class Runs:
         flags = [w for name, value in overrides.items() for w in (f"--configs.{name}", str(value))]
         return ["train.py", *configs, *flags, "--runs", str(self._folder / runs), *extra]
 
-    def start(self, *extra, launcher="mpirun", num_ranks=2, **settings) -> jobs.Job:
+    def start(self, *extra, launcher=jobs.DEFAULT, num_ranks=2, **settings) -> jobs.Job:
         self._num_logs += 1
         log = self._folder / f"log{self._num_logs}"
         return jobs.start(launcher, num_ranks, self.words(*extra, **settings), log)
@@ -65,3 +65,12 @@ class Runs:
 @pytest.fixture
 def runs(tmp_path) -> Runs:
     return Runs(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_hash(tmp_path_factory) -> str:
+    """What two ranks come to in four epochs, with a checkpoint at every other step."""
+    runs = Runs(tmp_path_factory.mktemp("undisturbed"))
+    outcome = runs.run(checkpoint__every_steps=2, train__num_epochs=4)
+    assert outcome.status == 0, outcome.output[-5000:]
+    return runs.result()["parameter_hash"]

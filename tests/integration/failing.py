@@ -9,7 +9,8 @@ from workloads.datasets import digits
 
 
 def my_rank() -> str:
-    return os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["HOROVOD_RANK"]
+    names = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "RANK")
+    return next(os.environ[name] for name in names if name in os.environ)
 
 
 class Failing:

@@ -16,15 +16,24 @@ if not (NETLAB.exists() and os.geteuid() == 0 and shutil.which("ip") and shutil.
     pytest.skip("needs ../shared/netlab, root and iproute2", allow_module_level=True)
 
 
-def netlab(hosts, program, log):
-    words = [str(NETLAB), str(hosts), "1gbit", "--", jobs.sys.executable, *program]
+# One torchrun a host, as one starts them by hand; mpirun brings them there, as ssh would.
+TORCHRUN = """
+address=$(ip -4 -o address show eth0 | awk '{print $4}')
+exec torchrun --nnodes 4 --node-rank $OMPI_COMM_WORLD_RANK --nproc-per-node 1 \
+    --master-addr ${address%.*}.1 "$@"
+"""
+
+
+def netlab(hosts, program, log, start=(jobs.sys.executable,)):
+    words = [str(NETLAB), str(hosts), "1gbit", "--", *start, *program]
     return jobs.Job(words, log).wait(200)
 
 
-def test_four_hosts_train_replicas_that_are_equal_to_the_bit(tmp_path):
+@pytest.mark.parametrize("start", [(jobs.sys.executable,), ("bash", "-c", TORCHRUN, "torchrun")])
+def test_four_hosts_train_replicas_that_are_equal_to_the_bit(start, tmp_path):
     """The run itself compares its ranks' hashes after each epoch, and stops if they differ."""
     runs = Runs(tmp_path)
-    outcome = netlab(4, runs.words(), tmp_path / "log")
+    outcome = netlab(4, runs.words(), tmp_path / "log", start)
     assert outcome.status == 0, outcome.output[-5000:]
     result = runs.result()
     assert result["world_size"] == 4

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks.tables import read_scalars
+from tests import jobs
 from tests.integration.conftest import DIGITS, SPARSE
 
 pytestmark = pytest.mark.integration
@@ -63,11 +64,10 @@ def test_every_file_of_a_checkpoint_loads_with_weights_only(runs):
     assert not list(folder.glob("*.tmp"))
 
 
-def test_both_controllers_and_mpirun_end_with_the_same_parameters(runs):
+def test_all_launchers_end_with_the_same_parameters(runs):
     """Each run compares its ranks after every epoch; here the runs are compared."""
-    launchers = ("horovodrun", "horovodrun --gloo", "mpirun")
     hashes = set()
-    for number, launcher in enumerate(launchers):
+    for number, launcher in enumerate(jobs.LAUNCHERS):
         outcome = runs.run(launcher=launcher, runs=f"runs{number}")
         assert outcome.status == 0, outcome.output[-5000:]
         hashes.add(runs.result(f"runs{number}")["parameter_hash"])

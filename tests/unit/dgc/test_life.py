@@ -98,3 +98,29 @@ def test_fusion_is_told_of_once_where_sums_depend_on_it(
     told = [r.getMessage() for r in caplog.records if "tensor fusion is on" in r.getMessage()]
     assert len(told) == is_told
     assert not told or "HOROVOD_FUSION_THRESHOLD=0 before hvd.init()" in told[0]
+
+
+def mpi(nodes, size):
+    return {"OMPI_MCA_orte_num_nodes": nodes, "OMPI_COMM_WORLD_SIZE": size}
+
+
+def gloo(size, local, cross):
+    return {"HOROVOD_SIZE": size, "HOROVOD_LOCAL_SIZE": local, "HOROVOD_CROSS_SIZE": cross}
+
+
+@pytest.mark.parametrize(
+    ("environment", "may_be"),
+    [
+        ({}, False), (mpi(1, 4), False), (mpi(4, 4), False), (mpi(2, 4), True), (mpi(2, 3), True),
+        (gloo(4, 4, 1), False), (gloo(4, 1, 4), False), (gloo(4, 2, 2), True),
+        (gloo(3, 2, 2), True), (gloo(3, 2, 1), True), (gloo(3, 1, 2), True),  # nodes of 2 and 1
+        ({"PMI_RANK": 0}, True),
+    ],
+)  # fmt: skip
+def test_process_sets_are_asked_for_where_nodes_may_be_islands(environment, may_be, monkeypatch):
+    for name in (*life._COUNTS, "PMI_RANK", "PMIX_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    life.enter(Horovod())
+    assert ("HOROVOD_DYNAMIC_PROCESS_SETS" in os.environ) == may_be

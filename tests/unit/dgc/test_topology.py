@@ -58,5 +58,6 @@ def test_a_horovod_that_was_started_without_groups_stays_in_one_level(caplog):
 
     assert run_local(4, work, ranks_per_node=2) == [None] * 4
     assert caplog.text.count("set HOROVOD_DYNAMIC_PROCESS_SETS=1 before hvd.init()") == 1
-    with pytest.raises(ValueError, match="HOROVOD_DYNAMIC_PROCESS_SETS=1"):
-        run_local(4, lambda comm: work(comm, two_level=True), ranks_per_node=2)
+    for asked in ({"two_level": True}, {"ranks_per_island": 2}):
+        with pytest.raises(ValueError, match="HOROVOD_DYNAMIC_PROCESS_SETS=1"):
+            run_local(4, lambda comm, asked=asked: work(comm, **asked), ranks_per_node=2)

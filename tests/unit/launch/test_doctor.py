@@ -60,6 +60,20 @@ def test_a_probe_that_hangs_or_crashes_is_an_answer():
     assert "boom" in doctor.ask("raise SystemExit('boom')")["error"]
 
 
+def test_without_horovod_torch_alone_is_asked_for(monkeypatch):
+    facts = {"version": "2.13.0", "cuda": None, "gpus": [], "gloo": True}
+    monkeypatch.setattr(doctor, "ask", lambda code, seconds=60: (
+        facts if code is doctor._ASK_TORCH else {"error": "No module named 'horovod'"}
+    ))  # fmt: skip
+    for wanted, status in (("0", "missing"), ("1", "optional")):
+        monkeypatch.setenv("PARSIMONY_WITHOUT_HOROVOD", wanted)
+        statuses = {check.name: check.status for check in doctor.all_checks()}
+        assert statuses["horovod"] == status
+        assert statuses["torchrun"] == "ok"
+        assert ("mpi4py" in statuses) == (wanted == "0")
+    assert doctor.check_torchrun(facts | {"gloo": False}).status == "missing"
+
+
 def test_an_empty_environment_lacks_everything_and_is_told_the_remedy(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
     done = subprocess.run(

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -16,6 +17,8 @@ TRAIN = str(REPO / "train.py")
 
 
 def launch(script: str, *arguments: str, cwd=REPO, dry_run="1", **env: str):
+    if script != "setup.sh":
+        env = {"PARSIMONY_WITHOUT_HOROVOD": "0"} | env
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMP_", "LD_"))}
     return subprocess.run(
         [REPO / "launch" / script, *arguments],
@@ -88,6 +91,35 @@ def test_slurm_turns_its_allocation_into_hosts(tmp_path):
         SLURM_TASKS_PER_NODE="8(x2),4",
     )
     assert command[:5] == ["mpirun", "-np", "20", "-H", "n1:8,n2:8,n7:4"]
+
+
+def test_slurm_without_scontrol_stops_with_a_message(tmp_path):
+    for tool in ("bash", "dirname", "tr"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    settings = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "8(x2)"}
+    done = launch("slurm.sh", PATH=str(tmp_path), SLURM_SUBMIT_DIR=str(REPO), **settings)
+    assert done.returncode == 2
+    assert "scontrol, which comes with SLURM, does not tell the hosts of n[1-2]" in done.stderr
+
+
+def test_without_horovod_torchrun_starts_the_ranks(tmp_path):
+    without = {"PARSIMONY_WITHOUT_HOROVOD": "1"}
+    command = command_of("train.sh", "-np", "2", "--configs", "x.py", **without)
+    start = command.index("torchrun")
+    assert command[start + 1 : -2] == ["--standalone", "--nproc-per-node", "2", TRAIN]
+    assert command_of("train.sh", "-np", "2", "--torch", "--configs", "x.py") == command
+    assert "start one on each" in launch("train.sh", "-H", "a:2", **without).stderr
+    assert "start a torchrun on each host" in launch("mpirun.sh", "-H", "a:2", **without).stderr
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'n1\\nn2\\n'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    settings = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(REPO),
+                "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7", **without}  # fmt: skip
+    command = command_of("slurm.sh", "--configs", "x.py", SLURM_TASKS_PER_NODE="8(x2)", **settings)
+    assert command[0] == "srun" and "n1:29407" in command
+    start = command.index("torchrun")
+    assert command[start + 1 : start + 5] == ["--nnodes", "2", "--nproc-per-node", "8"]
+    uneven = launch("slurm.sh", "--configs", "x.py", SLURM_TASKS_PER_NODE="8,4", **settings)
+    assert "as many on each node" in uneven.stderr
 
 
 def test_setup_leaves_a_folder_that_it_did_not_make_alone(tmp_path):

@@ -1,0 +1,217 @@
+"""torch.distributed behind the Comm protocol: for jobs that `torchrun` starts, or anyone else who
+sets its variables, and for scripts that call `dist.init_process_group` themselves.
+
+Ranks meet by names (mail.py), over a gloo group of our own, whatever the person's default group is.
+Several TorchComms of one process share it, as HorovodComms share Horovod.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from dgc import objects, pieces
+from dgc.comm import Group, Names
+from dgc.launched import refuse_elastic_torchrun, refuse_loners
+from dgc.mail import FRAME_BYTES, Mail
+from dgc.torch_group import TorchGroup
+
+
+class _Life:
+    """What all TorchComms share from the first that is made to the last that is closed."""
+
+    def __init__(self) -> None:
+        self.begins_torch = not dist.is_initialized() and "MASTER_ADDR" in os.environ
+        if self.begins_torch:
+            _choose_interface()
+            dist.init_process_group("gloo")
+        self._world = dist.group.WORLD if dist.is_initialized() else None
+        self.num_open = 0
+        self.names = Names()
+        self._group, backend, rank, size = None, None, 0, 1
+        if self._world is not None:
+            rank, size = dist.get_rank(), dist.get_world_size()
+        if size > 1:
+            limit = pieces.stall_seconds() or 10 * 86_400
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=limit))
+            backend = self._group._get_backend(torch.device("cpu"))
+        self.mail = Mail(backend, rank, size)
+        self.size = size
+        atexit.register(self.mail.leave)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the person has ended torch.distributed, or begun it anew."""
+        return self._world is not (dist.group.WORLD if dist.is_initialized() else None)
+
+    def end(self) -> None:
+        self.mail.leave()
+        atexit.unregister(self.mail.leave)
+        if self.is_over:
+            return
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+        if self.begins_torch:
+            dist.destroy_process_group()
+
+
+_life: _Life | None = None
+
+
+class TorchComm(TorchGroup):
+    """torch.distributed's ranks: under `torchrun`, of a script's own process group, or alone.
+
+    Calls `init_process_group` if nobody has and the environment says how (MASTER_ADDR and others).
+    Any number may be made, on all ranks in one order; `close` of the last one ends what the first
+    began. Tensors of a GPU travel through the host's memory, and NCCL is not used.
+    Raises: RuntimeError in a job of torchrun whose size may change, and in one of several processes
+        that finds itself alone.
+    """
+
+    can_split = True
+
+    def __init__(self) -> None:
+        global _life
+        refuse_elastic_torchrun()
+        if _life is None or _life.is_over:
+            _life = _Life()
+        self._life = _life
+        self._life.num_open += 1
+        self._is_open = True
+        super().__init__(self._life.mail, range(self._life.size))
+        refuse_loners(self.world_size, "torch.distributed")
+        self._nodes = self._number_nodes()
+        here = [r for r, node in enumerate(self._nodes) if node == self._nodes[self.rank]]
+        self.local_rank, self.local_size = here.index(self.rank), len(here)
+
+    def unique_name(self, kind: str) -> str:
+        return self._life.names.unique_name(kind)
+
+    def nodes(self) -> list[int]:
+        return list(self._nodes)
+
+    def _number_nodes(self) -> list[int]:
+        """A node is what one torchrun has started; without torchrun, what has one host name."""
+        mine = os.environ.get("GROUP_RANK") or socket.gethostname()
+        found = self.all_gather_object(mine)
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(found))}
+        return [numbers[name] for name in found]
+
+    def split(self, groups: Sequence[Sequence[int]]) -> Group:
+        mine = next(sorted(ranks) for ranks in groups if self.rank in ranks)
+        return TorchGroup(self._mail, mine)
+
+    def broadcast(self, tensor: Tensor, name: str) -> None:
+        self._broadcast(tensor, name, root=0)
+
+    def broadcast_object(self, value: Any) -> Any:
+        return objects.broadcast(self, value)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return objects.all_gather(self, value)
+
+    def _broadcast(self, tensor: Tensor, name: str, root: int) -> None:
+        """Overwrite `tensor` with a rank's, in place, a piece at a time."""
+        key = self._key(name)
+        parts = pieces.parts_of(tensor.detach()) if tensor.numel() else ()
+        for number, part in enumerate(parts):
+            wire, is_own = pieces.as_bytes(part.to("cpu"))
+            self._pass_down(wire, f"{key}.{number}", name, root)
+            if self.rank != root and not (is_own and part.device.type == "cpu"):
+                part.copy_(wire.view(part.dtype).view(part.shape))
+            elif self.rank != root:
+                increment_version(part)
+
+    def _pass_down(self, wire: Tensor, key: str, name: str, root: int) -> None:
+        """Send bytes down a binomial tree. What is large is sent when it has a place to lie in."""
+        mail, parent, children = self._mail, *_tree(self.rank, root, self.world_size)
+        is_large, ready = wire.numel() > FRAME_BYTES // 2, torch.zeros(1, dtype=torch.uint8)
+        if parent is not None:
+            post = mail.expect(key, [parent], into={parent: wire})
+            if is_large:
+                mail.send(parent, f"{key}.ready", ready)
+            mail.wait(post, key, name)
+        if is_large and children:
+            mail.wait(mail.expect(f"{key}.ready", children), f"{key}.ready", name)
+        for child in children:
+            mail.send(child, key, wire)
+        mail.finish_sending(f"{key}.ready")
+        mail.finish_sending(key)
+
+    def barrier(self, name: str = "barrier") -> None:
+        self.all_gather_async(torch.zeros(1, dtype=torch.uint8, device="cpu"), name).wait()
+
+    def close(self) -> None:
+        global _life
+        if self._is_open:
+            self._is_open = False
+            self._life.num_open -= 1
+            if not self._life.is_over:
+                self.barrier("close")
+            if self._life.num_open == 0:
+                self._life.end()
+                _life = None if _life is self._life else _life
+
+    def abort(self) -> None:
+        """End this rank with exit status 1; torchrun then ends the others. Does not return."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _tree(rank: int, root: int, size: int) -> tuple[int | None, list[int]]:
+    """Return a rank's parent and children in a binomial tree.
+
+    Example: of 5 ranks from root 0, 0 has children 1, 2 and 4; 2 has 3.
+    """
+    place = (rank - root) % size
+    parent = None if place == 0 else ((place & (place - 1)) + root) % size
+    own_bit = place & -place or size
+    steps = (1 << n for n in range(own_bit.bit_length()))
+    children = [place + step for step in steps if step < own_bit and place + step < size]
+    return parent, [(child + root) % size for child in reversed(children)]
+
+
+def _choose_interface() -> None:
+    """Let gloo use the network that leads to the first host.
+
+    By itself it takes that of this host's own name, which on many machines is the loopback.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((os.environ["MASTER_ADDR"], 9))
+        except OSError:
+            return
+        address = probe.getsockname()[0]
+    name = _interface_of(address)
+    if name is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _interface_of(address: str) -> str | None:
+    import fcntl
+    import struct
+
+    SIOCGIFADDR = 0x8915
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            try:
+                found = fcntl.ioctl(probe, SIOCGIFADDR, request)[20:24]
+            except OSError:
+                continue
+            if socket.inet_ntoa(found) == address:
+                return name
+    return None
