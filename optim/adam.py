@@ -29,6 +29,7 @@ class Adam(MomentOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        amsgrad: bool = False,
         *,
         first_moment: str | None = None,
         second_moment: str | None = None,
@@ -41,6 +42,10 @@ class Adam(MomentOptimizer):
         seed: int = 0,
         clean_factor: float = 0.2,
         clean_interval: int | None = None,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(params, given(locals()))
 
@@ -51,7 +56,7 @@ class Adam(MomentOptimizer):
         return "exp_avg_sq", group["second_moment"]
 
     def _scalars(self, group: Group, step: int) -> dict[str, float]:
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = map(float, group["betas"])
         return {
             "first_beta": beta1,
             "first_gain": 1 - beta1,
@@ -74,7 +79,7 @@ class Adam(MomentOptimizer):
         a wider bound, for any number of steps: see moments.factored_bound. A cover's v is at least
         the element's own, so that it keeps within the bound by itself.
         """
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = map(float, group["betas"])
         second = group["second_moment"]
         first = group["first_moment"] if beta1 else None
         is_exact = "sketch" not in (first, second) and second != "factored"

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from kernels import ops
+from optim import options
 from optim.gradients import Gradient, read_gradient
-from optim.moments import count_of_steps
+from optim.moments import Moment, count_of_steps
 from optim.preconditioner import Preconditioner
 from optim.state import SECOND, Group, StatefulOptimizer
 from optim.update import refuse_capture, update
@@ -74,6 +75,8 @@ class MomentOptimizer(StatefulOptimizer):
         Raises: RuntimeError, while a CUDA graph is captured.
         """
         refuse_capture()
+        for group in self.param_groups:
+            options.check_neutral(group)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -86,15 +89,15 @@ class MomentOptimizer(StatefulOptimizer):
             raise ValueError(f"elements for tensors of shapes {shapes}, which are no parameters of "
                              "this optimizer")  # fmt: skip
         arrived = [(place, gradient) for place, gradient in arrived if gradient is not None]
-        if self._unfitted:
-            for place, _ in arrived:
-                self._moments(*place)  # refuses a checkpoint that does not fit before all steps
-        for place, gradient in arrived:
-            self._step_parameter(*place, gradient)
+        moments = [self._moments(*place) for place, _ in arrived]  # all, before the first step
+        for (place, gradient), kept in zip(arrived, moments, strict=True):
+            self._step_parameter(*place[1:], gradient, kept)
         return loss
 
-    def _step_parameter(self, position: int, group: Group, p: Tensor, gradient: Gradient) -> None:
-        moments, state = self._moments(position, group, p), self.state[p]
+    def _step_parameter(
+        self, group: Group, p: Tensor, gradient: Gradient, moments: tuple[Moment | None, ...]
+    ) -> None:
+        state = self.state[p]
         step = int(state["step"]) + 1
         rule = self._rule(group, step)
         if gradient.indices is not None and not gradient.is_alone:
@@ -108,7 +111,7 @@ class MomentOptimizer(StatefulOptimizer):
             moments[1].end_step(step, group)
 
     def _rule(self, group: Group, step: int) -> ops.Rule:
-        lr, weight_decay = float(group["lr"]), group["weight_decay"]
+        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
         decay = {"weight_decay": weight_decay}
         if group["decoupled_weight_decay"]:
             decay = {"decay": 1 - lr * weight_decay}
@@ -156,11 +159,11 @@ class MomentOptimizer(StatefulOptimizer):
 
         number = next(k for k, g in enumerate(self.param_groups) if g is group)
 
-        def options() -> Group:  # loading a checkpoint replaces the groups
+        def current() -> Group:  # loading a checkpoint replaces the groups
             return self.param_groups[number]
 
         given = Preconditioner(
-            moment, lambda step: self._scalars(options(), step), options, num_steps
+            moment, lambda step: self._scalars(current(), step), current, num_steps
         )
         self._delegated[p] = given
         self._moments(position, group, p)  # the rest of its state, if that is not there yet
