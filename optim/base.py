@@ -43,14 +43,18 @@ class MomentOptimizer(StatefulOptimizer):
         clean_factor, clean_interval: every so many steps of a parameter, multiply the sketch of its
             second moment, all of it, by the factor. None: never, the default also for sums, so that
             a sketch without collisions equals the full state (the paper: 0.2 and 125).
+        amsgrad, foreach, ...: torch's (options.NEUTRAL), for scripts that name them; only values
+            that ask for nothing are allowed.
 
     State is float32 whatever the parameter's dtype, but float64 for float64, and is made when a
     parameter that requires a gradient is given, not in the first step (`broadcast_optimizer_state`
     of Horovod would else step with zero gradients); that of an uninitialized parameter (of a lazy
-    module) in its first step, when its shape is known. `step` in the state counts the steps in
-    which a parameter had a gradient. A sparse gradient (COO) is coalesced. With one sparse
-    dimension it is of rows, with as many as the parameter has it is of elements; only they are
-    touched, and what their state shares with others (see kernels.ops.step).
+    module) in its first step, when its shape is known. A first moment is there while betas[0], or
+    momentum, is above 0: a schedule that takes it to 0 ends it, and later it begins at 0 again.
+    `step` in the state counts the steps in which a parameter had a gradient. A sparse gradient
+    (COO) is coalesced. With one sparse dimension it is of rows, with as many as the parameter has
+    it is of elements; only they are touched, and what their state shares with others (see
+    kernels.ops.step).
     """
 
     def _scalars(self, group: Group, step: int) -> dict[str, float]:

@@ -85,9 +85,10 @@ def is_to_be_compressed(moment: Moment, theirs: Mapping[str, Tensor]) -> bool:
 def compress(moment: Moment, full: Tensor) -> None:
     """Make a moment, 0 until now, the one of which `full` has every element.
 
-    Of the gradients that made it, a factored one, and a first moment in a sketch, would be the same
-    had it been kept so from the start; a cover is the lowest that bounds it, and a count-min
-    sketch is at least the value.
+    Factored means, sums in a sketch, and a first moment in one are what they would have been if
+    kept from the start. A cover is the lowest that bounds all; an average in a count-min sketch
+    some times what it would have been (2 where few rows arrive at a time, 10 where all do), so that
+    steps are smaller until it forgets.
     """
     full = full.detach().to(moment.spec.dtype)
     matrix = full.reshape(matrix_shape(moment.spec.shape, 1))

@@ -167,12 +167,16 @@ class StatefulOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a checkpoint's options and a copy of its state, in the dtype that it has here.
 
+        Those of torch's Adam, AdamW, RMSprop, Adagrad and SGD too. Options that say how state is
+        kept, or how torch computes, stay as they are here: moments that the checkpoint has in full
+        are compressed if they are here (see loading.compress).
         torch's own would cast the state to the parameter's dtype (pytorch issue 43706), share
         tensors with `state_dict`, and take any shape. Seeds and `step` stay on the CPU.
         A delegated second moment that was saved by an optimizer that had not delegated it goes to
         whom it is delegated.
-        Raises: ValueError, before anything changes, if a parameter's state was kept otherwise; of
-            an uninitialized parameter in its first step.
+        Raises: ValueError, before anything changes, if a parameter's state is kept in another way
+            than its options ask for, or an option cannot be; of an uninitialized parameter in its
+            first step.
         """
         fitted: dict[Tensor, dict[str, Tensor]] = {}
 

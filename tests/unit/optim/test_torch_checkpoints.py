@@ -122,6 +122,29 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing(name):
     assert sink.param_groups[0]["lr"] == 0.25
 
 
+def test_a_first_moment_of_no_weight_is_not_taken_over():
+    p = parameter(12, 5)
+    source = torch.optim.Adam([p], lr=0.01, betas=(0.0, 0.9))
+    train(source, [p], range(3))
+    resumed, (q,) = resume(optim.Adam, source, [p])
+    assert resumed.state[q].keys() == {"step", "exp_avg_sq"}
+    for optimizer, x in ((source, p), (resumed, q)):
+        train(optimizer, [x], range(3, 6))
+    assert_close(q.detach(), p.detach())
+
+
+def test_a_momentum_buffer_that_sparse_gradients_made_is_taken_over():
+    p = parameter(12, 5)
+    source = torch.optim.SGD([p], lr=0.01, momentum=0.9)
+    for grad in gradients(3, 12, 5):
+        step(source, p, (grad * (torch.arange(12)[:, None] % 2)).to_sparse(1))
+    assert source.state[p]["momentum_buffer"].is_sparse
+    resumed, (q,) = resume(optim.Momentum, source, [p])
+    assert torch.equal(
+        resumed.state[q]["momentum_buffer"], source.state[p]["momentum_buffer"].to_dense()
+    )
+
+
 def test_adagrad_s_older_name_of_its_sum_is_read():
     params = parameters()
     source = optim.SketchAdagrad(params, min_compressed_numel=0)
