@@ -56,7 +56,7 @@ class Adam(MomentOptimizer):
         return "exp_avg_sq", group["second_moment"]
 
     def _scalars(self, group: Group, step: int) -> dict[str, float]:
-        beta1, beta2 = map(float, group["betas"])
+        beta1, beta2 = _numbers(group["betas"])
         return {
             "first_beta": beta1,
             "first_gain": 1 - beta1,
@@ -68,10 +68,10 @@ class Adam(MomentOptimizer):
             "second_decay": 1 - beta2,
             "second_scale": 1 / (1 - beta2**step),
             "eps_outside": group["eps"],
-            **self._bound(group, step),
+            **self._bound(group, step, beta1, beta2),
         }
 
-    def _bound(self, group: Group, step: float) -> dict[str, float]:
+    def _bound(self, group: Group, step: float, beta1: float, beta2: float) -> dict[str, float]:
         """Bound what sketches and factors make of m / sqrt(v) by the most that it can be in full.
 
         By Cauchy and Schwarz, over a history of at most `step` gradients. Where a rare row shares
@@ -79,7 +79,6 @@ class Adam(MomentOptimizer):
         a wider bound, for any number of steps: see moments.factored_bound. A cover's v is at least
         the element's own, so that it keeps within the bound by itself.
         """
-        beta1, beta2 = map(float, group["betas"])
         second = group["second_moment"]
         first = group["first_moment"] if beta1 else None
         is_exact = "sketch" not in (first, second) and second != "factored"
@@ -89,6 +88,12 @@ class Adam(MomentOptimizer):
         if most == math.inf:
             return {}
         return factored_bound(most) if second == "factored" else {"largest_quotient": most}
+
+
+def _numbers(betas: Any) -> tuple[float, float]:
+    """Return betas, which may be tensors, as torch's may."""
+    beta1, beta2 = betas
+    return (beta1, beta2) if type(beta1) is float else (float(beta1), float(beta2))
 
 
 @functools.lru_cache(maxsize=256)

@@ -92,10 +92,10 @@ class MomentOptimizer(StatefulOptimizer):
             shapes = [tuple(p.shape) for p in elements]
             raise ValueError(f"elements for tensors of shapes {shapes}, which are no parameters of "
                              "this optimizer")  # fmt: skip
-        arrived = [(place, gradient) for place, gradient in arrived if gradient is not None]
-        moments = [self._moments(*place) for place, _ in arrived]  # all, before the first step
-        for (place, gradient), kept in zip(arrived, moments, strict=True):
-            self._step_parameter(*place[1:], gradient, kept)
+        ready = [(place, gradient, self._moments(*place))
+                 for place, gradient in arrived if gradient is not None]  # fmt: skip
+        for (_, group, p), gradient, moments in ready:  # now that nothing is refused any more
+            self._step_parameter(group, p, gradient, moments)
         return loss
 
     def _step_parameter(

@@ -114,9 +114,8 @@ def check(options: Mapping[str, Any], whose: str = "") -> None:
 
 def check_neutral(group: Mapping[str, Any]) -> None:
     """Raise ValueError for one of torch's keywords that has been set since the group was made."""
-    for name in NEUTRAL:
-        if group.get(name):
-            check({name: group[name]})
+    if any(map(group.get, NEUTRAL)):
+        check({name: group.get(name) for name in NEUTRAL})
 
 
 def _as_torch_says(name: str, value: Any) -> str:

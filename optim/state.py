@@ -94,7 +94,7 @@ class StatefulOptimizer(Optimizer):
         Raises: ValueError, if it is kept otherwise than in the steps before.
         """
         check_parameter(p)
-        if p in self._unfitted:
+        if self._unfitted and p in self._unfitted:
             self.state[p] = self._fitted(position, group, p, self.state[p])
             self._unfitted.discard(p)
         state = self.state[p]
@@ -103,7 +103,7 @@ class StatefulOptimizer(Optimizer):
             state["step"] = count_of_steps()
         first = self._moment(position, group, p, state, FIRST)
         second = None
-        if p not in self._delegated:
+        if not (self._delegated and p in self._delegated):
             second = self._moment(position, group, p, state, SECOND)
         if before and len(state) != len(before):
             _check_begun(position, state, before, first)
@@ -123,7 +123,7 @@ class StatefulOptimizer(Optimizer):
         chosen = (self._first, self._second)[turn](group)
         if chosen is None:
             return None
-        is_small = p.dim() < 2 or p.numel() < group["min_compressed_numel"] or p.numel() == 0
+        is_small = p.dim() < 2 or p.numel() < max(group["min_compressed_numel"], 1)
         spec = Spec(
             name=chosen[0],
             shape=tuple(p.shape),
