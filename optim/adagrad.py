@@ -13,16 +13,21 @@ class Adagrad(MomentOptimizer):
     """torch.optim.Adagrad, without lr_decay (use a scheduler) and initial_accumulator_value.
 
     Source: Duchi et al. 2011. A cover here is SM3 with Adagrad's eps.
-    State: square_sum, as it is kept: see MomentOptimizer, also for the other options.
+    State: sum, as it is kept: see MomentOptimizer, also for the other options.
     """
+
+    older_names = {"square_sum": "sum"}  # noqa: RUF012
 
     def __init__(
         self,
         params: Any,
         lr: Any = 1e-2,
-        *,
+        lr_decay: float = 0.0,
         weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
         eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
         second_moment: str | None = None,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
@@ -33,11 +38,14 @@ class Adagrad(MomentOptimizer):
         seed: int = 0,
         clean_factor: float = 0.2,
         clean_interval: int | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(params, given(locals()))
 
     def _second(self, group: Group) -> tuple[str, str]:
-        return "square_sum", group["second_moment"]
+        return "sum", group["second_moment"]
 
     def _scalars(self, group: Group, step: int) -> dict[str, float]:
         bound = factored_bound(1.0) if group["second_moment"] == "factored" else {}

@@ -29,6 +29,7 @@ class Adam(MomentOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        amsgrad: bool = False,
         *,
         first_moment: str | None = None,
         second_moment: str | None = None,
@@ -41,6 +42,10 @@ class Adam(MomentOptimizer):
         seed: int = 0,
         clean_factor: float = 0.2,
         clean_interval: int | None = None,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(params, given(locals()))
 
@@ -51,7 +56,7 @@ class Adam(MomentOptimizer):
         return "exp_avg_sq", group["second_moment"]
 
     def _scalars(self, group: Group, step: int) -> dict[str, float]:
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = _numbers(group["betas"])
         return {
             "first_beta": beta1,
             "first_gain": 1 - beta1,
@@ -63,10 +68,10 @@ class Adam(MomentOptimizer):
             "second_decay": 1 - beta2,
             "second_scale": 1 / (1 - beta2**step),
             "eps_outside": group["eps"],
-            **self._bound(group, step),
+            **self._bound(group, step, beta1, beta2),
         }
 
-    def _bound(self, group: Group, step: float) -> dict[str, float]:
+    def _bound(self, group: Group, step: float, beta1: float, beta2: float) -> dict[str, float]:
         """Bound what sketches and factors make of m / sqrt(v) by the most that it can be in full.
 
         By Cauchy and Schwarz, over a history of at most `step` gradients. Where a rare row shares
@@ -74,7 +79,6 @@ class Adam(MomentOptimizer):
         a wider bound, for any number of steps: see moments.factored_bound. A cover's v is at least
         the element's own, so that it keeps within the bound by itself.
         """
-        beta1, beta2 = group["betas"]
         second = group["second_moment"]
         first = group["first_moment"] if beta1 else None
         is_exact = "sketch" not in (first, second) and second != "factored"
@@ -84,6 +88,12 @@ class Adam(MomentOptimizer):
         if most == math.inf:
             return {}
         return factored_bound(most) if second == "factored" else {"largest_quotient": most}
+
+
+def _numbers(betas: Any) -> tuple[float, float]:
+    """Return betas, which may be tensors, as torch's may."""
+    beta1, beta2 = betas
+    return (beta1, beta2) if type(beta1) is float else (float(beta1), float(beta2))
 
 
 @functools.lru_cache(maxsize=256)

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from kernels import ops
+from optim import options
 from optim.gradients import Gradient, read_gradient
-from optim.moments import count_of_steps
+from optim.moments import Moment, count_of_steps
 from optim.preconditioner import Preconditioner
 from optim.state import SECOND, Group, StatefulOptimizer
 from optim.update import refuse_capture, update
@@ -42,14 +43,18 @@ class MomentOptimizer(StatefulOptimizer):
         clean_factor, clean_interval: every so many steps of a parameter, multiply the sketch of its
             second moment, all of it, by the factor. None: never, the default also for sums, so that
             a sketch without collisions equals the full state (the paper: 0.2 and 125).
+        amsgrad, foreach, ...: torch's (options.NEUTRAL), for scripts that name them; only values
+            that ask for nothing are allowed.
 
     State is float32 whatever the parameter's dtype, but float64 for float64, and is made when a
     parameter that requires a gradient is given, not in the first step (`broadcast_optimizer_state`
     of Horovod would else step with zero gradients); that of an uninitialized parameter (of a lazy
-    module) in its first step, when its shape is known. `step` in the state counts the steps in
-    which a parameter had a gradient. A sparse gradient (COO) is coalesced. With one sparse
-    dimension it is of rows, with as many as the parameter has it is of elements; only they are
-    touched, and what their state shares with others (see kernels.ops.step).
+    module) in its first step, when its shape is known. A first moment is there while betas[0], or
+    momentum, is above 0: a schedule that takes it to 0 ends it, and later it begins at 0 again.
+    `step` in the state counts the steps in which a parameter had a gradient. A sparse gradient
+    (COO) is coalesced. With one sparse dimension it is of rows, with as many as the parameter has
+    it is of elements; only they are touched, and what their state shares with others (see
+    kernels.ops.step).
     """
 
     def _scalars(self, group: Group, step: int) -> dict[str, float]:
@@ -74,6 +79,8 @@ class MomentOptimizer(StatefulOptimizer):
         Raises: RuntimeError, while a CUDA graph is captured.
         """
         refuse_capture()
+        for group in self.param_groups:
+            options.check_neutral(group)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -85,16 +92,16 @@ class MomentOptimizer(StatefulOptimizer):
             shapes = [tuple(p.shape) for p in elements]
             raise ValueError(f"elements for tensors of shapes {shapes}, which are no parameters of "
                              "this optimizer")  # fmt: skip
-        arrived = [(place, gradient) for place, gradient in arrived if gradient is not None]
-        if self._unfitted:
-            for place, _ in arrived:
-                self._moments(*place)  # refuses a checkpoint that does not fit before all steps
-        for place, gradient in arrived:
-            self._step_parameter(*place, gradient)
+        ready = [(place, gradient, self._moments(*place))
+                 for place, gradient in arrived if gradient is not None]  # fmt: skip
+        for (_, group, p), gradient, moments in ready:  # now that nothing is refused any more
+            self._step_parameter(group, p, gradient, moments)
         return loss
 
-    def _step_parameter(self, position: int, group: Group, p: Tensor, gradient: Gradient) -> None:
-        moments, state = self._moments(position, group, p), self.state[p]
+    def _step_parameter(
+        self, group: Group, p: Tensor, gradient: Gradient, moments: tuple[Moment | None, ...]
+    ) -> None:
+        state = self.state[p]
         step = int(state["step"]) + 1
         rule = self._rule(group, step)
         if gradient.indices is not None and not gradient.is_alone:
@@ -108,7 +115,7 @@ class MomentOptimizer(StatefulOptimizer):
             moments[1].end_step(step, group)
 
     def _rule(self, group: Group, step: int) -> ops.Rule:
-        lr, weight_decay = float(group["lr"]), group["weight_decay"]
+        lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
         decay = {"weight_decay": weight_decay}
         if group["decoupled_weight_decay"]:
             decay = {"decay": 1 - lr * weight_decay}
@@ -156,11 +163,11 @@ class MomentOptimizer(StatefulOptimizer):
 
         number = next(k for k, g in enumerate(self.param_groups) if g is group)
 
-        def options() -> Group:  # loading a checkpoint replaces the groups
+        def current() -> Group:  # loading a checkpoint replaces the groups
             return self.param_groups[number]
 
         given = Preconditioner(
-            moment, lambda step: self._scalars(options(), step), options, num_steps
+            moment, lambda step: self._scalars(current(), step), current, num_steps
         )
         self._delegated[p] = given
         self._moments(position, group, p)  # the rest of its state, if that is not there yet

@@ -52,9 +52,10 @@ def read_gradient(p: Tensor, elements: tuple[Tensor, Tensor] | None) -> Gradient
         indices, values = elements
         check_elements(values, indices, p)
         return Gradient(values, indices=indices, is_alone=False)
-    if p.grad is None:
+    grad = p.grad
+    if grad is None:
         return None
-    grad = p.grad.detach()
+    grad = grad.detach()
     if grad.shape != p.shape or grad.dtype != p.dtype:
         raise ValueError(
             f"grad is {tuple(grad.shape)} {grad.dtype}; allowed: {tuple(p.shape)} {p.dtype}, "

@@ -19,8 +19,10 @@ class Momentum(MomentOptimizer):
         params: Any,
         lr: Any = 1e-3,
         momentum: float = 0.9,
-        *,
+        dampening: float = 0.0,
         weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
         first_moment: str | None = None,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
@@ -29,6 +31,10 @@ class Momentum(MomentOptimizer):
         size_ratio: float = 0.2,
         width: int | None = None,
         seed: int = 0,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(params, given(locals()))
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from kernels.operands import MAX_DEPTH, MAX_ROWS, STATE_DTYPES
 
 STRUCTURE_NAMES = ("full", "cover", "factored", "sketch")
@@ -23,6 +25,14 @@ def _one_of(*allowed: Any) -> Callable[[Any], bool]:
     return lambda x: x in allowed
 
 
+def _are_betas(x: Any) -> bool:
+    return len(x) == 2 and all(0 <= b < 1 for b in x) and _are_alike(x)
+
+
+def _are_alike(betas: Any) -> bool:
+    return len({isinstance(b, Tensor) for b in betas}) == 1
+
+
 _at_least_0 = (_number(0, math.inf, below=True), "0 or more, and finite")
 _below_1 = (_number(0, 1, below=True), "from 0 to below 1")
 _yes_or_no = (_one_of(True, False), "True or False")
@@ -35,7 +45,7 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "momentum": _below_1,
     "beta": _below_1,
     "alpha": _below_1,
-    "betas": (lambda x: len(x) == 2 and all(0 <= b < 1 for b in x), "two, from 0 to below 1"),
+    "betas": (_are_betas, "two, from 0 to below 1"),
     "decoupled_weight_decay": _yes_or_no,
     "maximize": _yes_or_no,
     "min_compressed_numel": (_count(0, 2**63), "an integer, 0 (compress all) or more"),
@@ -59,9 +69,36 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 
+# Keywords of torch's that are taken so that scripts and checkpoints which name them go on, each at
+# the values that ask for nothing: all of them are false.
+NEUTRAL: dict[str, str] = {
+    "amsgrad": "False: the largest second moment is not kept; torch.optim.Adam does",
+    "centered": "False: the mean gradient is not kept; torch.optim.RMSprop does",
+    "nesterov": "False: torch.optim.SGD has Nesterov's momentum",
+    "dampening": "0: torch.optim.SGD dampens",
+    "lr_decay": "0: let a scheduler do it, LambdaLR(optimizer, lambda t: 1 / (1 + lr_decay * t))",
+    "initial_accumulator_value": "0: set eps, or add it to the sums in the optimizer's state",
+    "foreach": "None, False: a step is one kernel for each tensor already",
+    "fused": "None, False: a step is one kernel for each tensor already",
+    "capturable": "False: a CUDA graph would repeat one step's rate and bias correction",
+    "differentiable": "False: gradients do not flow through a step; torch.optim's do",
+}
+ALLOWED |= {
+    name: (lambda x: x is None or x in (False, 0), words) for name, words in NEUTRAL.items()
+}
 
-def check(options: Mapping[str, Any]) -> None:
-    """Raise ValueError for an option whose value is not allowed; names not in the table pass."""
+_BELOW_0_IN_TORCH = {"lr": "learning rate", "eps": "epsilon value"} | {
+    name: f"{name} value"
+    for name in ("weight_decay", "momentum", "alpha", "lr_decay", "initial_accumulator_value")
+}
+
+
+def check(options: Mapping[str, Any], whose: str = "") -> None:
+    """Raise ValueError for an option whose value is not allowed; names not in the table pass.
+
+    The message ends with what torch.optim says of the same mistake, if it does.
+    Args: whose: the options are, in the message.
+    """
     for name, value in options.items():
         if name not in ALLOWED:
             continue
@@ -71,7 +108,28 @@ def check(options: Mapping[str, Any]) -> None:
         except (TypeError, ValueError, RuntimeError):  # of another type altogether
             fits = False
         if not fits:
-            raise ValueError(f"{name} is {value!r}; allowed: {words}")
+            said = _as_torch_says(name, value)
+            raise ValueError(f"{whose}{name} is {value!r}; allowed: {words}{said and f' ({said})'}")
+
+
+def check_neutral(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for one of torch's keywords that has been set since the group was made."""
+    if any(map(group.get, NEUTRAL)):
+        check({name: group.get(name) for name in NEUTRAL})
+
+
+def _as_torch_says(name: str, value: Any) -> str:
+    if name == "lr" and isinstance(value, Tensor) and value.numel() != 1:
+        return "Tensor lr must be 1-element"
+    if name == "betas" and isinstance(value, (tuple, list)) and len(value) == 2:
+        if not _are_alike(value):
+            return "betas must be either both floats or both Tensors"
+        for index, beta in enumerate(value):
+            if not 0 <= beta < 1:
+                return f"Invalid beta parameter at index {index}: {beta}"
+    if name in _BELOW_0_IN_TORCH and isinstance(value, (int, float, Tensor)) and not value >= 0:
+        return f"Invalid {_BELOW_0_IN_TORCH[name]}: {value}"
+    return ""
 
 
 def given(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,10 +27,14 @@ class RMSprop(MomentOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         momentum: float = 0.0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
         *,
         second_moment: str | None = None,
         decoupled_weight_decay: bool = False,
-        maximize: bool = False,
         min_compressed_numel: int = 4096,
         depth: int = 3,
         size_ratio: float = 0.2,
@@ -38,6 +42,7 @@ class RMSprop(MomentOptimizer):
         seed: int = 0,
         clean_factor: float = 0.2,
         clean_interval: int | None = None,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(params, given(locals()))
 

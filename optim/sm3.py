@@ -42,6 +42,10 @@ class SM3(MomentOptimizer):
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
         min_compressed_numel: int = 0,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(params, given(locals()))
 

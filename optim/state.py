@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from kernels.operands import state_dtype
-from optim import options
+from optim import loading, options
 from optim.gradients import check_parameter
 from optim.moments import STRUCTURES, Moment, Spec, count_of_steps, fit_state, tensors_of
 from optim.preconditioner import Preconditioner
@@ -29,17 +29,26 @@ class StatefulOptimizer(Optimizer):
 
     first_follows_update: ClassVar[bool] = False
     structures: ClassVar[Mapping[str, str]] = {"first_moment": "full", "second_moment": "full"}
+    older_names: ClassVar[Mapping[str, str]] = {}  # in checkpoints -> now
 
     def __init__(self, params: Any, defaults: Group) -> None:
         self._delegated: dict[Tensor, Preconditioner | None] = {}
         self._unfitted: set[Tensor] = set()  # loaded before their shape was known
         unset = {k: v for k, v in self.structures.items() if defaults.get(k, "") is None}
-        super().__init__(params, {**defaults, **unset})
+        defaults = {**defaults, **unset}
+        options.check(defaults)  # before the parameters, as torch does
+        super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         delegated = dict.fromkeys(self._delegated)  # what they feed is not a copy's
         own = {"_delegated": delegated, "_unfitted": self._unfitted}
         return {**super().__getstate__(), **own}  # else copies lack them
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of an older version
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
     # ---- what a subclass says --------------------------------------------------------------------
 
@@ -59,7 +68,7 @@ class StatefulOptimizer(Optimizer):
             for position, group, p in self._places():
                 if group is self.param_groups[-1] and p.requires_grad:
                     self._make_state(position, group, p)
-        except ValueError:
+        except Exception:
             for p in self.param_groups.pop()["params"]:
                 self.state.pop(p, None)
             raise
@@ -76,25 +85,31 @@ class StatefulOptimizer(Optimizer):
             self._moments(position, group, p)
 
     def _moments(
-        self, position: int, group: Group, p: Tensor, *, as_layout: bool = False
+        self, position: int, group: Group, p: Tensor
     ) -> tuple[Moment | None, Moment | None]:
         """Return a parameter's moments, after making those parts of its state that are not there.
 
-        Args: as_layout: make new ones, without memory and not in the state, to compare with.
+        A first moment is there while its weight, betas[0] or the momentum, is above 0. One that
+        begins among steps begins at 0: what came before has moved the parameter in full.
+        Raises: ValueError, if it is kept otherwise than in the steps before.
         """
         check_parameter(p)
-        if p in self._unfitted and not as_layout:
-            layout = self._layout(position, group, p, self.state[p])
-            self.state[p] = fit_state(position, layout, self.state[p], p.device)
+        if self._unfitted and p in self._unfitted:
+            self.state[p] = self._fitted(position, group, p, self.state[p])
             self._unfitted.discard(p)
-        state = {} if as_layout else self.state[p]
-        if "step" not in state:
+        state = self.state[p]
+        before = dict(state)
+        if not before:
             state["step"] = count_of_steps()
-        device = torch.device("meta") if as_layout else p.device
-        first = self._moment(position, group, p, state, FIRST, device)
-        if p in self._delegated:
-            return first, None
-        return first, self._moment(position, group, p, state, SECOND, device)
+        first = self._moment(position, group, p, state, FIRST)
+        second = None
+        if not (self._delegated and p in self._delegated):
+            second = self._moment(position, group, p, state, SECOND)
+        if before and len(state) != len(before):
+            _check_begun(position, state, before, first)
+        if first is None:
+            loading.drop_first(state)
+        return first, second
 
     def _moment(
         self,
@@ -108,7 +123,7 @@ class StatefulOptimizer(Optimizer):
         chosen = (self._first, self._second)[turn](group)
         if chosen is None:
             return None
-        is_small = p.dim() < 2 or p.numel() < group["min_compressed_numel"] or p.numel() == 0
+        is_small = p.dim() < 2 or p.numel() < max(group["min_compressed_numel"], 1)
         spec = Spec(
             name=chosen[0],
             shape=tuple(p.shape),
@@ -152,24 +167,25 @@ class StatefulOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a checkpoint's options and a copy of its state, in the dtype that it has here.
 
+        Those of torch's Adam, AdamW, RMSprop, Adagrad and SGD too. Options that say how state is
+        kept, or how torch computes, stay as they are here: moments that the checkpoint has in full
+        are compressed if they are here (see loading.compress).
         torch's own would cast the state to the parameter's dtype (pytorch issue 43706), share
         tensors with `state_dict`, and take any shape. Seeds and `step` stay on the CPU.
         A delegated second moment that was saved by an optimizer that had not delegated it goes to
         whom it is delegated.
-        Raises: ValueError, before anything changes, if a parameter's state was kept otherwise; of
-            an uninitialized parameter in its first step.
+        Raises: ValueError, before anything changes, if a parameter's state is kept in another way
+            than its options ask for, or an option cannot be; of an uninitialized parameter in its
+            first step.
         """
         fitted: dict[Tensor, dict[str, Tensor]] = {}
 
         def take(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            groups = [
-                {**{k: v for k, v in mine.items() if k != "params"}, **theirs}
-                for mine, theirs in zip(self.param_groups, loaded["param_groups"], strict=False)
-            ]
-            groups += loaded["param_groups"][len(groups) :]  # which torch will refuse
-            for group in groups:
-                options.check(group)
-            fitted.update(self._fit(loaded))
+            mine, theirs = self.param_groups, loaded["param_groups"]
+            if [len(group["params"]) for group in mine] != [len(g["params"]) for g in theirs]:
+                return loaded  # which torch refuses
+            groups = loading.merge_groups(mine, theirs)
+            fitted.update(self._fit(groups, loaded["state"]))
             return {**loaded, "state": {}, "param_groups": groups}
 
         def put(_: Optimizer) -> None:
@@ -192,34 +208,81 @@ class StatefulOptimizer(Optimizer):
             for hook in hooks:
                 hook.remove()
 
-    def _fit(self, loaded: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
-        """Return copies of the loaded tensors for each parameter, once all are known to fit."""
-        keys = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+    def _fit(
+        self, groups: list[Group], states: Mapping[Any, Mapping[str, Any]]
+    ) -> dict[Tensor, dict[str, Tensor]]:
+        """Return copies of the loaded tensors for each parameter, once all are known to fit.
+
+        Args: groups: the checkpoint's, with its options, which say what its state is to be.
+        """
+        loaded = ((key, group) for group in groups for key in group["params"])
         fitted = {}
-        for key, (position, group, p) in zip(keys, self._places(), strict=False):
-            theirs = loaded["state"].get(key)
+        for (key, group), (position, _, p) in zip(loaded, self._places(), strict=True):
+            theirs = states.get(key)
             if theirs and is_lazy(p):
                 fitted[p] = {name: t.clone() for name, t in tensors_of(theirs).items()}
             elif theirs:
-                layout = self._layout(position, group, p, theirs)
-                fitted[p] = fit_state(position, layout, theirs, p.device)
+                fitted[p] = self._fitted(position, group, p, theirs)
         return fitted
 
-    def _layout(
+    def _fitted(
         self, position: int, group: Group, p: Tensor, theirs: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Return a copy of a parameter's loaded state, as it is kept here."""
+        theirs = loading.read_state(theirs, self.older_names)
+        meta = torch.device("meta")
+        first, second = (self._moment(position, group, p, {}, k, meta) for k in (FIRST, SECOND))
+        if first is None:
+            loading.drop_first(theirs)
+        for turn, moment in ((FIRST, first), (SECOND, second)):
+            if moment is not None and loading.is_to_be_compressed(moment, theirs):
+                full = theirs.pop(moment.spec.name)
+                kept = self._moment(position, group, p, {}, turn, full.device)
+                loading.compress(kept, full)
+                theirs |= kept.tensors
+        layout = self._layout(position, p, theirs, first, second)
+        loading.refuse_others(position, theirs, layout)
+        return fit_state(position, layout, theirs, p.device)
+
+    def _layout(
+        self,
+        position: int,
+        p: Tensor,
+        theirs: dict[str, Tensor],
+        first: Moment | None,
+        second: Moment | None,
     ) -> dict[str, Tensor]:
         """Return what a parameter's loaded state is to look like, without memory."""
         layout = {"step": count_of_steps()}
-        first, second = self._moments(position, group, p, as_layout=True)
-        layout.update(first.tensors if first else {})
-        if second and theirs.keys() == layout.keys():
-            raise ValueError(
-                f"the checkpoint has no second moment for parameter {position}: it was saved while "
-                f"workers of a DistributedOptimizer had that. Make the DistributedOptimizer first, "
-                f"and load the checkpoint there"
-            )
-        layout.update(second.tensors if second else {})
-        given = self._delegated.get(p)
-        if given is not None and theirs.keys() & given.tensors.keys() > {"step"}:
-            layout |= given.tensors
+        if first and theirs.keys() & first.tensors.keys():  # else it is yet to begin
+            layout |= first.tensors
+        if second is None:
+            theirs.setdefault("step", count_of_steps())  # torch.optim.SGD counts none
+        elif p not in self._delegated:
+            if theirs.keys() == layout.keys():
+                raise ValueError(
+                    f"the checkpoint has no second moment for parameter {position}: it was saved "
+                    f"while workers of a DistributedOptimizer had that, or by an optimizer that "
+                    f"has none. Make the DistributedOptimizer first, and load the checkpoint there"
+                )
+            layout |= second.tensors
+        elif (given := self._delegated[p]) is not None:
+            if theirs.keys() & given.tensors.keys() > {"step"}:
+                layout |= given.tensors
         return layout
+
+
+def _check_begun(
+    position: int, state: dict[str, Tensor], before: dict[str, Tensor], first: Moment | None
+) -> None:
+    """Raise ValueError, and leave the state as it was, if a moment began anew among steps."""
+    begun = state.keys() - before.keys()
+    num_steps = int(before.get("step", 0))
+    if num_steps and not (first and begun == first.tensors.keys()):
+        state.clear()
+        state.update(before)
+        raise ValueError(
+            f"parameter {position} has {sorted(before)} after {num_steps} steps, and its options "
+            f"now ask for {sorted(begun)}; first_moment, second_moment and min_compressed_numel "
+            f"cannot change between steps. Make the optimizer anew, and load the state there"
+        )
