@@ -1,19 +1,25 @@
 """Compile the C++ once for this machine and load it, with torch's own OpenMP threads.
 
 The library is kept in ~/.cache/parsimony/kernels (XDG_CACHE_HOME moves it), under a name made of
-the sources, the compiler, its options and the processor: a change in any makes a new one.
+the sources, the options and the processor, and of the compiler: a change in any makes a new one.
+Where there is no compiler, any compiler's will do.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -31,6 +37,7 @@ REMEDY = (
     "Install g++ or clang++ (CXX names it), or choose the plain torch implementation with "
     "PARSIMONY_KERNELS=reference"
 )
+PATIENCE = 300.0  # seconds for another process that compiles
 
 
 @functools.cache
@@ -40,39 +47,152 @@ def host_library() -> ctypes.CDLL:
     Raises: RuntimeError with the compiler's words and the remedy.
     """
     _share_openmp()
-    path = cache_folder() / f"host-{_key()}.so"
-    if not path.exists():
-        _compile(path)
+    for path in _libraries():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            failure = error
+    raise RuntimeError(
+        f"cannot load the compiled kernels: {failure}. Set XDG_CACHE_HOME to a folder from which "
+        "programs may run, or remove the file"
+    ) from failure
+
+
+def _libraries() -> list[Path]:
+    """Return the library to load, compiled now if need be; or those that may do in its place."""
+    key = _key()
+    found = sorted(cache_folder().glob(f"host-{key}-*.so"), key=lambda path: path.stat().st_mtime)
     try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise RuntimeError(
-            f"cannot load the compiled kernels: {error}. Set XDG_CACHE_HOME to a folder from which "
-            "programs may run, or remove the file"
-        ) from error
-
-
-def compiler() -> str:
-    """Return the C++ compiler that would be used. Raises: RuntimeError if there is none."""
-    chosen = os.environ.get("CXX")
-    for name in [chosen] if chosen else ["g++", "c++", "clang++"]:
-        found = shutil.which(name)
+        command = compiler()
+        path = cache_folder() / f"host-{key}-{_version(command)}.so"
+    except RuntimeError as error:
         if found:
-            return found
+            return found[::-1]
+        where = f"{cache_folder()} has no library of these sources for this processor either"
+        raise RuntimeError(f"{error}; {where}") from None
+    if path.exists():
+        return [path]
+    if found and not os.access(cache_folder(), os.W_OK):
+        return found[::-1]
+    with _alone(path):
+        if not path.exists():
+            keep(path, functools.partial(_compile, command))
+    return [path]
+
+
+def compiler() -> list[str]:
+    """Return the command of the C++ compiler that would be used, by words, as "ccache g++" has two.
+
+    Raises: RuntimeError if there is none.
+    """
+    chosen = os.environ.get("CXX")
+    for words in _words(chosen) if chosen else (["g++"], ["c++"], ["clang++"]):
+        found = shutil.which(words[0]) if words else None
+        if found:
+            return [found, *words[1:]]
     missing = f"CXX is {chosen!r}, which is no command" if chosen else "no C++ compiler found"
     raise RuntimeError(f"{missing}: the native kernels need one. {REMEDY}")
 
 
+def _words(command: str) -> Iterator[list[str]]:
+    yield [command]  # a path may have spaces
+    with contextlib.suppress(ValueError):  # a quotation without an end
+        yield shlex.split(command)
+
+
 def cache_folder() -> Path:
     """Return where compiled kernels are kept; it need not be there."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "parsimony" / "kernels"
+    chosen = os.environ.get("XDG_CACHE_HOME")
+    if chosen:
+        return Path(os.path.expanduser(chosen)) / "parsimony" / "kernels"
+    try:
+        return Path.home() / ".cache" / "parsimony" / "kernels"
+    except RuntimeError:  # neither HOME nor an entry in passwd, as in some containers
+        return _own_temporary_folder() / "kernels"
+
+
+def _own_temporary_folder() -> Path:
+    """Return this user's folder in /tmp, where others could lay libraries under any other name."""
+    folder = Path(tempfile.gettempdir()) / f"parsimony-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():
+        raise RuntimeError(f"there is no HOME, and {folder} belongs to another user. Set HOME, or "
+                           "XDG_CACHE_HOME to a folder that can be written")  # fmt: skip
+    return folder
+
+
+def keep(path: Path, make: Callable[[Path], None]) -> None:
+    """Have `make` write a file of the cache: it is there whole or not at all, whoever else does so.
+
+    Raises: RuntimeError with the remedy, if the cache cannot be written; what `make` raises.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Its name is free on all hosts that share the folder; a process's number is not.
+        with tempfile.TemporaryDirectory(
+            prefix="new.", dir=path.parent, ignore_cleanup_errors=True
+        ) as folder:
+            new = Path(folder) / path.name
+            make(new)
+            with open(new, "rb") as written:
+                os.fsync(written.fileno())  # a name that outlives a crash is of all its bytes
+            new.replace(path)
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot keep the compiled kernels in {path.parent}: {error}. Set XDG_CACHE_HOME to a "
+            "folder that can be written"
+        ) from error
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let one of a job's ranks, which start together, compile, and the others wait for it.
+
+    Where files cannot be locked, each compiles.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
+            deadline = time.monotonic() + PATIENCE
+            while not _has_locked(lock.fileno()) and time.monotonic() < deadline:
+                time.sleep(0.1)
+        yield
+
+
+def _has_locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _compile(command: list[str], path: Path) -> None:
+    words = [*command, *OPTIONS, "-o", str(path), *(str(HERE / name) for name in SOURCES)]
+    status, output = _run(words)
+    if status or not path.exists():
+        raise RuntimeError(f"{shlex.join(words)}\n{output[-2000:]}\n{REMEDY}")
+
+
+def _run(words: list[str]) -> tuple[int, str]:
+    try:
+        result = subprocess.run(words, capture_output=True, text=True)
+    except OSError as error:  # no program after all
+        return 1, str(error)
+    return result.returncode, result.stdout + result.stderr
 
 
 def _key() -> str:
     sources = b"".join((HERE / name).read_bytes() for name in (*HEADERS, *SOURCES))
-    version = subprocess.run([compiler(), "--version"], capture_output=True).stdout
-    parts = (sources, version, " ".join(OPTIONS).encode(), _processor().encode())
+    return _digest(sources, " ".join(OPTIONS).encode(), _processor().encode())
+
+
+def _version(command: list[str]) -> str:
+    return _digest(_run([*command, "--version"])[1].encode(), repr(command[1:]).encode())
+
+
+def _digest(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
@@ -85,28 +205,6 @@ def _processor() -> str:
     wanted = ("model name", "flags", "Features", "CPU part")
     seen = dict(line.split(":", 1) for line in lines if line.startswith(wanted))
     return platform.machine() + repr(sorted(seen.items()))
-
-
-def _compile(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path.with_suffix(".lock"), "w")
-    except OSError as error:
-        raise RuntimeError(
-            f"cannot keep the compiled kernels in {path.parent}: {error}. Set XDG_CACHE_HOME to a "
-            "folder that can be written"
-        ) from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the ranks of a job start together; one of them compiles
-        if path.exists():
-            return
-        new = path.with_suffix(f".new.{os.getpid()}")
-        sources = [str(HERE / name) for name in SOURCES]
-        command = [compiler(), *OPTIONS, "-o", str(new), *sources]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{result.stderr[-2000:]}\n{REMEDY}")
-        new.rename(path)
 
 
 def _share_openmp() -> None:

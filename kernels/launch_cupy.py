@@ -1,7 +1,8 @@
 """How the CUDA kernels are compiled and launched: by CuPy, when the first is launched.
 
 Compiled code is kept in ~/.cache/parsimony/kernels (XDG_CACHE_HOME moves it), under a name made of
-the sources, the options, the compiler's version and the GPU's architecture.
+the sources, the options and the GPU's architecture, and of the compiler's version. Where NVRTC is
+not there, any version's will do.
 """
 
 from __future__ import annotations
@@ -9,13 +10,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from kernels.build import cache_folder
+from kernels.build import cache_folder, keep
 
 if TYPE_CHECKING:
     import cupy
@@ -95,9 +95,17 @@ def _compiled(capability: str) -> Path:
     Not RawModule's own compilation: it appends -ftz=true, and NVRTC obeys its last option.
     """
     cuda = _cupy().cuda
-    parts = (source(), OPTIONS, cuda.nvrtc.getVersion(), capability)
-    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
-    path = cache_folder() / f"device-{key}.cubin"
+    key = hashlib.sha256(repr((source(), OPTIONS, capability)).encode()).hexdigest()[:20]
+    try:
+        version = "-".join(map(str, cuda.nvrtc.getVersion()))
+    except Exception as error:  # CuPy's, of several kinds
+        found = sorted(cache_folder().glob(f"device-{key}-*.cubin"))
+        if found:
+            return found[-1]
+        raise RuntimeError(
+            f"NVRTC, which compiles the CUDA kernels, is not there: {error}. {_REMEDY}"
+        ) from error
+    path = cache_folder() / f"device-{key}-{version}.cubin"
     if path.exists():
         return path
     try:
@@ -106,19 +114,5 @@ def _compiled(capability: str) -> Path:
         raise RuntimeError(
             f"{SOURCES[0]} does not compile for capability {capability}: {error}\n{_REMEDY}"
         ) from error
-    _keep(code, path)
+    keep(path, lambda new: new.write_bytes(code))
     return path
-
-
-def _keep(code: bytes, path: Path) -> None:
-    """Write whole or not at all: the ranks of a job start together."""
-    new = path.with_suffix(f".new.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_bytes(code)
-        new.replace(path)
-    except OSError as error:
-        raise RuntimeError(
-            f"cannot keep the compiled kernels in {path.parent}: {error}. Set XDG_CACHE_HOME to a "
-            "folder that can be written"
-        ) from error

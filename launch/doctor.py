@@ -137,23 +137,38 @@ def check_python() -> Check:
     return Check("python", f"{version.strip()}, {python}", remedy)
 
 
+def find_compiler() -> list[str]:
+    """The words of the C++ compiler's command, as kernels/build.py finds it; empty if none."""
+    chosen = os.environ.get("CXX")
+    for words in ([chosen], chosen.split()) if chosen else (["g++"], ["c++"], ["clang++"]):
+        if words and shutil.which(words[0]):
+            return words
+    return []
+
+
 def check_compiler() -> Check:
     """Horovod and our own kernels are C++20."""
-    for compiler in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
-        if shutil.which(compiler) is None:
-            continue
-        flags = ("-std=c++20", "-x", "c++", "-fsyntax-only", "-")
-        status, _ = run(compiler, *flags, input="#include <concepts>\nstd::integral auto x = 1;\n")
-        _, banner = run(compiler, "--version")
-        found = banner.splitlines()[0] if banner else compiler
-        if status == 0:
-            return Check("compiler", f"{found}, C++20")
-        return Check(
-            "compiler",
-            f"{found}, no C++20",
-            "install g++ 10 or clang 12, or newer, and name it with CXX",
-        )
-    return Check("compiler", "none", "install g++ (Debian: apt install g++)")
+    command = find_compiler()
+    if not command and os.environ.get("CXX"):
+        found = f"CXX is {os.environ['CXX']!r}, which is no command"
+        return Check("compiler", found, "name one that is there, or unset CXX")
+    if not command:
+        return Check("compiler", "none", "install g++ (Debian: apt install g++)")
+    flags = ("-std=c++20", "-x", "c++", "-fsyntax-only", "-")
+    status, _ = run(*command, *flags, input="#include <concepts>\nstd::integral auto x = 1;\n")
+    _, banner = run(*command, "--version")
+    found = banner.splitlines()[0] if banner else " ".join(command)
+    if status == 0:
+        return Check("compiler", f"{found}, C++20")
+    remedy = "install g++ 10 or clang 12, or newer, and name it with CXX"
+    return Check("compiler", f"{found}, no C++20", remedy)
+
+
+def is_compiled() -> bool:
+    """Whether Horovod and the kernels are there, as on a node that shares another's home."""
+    plain = os.environ.get("PARSIMONY_KERNELS") == "reference"
+    kernels = {} if plain else ask(_ASK_KERNELS, seconds=300)
+    return "error" not in kernels and "error" not in ask(_ASK_HOROVOD)
 
 
 def check_headers() -> Check:
@@ -290,8 +305,9 @@ def check_gpu(driver: bool, torch: dict, horovod: dict) -> Iterator[Check]:
 def all_checks() -> Iterator[Check]:
     driver = any(map(os.path.exists, ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")))
     yield check_python()
-    yield check_compiler()
-    yield check_headers()
+    to_compile = [check_compiler(), check_headers()]
+    lacking = any(check.remedy for check in to_compile)
+    yield from (c._replace(required=not (lacking and is_compiled())) for c in to_compile)
     torch, horovod = ask(_ASK_TORCH), ask(_ASK_HOROVOD)
     yield check_torch(torch, driver)
     if "error" not in torch:

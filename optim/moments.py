@@ -13,6 +13,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -86,6 +87,10 @@ class Moment(ABC):
 
     def write_back(self, operand: Any, split: int, *, is_dense: bool) -> None:  # noqa: B027
         """Bring what a step did to `operand` into the tensors, where it is not a view of them."""
+
+    def of_rows(self, indices_K: Tensor) -> Moment:
+        """Return what elements (K,) of a sparse gradient feed, of which nothing else is known."""
+        return self
 
     def end_step(self, step: int, options: Mapping[str, Any]) -> None:  # noqa: B027
         """Do what is due after the parameter's `step`-th step, from 1."""
@@ -164,6 +169,9 @@ class Cover(Moment):
                 largest = merged.view(shape).amax(others, keepdim=True)
                 view.copy_(largest if is_dense else torch.maximum(view, largest))
 
+    def of_rows(self, indices_K: Tensor) -> Cover:
+        return _RowCover(self.spec, self.tensors, indices_K)
+
     def estimate(self) -> Tensor:
         return _merged(list(self.tensors.values())).expand(self.spec.shape).clone()
 
@@ -181,6 +189,27 @@ class Cover(Moment):
         rows = [t.view(t.shape[:split]) for t in tensors[:split]]
         cols = [t.view(t.shape[split:]) for t in tensors[split:]]
         return [(rows, shape[:split]), (cols, shape[split:])]
+
+
+class _RowCover(Cover):
+    """A cover of which elements of a sparse gradient read the row accumulator alone, as rows do.
+
+    The other accumulators rise to the highest of those rows, so that they still bound all below.
+    """
+
+    def __init__(self, spec: Spec, state: dict[str, Tensor], indices_K: Tensor) -> None:
+        super().__init__(spec, state)
+        self.any_split = False
+        self.rows_K = indices_K // matrix_shape(spec.shape, 1)[1]
+
+    def operand(self, split: int) -> operands.Cover:
+        cover = super().operand(split)
+        return replace(cover, col=torch.full_like(cover.col, math.inf))
+
+    def write_back(self, operand: operands.Cover, split: int, *, is_dense: bool) -> None:
+        highest = operand.row[self.rows_K].amax()
+        for accumulator in list(self.tensors.values())[1:]:
+            accumulator.copy_(torch.maximum(accumulator, highest))
 
 
 class Factored(Moment):
@@ -280,12 +309,28 @@ def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
+def _with_all_axes(layout: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a loaded state, completed if torch-SM3 kept rows alone in it, of sparse gradients.
+
+    Lacking are the other axes, which are to bound nothing beyond the rows, and a momentum of 0.
+    """
+    row, mine = theirs.get("accumulator_0"), layout.get("accumulator_0")
+    if row is None or mine is None or row.dim() != 1 or row.numel() != mine.numel():
+        return theirs
+    lacking = {
+        name: row.amax() if name.startswith("accumulator") else row.new_zeros(())
+        for name in layout.keys() - theirs.keys() - {"step"}
+    }
+    lacking = {name: value.expand(layout[name].shape) for name, value in lacking.items()}
+    return {**theirs, **lacking, "accumulator_0": row.view(mine.shape)}
+
+
 def fit_state(
     position: int, layout: dict[str, Tensor], theirs: Mapping[str, Any], device: torch.device
 ) -> dict[str, Tensor]:
     """Return copies of a parameter's loaded state, where it has the layout's names and shapes."""
     mine = {name: tuple(tensor.shape) for name, tensor in layout.items()}
-    theirs = tensors_of(theirs)
+    theirs = _with_all_axes(layout, tensors_of(theirs))
     shapes = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
     if shapes != mine:
         raise ValueError(

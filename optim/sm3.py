@@ -18,11 +18,17 @@ class SM3(MomentOptimizer):
     Source: Anil et al. 2019 (arXiv:1901.11150), algorithms SM3-II and SM3-I. Advice there:
         quadratic warm-up of the rate, constant, linear fall (QuadraticWarmupLinearCooldown), and
         Polyak averaging (torch.optim.swa_utils.AveragedModel).
-    Differs: from torch-SM3: with beta > 0 accumulators can fall; sparse gradients work on tensors
-        of any rank, leave what is absent alone, and have momentum, of what arrived (see
-        kernels.ops.step); 16-bit parameters have float32 state. From the paper: eps; vectors keep
-        one accumulator an element, which is Adagrad.
+    Differs: from torch-SM3, whose own tests it passes: with beta > 0 accumulators can fall. Sparse
+        gradients may be of rows, and of tensors of any rank; they leave what is absent alone, are
+        summed where indices repeat, and have momentum, of what arrived. 16-bit parameters have
+        float32 state. A parameter without a gradient is passed over. State is made at once, so
+        that it always has an accumulator for each axis, as dense gradients need. From the paper:
+        eps; vectors keep one accumulator an element, which is Adagrad; sparse gradients read that
+        of the first axis alone, as in the paper's code: the others, which any row raises, would
+        not bound better. (What comes as `elements` of a step reads all: the rest of such a
+        gradient is 0, so that they do.)
     State: accumulator_0, ..., one for each axis, shaped (1, .., n_k, .., 1); momentum_buffer.
+        torch-SM3's is taken over, of sparse gradients too, and goes on in torch-SM3 if dense.
     Options: see MomentOptimizer. No tensor is too small for a cover unless min_compressed_numel
         says so.
     """

@@ -23,6 +23,8 @@ def update(
     p: Tensor, gradient: Gradient, rule: ops.Rule, moments: tuple[Moment | None, ...]
 ) -> None:
     """Update the parameter and its moments, (first, second), in place."""
+    if gradient.indices is not None and gradient.is_alone:
+        moments = tuple(m and m.of_rows(gradient.indices) for m in moments)
     any_split = gradient.rows is None and all(m.any_split for m in moments if m)
     split = balanced_split(tuple(p.shape)) if any_split else 1
     shape = matrix_shape(tuple(p.shape), split)

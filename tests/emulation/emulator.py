@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from kernels import launch_cupy
+from kernels.build import cache_folder, keep
 
 FOLDER = Path(__file__).parent
 KERNELS = Path(launch_cupy.__file__).parent
@@ -67,12 +67,9 @@ def build(flags: tuple[str, ...]) -> Path:
     sources = [FOLDER / "emulation.cpp", FOLDER / "cuda.h"]
     sources += [KERNELS / name for name in launch_cupy.SOURCES]
     content = repr(words).encode() + b"".join(path.read_bytes() for path in sources)
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = cache / "parsimony" / "emulation" / hashlib.sha256(content).hexdigest()[:16]
-    library = folder / "emulation.so"
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    library = cache_folder().parent / "emulation" / digest / "emulation.so"
     if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        fresh = folder / f"emulation.{os.getpid()}.so"
-        subprocess.run([*words, str(sources[0]), "-o", str(fresh)], check=True, timeout=200)
-        fresh.replace(library)  # whole or not at all, for those who build at the same time
+        command = [*words, str(sources[0]), "-o"]
+        keep(library, lambda new: subprocess.run([*command, str(new)], check=True, timeout=200))
     return library

@@ -36,6 +36,17 @@ def test_a_gpu_is_compiled_for_once(cupy):
     assert cupy.cuda.compiler.calls == [launch_cupy.OPTIONS] * 2
 
 
+def test_without_nvrtc_what_another_node_compiled_is_taken(cupy):
+    def get_version():
+        raise RuntimeError("CuPy failed to load libnvrtc.so.12")
+
+    kept = launch_cupy._compiled("9.0")
+    cupy.cuda.nvrtc.getVersion = get_version
+    assert launch_cupy._compiled("9.0") == kept
+    with pytest.raises(RuntimeError, match=r"NVRTC.*libnvrtc.*PARSIMONY_KERNELS=reference"):
+        launch_cupy._compiled("7.0")
+
+
 def test_the_source_stands_alone(cupy):
     assert "#include" not in launch_cupy.source()
     for name in ("FN u32 hash_row", "KERNEL(cover_store,", "KERNEL(accumulate,"):

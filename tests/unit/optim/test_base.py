@@ -1,5 +1,7 @@
 """What every optimizer does alike: gradients of each kind, options, parameters of each kind."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -18,8 +20,8 @@ from tests.unit.optim.helpers import (
 
 SHAPES = [(12, 5), (6, 2, 9)]  # the second is squarest as 12 x 9, while its rows are 6
 every_optimizer = pytest.mark.parametrize("name", EVERY_OPTIMIZER)
-# A cover's estimate for rows is another than for a whole tensor (see test_sm3.py), and where
-# elements arrive its accumulators can only rise: only SM3-II's sums cannot tell the difference.
+# A cover's estimate for a sparse gradient is another than for a whole tensor (test_sm3_drop_in.py),
+# and where elements arrive its accumulators can only rise: only SM3-II's sums cannot tell.
 WITHOUT_COVERS = [name for name in EVERY_OPTIMIZER if not name.startswith("SM3")]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
@@ -56,8 +58,9 @@ def test_row_sparse_with_every_row_is_dense(name, shape):
 
 
 @every_shape
-@pytest.mark.parametrize("name", [*WITHOUT_COVERS, "SM3"])
-@pytest.mark.parametrize("as_coo", [False, True])
+@pytest.mark.parametrize(
+    ("name", "as_coo"), [*product(WITHOUT_COVERS, [False, True]), ("SM3", False)]
+)
 def test_element_sparse_with_every_element_is_dense(name, shape, as_coo):
     (dense, p), (sparse, q) = warmed_up(name, shape), warmed_up(name, shape)
     for grad in gradients(4, *shape, seed=5):
