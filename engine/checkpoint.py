@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -80,7 +80,7 @@ class CheckpointFolder:
             contents, problem = self._try(manifest)
             problems = [p for p in self._comm.all_gather_object(problem) if p]
             if not problems:
-                content = self._comm.broadcast_object(contents[0]), contents[-1]
+                content = dict(self._comm.broadcast_object(contents[0])), contents[-1]
                 self._best = manifest["best"]
                 for complaint in complaints if self._comm.rank == 0 else []:
                     print(f"skipped a damaged checkpoint: {complaint}", flush=True)
@@ -94,8 +94,8 @@ class CheckpointFolder:
             )
         return None
 
-    def load_best(self) -> dict[str, Any]:
-        """Return the shared part of the best checkpoint: rank 0's, given to all."""
+    def load_best(self, without: Collection[str] = ()) -> dict[str, Any]:
+        """Return the shared part of the best checkpoint, rank 0's, but for keys `without`."""
         result: Any = None
         if self._comm.rank == 0:
             try:
@@ -104,6 +104,7 @@ class CheckpointFolder:
                     raise CheckpointError(f"{self._folder} holds none")
                 ((name, part),) = best[0].items()
                 result = self.read(name, part)
+                result = {key: value for key, value in result.items() if key not in without}
             except CheckpointError as error:
                 result = CheckpointError(f"no best checkpoint to evaluate: {error}. Train first")
         result = self._comm.broadcast_object(result)
@@ -119,7 +120,10 @@ class CheckpointFolder:
         size = path.stat().st_size
         if size != part["bytes"]:
             raise CheckpointError(f"{path} has {size} bytes, not {part['bytes']}")
-        content, error, sha256 = hashed_files.load(path)
+        try:
+            content, error, sha256 = hashed_files.load(path)
+        except OSError as broken:  # a disk that does not give it back
+            raise CheckpointError(f"{path} cannot be read ({broken})") from broken
         if sha256 != part["sha256"]:
             raise CheckpointError(f"{path} is not what was written: its SHA-256 differs")
         if error is not None:

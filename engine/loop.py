@@ -98,7 +98,7 @@ class Trainer:
 
     def evaluate_best(self) -> dict[str, float]:
         """Load the best checkpoint's parameters and evaluate them."""
-        self.state.restore_model(self.checkpoints.load_best())
+        self.state.restore_model(self.checkpoints.load_best(without=["optimizer"]))
         return self.evaluate()
 
     def _resume(self) -> None:
