@@ -214,25 +214,20 @@ def watch(phases: Phases, plain: Path) -> None:
             with phases("start: agree on the model"):
                 resume(trainer)
             return
-        for phase, load in (("torch.load, to resume", load_plainly), ("resume", resume)):
+        plainly = "torch.load, to resume", load_plainly
+        for phase, load in (plainly, plainly, ("resume", resume)):
             drop_from_cache(trainer)
             with phases(phase):
                 load(trainer)
                 trainer.comm.barrier()
 
     def save_and_compare(trainer: Trainer, *, is_best: bool) -> None:
-        with phases("save"):
-            save(trainer, is_best=is_best)
-        if not is_best:
-            with phases("torch.save"):
-                files = save_plainly(trainer, plain)
-                trainer.comm.barrier()
-            with phases("fsync after torch.save"):
-                for file in files:
-                    sync(file)
-                trainer.comm.barrier()
-            for file in files:
-                file.unlink()
+        for is_plain in (True, False, True):  # as a machine with other work has its moods
+            if not is_plain:
+                with phases("save"):
+                    save(trainer, is_best=is_best)
+            elif not is_best:
+                save_plainly(trainer, phases, plain)
 
     Trainer._resume, Trainer._save = resume_and_compare, save_and_compare
 
@@ -245,13 +240,20 @@ def during(phases: Phases, phase: str, do: Callable[..., Any]) -> Callable[..., 
     return measured
 
 
-def save_plainly(trainer: Trainer, plain: Path) -> list[Path]:
+def save_plainly(trainer: Trainer, phases: Phases, plain: Path) -> None:
     files = {plain.with_suffix(".own"): trainer.state.worker()}
     if trainer.comm.rank == 0:
         files[plain.with_suffix(".shared")] = trainer.state.shared()
-    for file, content in files.items():
-        torch.save(content, file)
-    return list(files)
+    with phases("torch.save"):
+        for file, content in files.items():
+            torch.save(content, file)
+        trainer.comm.barrier()
+    with phases("fsync after torch.save"):
+        for file in files:
+            sync(file)
+        trainer.comm.barrier()
+    for file in files:
+        file.unlink()
 
 
 def load_plainly(trainer: Trainer) -> None:
