@@ -7,7 +7,8 @@ with configs/optim/parsimony.py; small batches, so that a step takes seconds. A 
 another is killed (SIGKILL, all ranks) after its checkpoint in mid-epoch, and resumed. Every tensor
 of their last checkpoints must be equal, bit by bit.
 
-Each phase is timed on each rank, beside what a script would do with torch alone: `torch.save` of
+Each phase is timed on each rank (also the processor's time, which other work on the machine hardly
+changes), beside what a script would do with torch alone: `torch.save` of
 the same values to a path, then fsync; `torch.load` of the shared file and of its own on every rank,
 then `model.load_state_dict`. Files are dropped from the page cache before each is loaded. Memory is
 how far the resident memory rose above where the phase began (VmHWM), and how high that was. Blocks
@@ -194,10 +195,11 @@ class Phases:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak until now
-        before, start = resident("VmRSS"), time.perf_counter()
+        before, start, cpu = resident("VmRSS"), time.perf_counter(), time.process_time()
         yield
-        seconds, peak = time.perf_counter() - start, resident("VmHWM")
-        row = {"phase": phase, "rank": self._rank, "seconds": seconds,
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        peak = resident("VmHWM")
+        row = {"phase": phase, "rank": self._rank, "seconds": seconds, "cpu_seconds": cpu,
                "above_start_bytes": peak - before, "peak_bytes": peak}  # fmt: skip
         with self._file.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -285,6 +287,7 @@ COLUMNS: tables.Columns = {
     "phase": lambda row: row["phase"],
     "rank": lambda row: str(row["rank"]),
     "seconds": lambda row: f"{row['seconds']:.2f}",
+    "of a core": lambda row: f"{row['cpu_seconds']:.2f}",
     "above its start, GiB": lambda row: f"{row['above_start_bytes'] / 2**30:.2f}",
     "peak, GiB": lambda row: f"{row['peak_bytes'] / 2**30:.2f}",
 }

@@ -1,7 +1,7 @@
 """torch.save and torch.load that hash the file's bytes as these pass, each once.
 
-Hashing goes on beside writing and reading, on a thread of its own, and copies nothing: what it
-takes of time is what is left of it where there is no spare core.
+Hashing goes on beside writing and reading, on a thread of its own, and copies nothing. SHA-256 does
+1.7 GiB/s on a core that has instructions for it: less than some disks.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-_PIECE_BYTES = 2**20  # is worth another thread
+_PIECE_BYTES = 2**18  # is worth another thread
 _LARGEST_GAP_BYTES = 2**16  # between two tensors of a file there are some hundred
 
 
@@ -41,19 +41,21 @@ def load(path: Path) -> tuple[Any, Exception | None, str]:
 
 
 class _Hash:
-    """SHA-256 of pieces in order, those that are large on a thread of its own."""
+    """SHA-256 of pieces in order, on a thread of its own."""
 
     def __init__(self) -> None:
         self._sha256, self._thread = hashlib.sha256(), ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
+        self._small, self._last = bytearray(), None
 
     def add(self, piece: memoryview) -> None:
         """Hash a piece, which must stay as it is until `wait` has returned."""
+        if piece.nbytes < _PIECE_BYTES:
+            self._small += piece
+        if len(self._small) >= _PIECE_BYTES or piece.nbytes >= _PIECE_BYTES:
+            small, self._small = self._small, bytearray()
+            self._last = self._thread.submit(self._sha256.update, small)
         if piece.nbytes >= _PIECE_BYTES:
             self._last = self._thread.submit(self._sha256.update, piece)
-        else:
-            self.wait()
-            self._sha256.update(piece)
 
     def wait(self) -> None:
         if self._last is not None:
@@ -62,6 +64,8 @@ class _Hash:
 
     def hexdigest(self) -> str:
         self.wait()
+        self._sha256.update(self._small)
+        self._small.clear()
         return self._sha256.hexdigest()
 
     def close(self) -> None:
@@ -69,17 +73,23 @@ class _Hash:
 
 
 class _HashedWriter:
-    """What torch.save writes to; it never seeks."""
+    """What torch.save writes to; it never seeks.
+
+    Torch keeps what it writes until all is written, but for copies of what is on a device: only
+    where there is none can the hash lag behind.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.hash = file, _Hash()
+        self._may_lag = not torch.accelerator.is_available()
 
     def write(self, data: memoryview) -> int:
         self.hash.add(data)
         try:
             return self._file.write(data)
         finally:
-            self.hash.wait()
+            if not self._may_lag:
+                self.hash.wait()
 
     def flush(self) -> None:
         self._file.flush()
