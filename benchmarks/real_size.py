@@ -63,12 +63,12 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = tables.parser(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of WikiText-2's train.txt")
+    parser.add_argument("--data", type=tables.path, required=True, help="folder of WikiText-2")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--batch", type=int, default=2, help="texts a rank")
     parser.add_argument("--length", type=int, default=32, help="words of a text")
-    parser.add_argument("--work", type=Path, help="where checkpoints go, 25 GiB (default: /tmp)")
+    parser.add_argument("--work", type=tables.path, help="for checkpoints, 25 GiB (default: /tmp)")
     return parser.parse_args()
 
 
