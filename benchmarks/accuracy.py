@@ -66,7 +66,7 @@ def run(options: argparse.Namespace, extra: list[str], density: float, seed: int
     overrides = dict(
         zip((w.removeprefix("--configs.") for w in words[::2]), words[1::2], strict=True)
     )
-    asked = load.flatten(load.compose([ROOT / file for file in files], overrides))
+    asked = load.flatten(load.compose([ROOT / tables.path(file) for file in files], overrides))
     if changed := load.changes(result["config"], asked):
         sys.exit(f"{folder} is of another run; name another --runs:\n" + "\n".join(changed))
     return result | {"folder": folder.name}
