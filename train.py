@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from dgc.launched import KINDS, LaunchError
 from engine import report
 from engine.checkpoint import CheckpointError
 from engine.replicas import ReplicaError
+from engine.run_folder import RunFolderError, held
 from memory_report import report_memory
 
 
@@ -42,7 +44,7 @@ def main() -> None:
         with job(None if arguments.comm == "auto" else arguments.comm) as comm:
             try:
                 run_job(arguments, overrides, comm)
-            except (load.ConfigError, CheckpointError, ReplicaError) as error:
+            except (load.ConfigError, CheckpointError, ReplicaError, RunFolderError) as error:
                 raise SystemExit(str(error)) from error  # the person's to mend: no trace
     except LaunchError as error:
         raise SystemExit(str(error)) from error
@@ -55,19 +57,20 @@ def run_job(arguments: argparse.Namespace, overrides: dict[str, str], comm: Comm
     run = load.build(config)
     device = choose_device(arguments.devices, comm)
     name = load.run_name(arguments.configs, comm.world_size, arguments.suffix)
-    folder = Path(arguments.runs) / name
+    folder = Path(os.path.expanduser(arguments.runs)) / name
     reporter = report.Reporter(folder) if comm.rank == 0 else report.SilentReporter()
     reporter.say("\n".join(f"{path} = {value}" for path, value in flat_config.items()))
     if arguments.report == "memory":
         report_memory(run, comm, device, folder, reporter, memory_gib=arguments.memory_gib,
                       num_steps=arguments.report_steps)  # fmt: skip
         return
-    trainer = build_trainer(run, comm, device, folder, flat_config, reporter)
-    if arguments.evaluate:
-        metrics = trainer.evaluate_best()
-        reporter.say("\n".join(f"{name}: {value:.4f}" for name, value in metrics.items()))
-    else:
-        trainer.train()
+    with nullcontext() if arguments.evaluate else held(folder, comm):  # --evaluate writes nothing
+        trainer = build_trainer(run, comm, device, folder, flat_config, reporter)
+        if arguments.evaluate:
+            metrics = trainer.evaluate_best()
+            reporter.say("\n".join(f"{name}: {value:.4f}" for name, value in metrics.items()))
+        else:
+            trainer.train()
 
 
 def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:

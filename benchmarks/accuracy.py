@@ -33,8 +33,8 @@ def main() -> None:
     parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.01, 0.001])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("-np", type=int, default=2, help="ranks")
-    parser.add_argument("--runs", default="runs", help="folder of the runs")
-    parser.add_argument("--picture", type=Path, help="draw the curves here")
+    parser.add_argument("--runs", type=tables.path, default="runs", help="of all runs")
+    parser.add_argument("--picture", type=tables.path, help="draw the curves here")
     options, extra = parser.parse_known_args()
 
     rows = []
@@ -59,14 +59,14 @@ def run(options: argparse.Namespace, extra: list[str], density: float, seed: int
     folder = ROOT / options.runs / load.run_name(files, options.np, suffix)
     if not (folder / "result.json").exists():
         command = ["horovodrun", "-np", str(options.np), "python", "train.py", "--configs", *files,
-                   *words, "--suffix", suffix, "--runs", options.runs]  # fmt: skip
+                   *words, "--suffix", suffix, "--runs", str(options.runs)]  # fmt: skip
         print(" ".join(command), file=sys.stderr, flush=True)
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     result = json.loads((folder / "result.json").read_text())
     overrides = dict(
         zip((w.removeprefix("--configs.") for w in words[::2]), words[1::2], strict=True)
     )
-    asked = load.flatten(load.compose([ROOT / file for file in files], overrides))
+    asked = load.flatten(load.compose([ROOT / tables.path(file) for file in files], overrides))
     if changed := load.changes(result["config"], asked):
         sys.exit(f"{folder} is of another run; name another --runs:\n" + "\n".join(changed))
     return result | {"folder": folder.name}

@@ -86,7 +86,7 @@ def finished(options: argparse.Namespace) -> list[dict[str, Any]]:
 def parse() -> argparse.Namespace:
     parser = tables.parser(__doc__)
     parser.add_argument("--task", choices=TASKS, required=True)
-    parser.add_argument("--data", type=Path, default=Path("data"),
+    parser.add_argument("--data", type=tables.path, default=Path("data"),
                         help="folder with wikitext-2/ and cifar10/")  # fmt: skip
     parser.add_argument("--methods", nargs="+", choices=ALL, default=list(METHODS))
     parser.add_argument("--densities", nargs="+", type=float, default=[0.001])
@@ -94,11 +94,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--steps", type=int, help="instead of the task's own number")
-    parser.add_argument("--out", type=Path, default=Path("/tmp/compressed_runs"))
+    parser.add_argument("--out", type=tables.path, default=Path("/tmp/compressed_runs"))
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread a worker")
     parser.add_argument("--report", action="store_true",
                         help="tell of the runs that are in --out, and run none")  # fmt: skip
-    parser.add_argument("--picture", type=Path, help="draw the curves here")
+    parser.add_argument("--picture", type=tables.path, help="draw the curves here")
     return parser.parse_args()
 
 

@@ -64,14 +64,14 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = tables.parser(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of WikiText-2")
+    parser.add_argument("--data", type=tables.path, required=True, help="folder of WikiText-2")
     parser.add_argument("--words", type=int, default=3000, help="the most frequent; others <unk>")
     parser.add_argument("--width", type=int, default=64, help="of embedding and LSTM")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 100, 1000, 10_000],
                         help="the table's; the last ends the run")  # fmt: skip
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--picture", type=Path, help="draw errors over steps here")
+    parser.add_argument("--picture", type=tables.path, help="draw errors over steps here")
     return parser.parse_args()
 
 

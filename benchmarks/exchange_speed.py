@@ -59,7 +59,7 @@ def main() -> None:
     parser = tables.parser(__doc__)
     parser.add_argument("--links", nargs="+", default=["1gbit"], help="rates, as tc writes them")
     parser.add_argument("--hosts", type=int, default=4)
-    parser.add_argument("--netlab", type=Path, default=ROOT.parent / "shared" / "netlab")
+    parser.add_argument("--netlab", type=tables.path, default=ROOT.parent / "shared" / "netlab")
     parser.add_argument("--contenders", nargs="+", choices=[*CONTENDERS, *EXTRA], metavar="NAME")
     parser.add_argument("--sweep", action="store_true", help="ours with buckets of several sizes")
     parser.add_argument("--steps", type=int, default=4, help="steps of a turn")

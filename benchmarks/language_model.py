@@ -103,17 +103,18 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = tables.parser(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of WikiText-2")
+    parser.add_argument("--data", type=tables.path, required=True, help="folder of WikiText-2")
     parser.add_argument("--scale", choices=SCALES, default="short")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, help="instead of each method's own grid")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--sparse-embedding", action=argparse.BooleanOptionalAction, default=True,
                         help="row-sparse gradients where the method takes them")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("/tmp/lm_runs"), help="a file a run")
+    parser.add_argument("--out", type=tables.path, default=Path("/tmp/lm_runs"),
+                        help="a file a run")  # fmt: skip
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--picture", type=Path, help="draw the curves here")
+    parser.add_argument("--picture", type=tables.path, help="draw the curves here")
     return parser.parse_args()
 
 

@@ -12,6 +12,11 @@ Row = dict[str, Any]
 Columns = Mapping[str, Callable[[Row], str]]
 
 
+def path(text: str) -> Path:
+    """Return a path of the command line."""
+    return Path(text).expanduser()
+
+
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options that all scripts have."""
     found = argparse.ArgumentParser(
@@ -19,7 +24,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawTextHelpFormatter,
         allow_abbrev=False,
     )
-    found.add_argument("--json", type=Path, help="write the rows here")
+    found.add_argument("--json", type=path, help="write the rows here")
     return found
 
 

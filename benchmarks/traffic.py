@@ -38,7 +38,8 @@ WAYS = ("dense float32", "dense float16", "gather", "sparse all-reduce", "two le
 
 def main() -> None:
     parser = tables.parser(__doc__)
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of wikitext-2/")
+    parser.add_argument("--data", type=tables.path, default=Path("data"),
+                        help="folder of wikitext-2/")  # fmt: skip
     parser.add_argument("--workers", nargs="+", type=int, default=[4, 16, 64, 256, 1024])
     parser.add_argument("--node-size", type=int, default=8)
     parser.add_argument("--words", type=int, default=10_000)
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--merged-factor", type=float, default=4.0)
     parser.add_argument("--value-dtype", default="mxfp8")
     parser.add_argument("--index-coding", default="elias_fano")
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--picture", type=tables.path)
     options = parser.parse_args()
     torch.manual_seed(0)
     flat, nodes, layout, node_layout = collect(options)

@@ -78,7 +78,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = tables.parser(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder of WikiText-2")
+    parser.add_argument("--data", type=tables.path, required=True, help="folder of WikiText-2")
     parser.add_argument("--softmax", choices=["full", "sampled"], default="full")
     parser.add_argument("--scale", choices=["short", "full"], default="short")
     parser.add_argument("--steps", type=int, default=600, help="of --scale short")
@@ -90,7 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--update-scale", type=float, default=4.0,
                         help="of adaptive methods' sparse entries")  # fmt: skip
     parser.add_argument("-np", type=int, default=2, help="ranks")
-    parser.add_argument("--runs", default="/tmp/word_runs", help="folder of the runs")
+    parser.add_argument("--runs", type=tables.path, default="/tmp/word_runs", help="of all runs")
     return parser.parse_args()
 
 
@@ -106,10 +106,10 @@ def run(
     files = [f"configs/{each}.py" for each in names]
     words = [w for key, value in settings.items() for w in (f"--configs.{key}", str(value))]
     suffix = f".lr-{lr:g}" + (f".size-{size_ratio:g}" if size_ratio else "")
-    folder = Path(options.runs) / load.run_name(files, options.np, suffix)
+    folder = options.runs / load.run_name(files, options.np, suffix)
     if not (folder / "result.json").exists():
         command = ["horovodrun", "-np", str(options.np), "python", "train.py", "--configs", *files,
-                   *words, "--suffix", suffix, "--runs", options.runs]  # fmt: skip
+                   *words, "--suffix", suffix, "--runs", str(options.runs)]  # fmt: skip
         print(" ".join(command), file=sys.stderr, flush=True)
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     result = json.loads((folder / "result.json").read_text())

@@ -11,6 +11,7 @@ import ast
 import difflib
 import hashlib
 import inspect
+import os
 import re
 import types
 import typing
@@ -57,7 +58,7 @@ def compose(files: Sequence[str | Path], overrides: Mapping[str, str]) -> fdl.Co
     run = default_run()
     applied: set[Path] = set()
     for file in files:
-        for path in _with_folders(Path(file)):
+        for path in _with_folders(Path(os.path.expanduser(file))):
             if path not in applied:
                 applied.add(path)
                 _apply(path, run)

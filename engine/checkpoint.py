@@ -14,15 +14,13 @@ back to its own.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
+from engine import hashed_files
 from engine.interfaces import Comm
 from engine.plain import plain
 
@@ -82,7 +80,7 @@ class CheckpointFolder:
             contents, problem = self._try(manifest)
             problems = [p for p in self._comm.all_gather_object(problem) if p]
             if not problems:
-                content = self._comm.broadcast_object(contents[0]), contents[-1]
+                content = dict(self._comm.broadcast_object(contents[0])), contents[-1]
                 self._best = manifest["best"]
                 for complaint in complaints if self._comm.rank == 0 else []:
                     print(f"skipped a damaged checkpoint: {complaint}", flush=True)
@@ -96,8 +94,8 @@ class CheckpointFolder:
             )
         return None
 
-    def load_best(self) -> dict[str, Any]:
-        """Return the shared part of the best checkpoint: rank 0's, given to all."""
+    def load_best(self, without: Collection[str] = ()) -> dict[str, Any]:
+        """Return the shared part of the best checkpoint, rank 0's, but for keys `without`."""
         result: Any = None
         if self._comm.rank == 0:
             try:
@@ -106,6 +104,7 @@ class CheckpointFolder:
                     raise CheckpointError(f"{self._folder} holds none")
                 ((name, part),) = best[0].items()
                 result = self.read(name, part)
+                result = {key: value for key, value in result.items() if key not in without}
             except CheckpointError as error:
                 result = CheckpointError(f"no best checkpoint to evaluate: {error}. Train first")
         result = self._comm.broadcast_object(result)
@@ -121,13 +120,16 @@ class CheckpointFolder:
         size = path.stat().st_size
         if size != part["bytes"]:
             raise CheckpointError(f"{path} has {size} bytes, not {part['bytes']}")
-        if _sha256(path) != part["sha256"]:
-            raise CheckpointError(f"{path} is not what was written: its SHA-256 differs")
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # of many kinds; an older checkpoint may do
+            content, error, sha256 = hashed_files.load(path)
+        except OSError as broken:  # a disk that does not give it back
+            raise CheckpointError(f"{path} cannot be read ({broken})") from broken
+        if sha256 != part["sha256"]:
+            raise CheckpointError(f"{path} is not what was written: its SHA-256 differs")
+        if error is not None:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{path} cannot be read ({reason})") from error
+        return content
 
     def _try(self, manifest: dict[str, Any]) -> tuple[list[Any], str | None]:
         """Read this rank's parts, rank 0's shared one first; return them, or what is wrong."""
@@ -170,8 +172,8 @@ class CheckpointFolder:
 
     def _write_part(self, name: str, content: dict[str, Any]) -> dict[str, Any]:
         path = self._folder / name
-        write_atomically(path, lambda file: torch.save(content, file))
-        return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        sha256 = write_atomically(path, lambda file: hashed_files.save(content, file))
+        return {"bytes": path.stat().st_size, "sha256": sha256}
 
     def _remove_old(self) -> None:
         """Rank 0 drops old manifests; then each rank drops its parts that none names any more."""
@@ -207,11 +209,14 @@ def readable(content: dict[str, Any], part: str) -> dict[str, Any]:
         raise CheckpointError(f"no checkpoint of this run can be written: {error}") from error
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that, whenever the machine stops, the old one or the new one is there."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> Any:
+    """Write a file so that, whenever the machine stops, the old one or the new one is there.
+
+    Returns: what `write` returned.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
-        write(file)
+        result = write(file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -220,8 +225,4 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return result

@@ -98,7 +98,7 @@ class Trainer:
 
     def evaluate_best(self) -> dict[str, float]:
         """Load the best checkpoint's parameters and evaluate them."""
-        self.state.restore_model(self.checkpoints.load_best())
+        self.state.restore_model(self.checkpoints.load_best(without=["optimizer"]))
         return self.evaluate()
 
     def _resume(self) -> None:
@@ -108,7 +108,8 @@ class Trainer:
             torch.manual_seed(self.run.seed + self.comm.rank)  # ranks drop out different units
             seed_all(self.run.seed + self.comm.rank)
             for name, tensor in self.state.model.state_dict().items():
-                self.comm.broadcast(tensor, f"initial.{name}")
+                if torch.is_tensor(tensor):  # a module's extra state may be anything
+                    self.comm.broadcast(tensor, f"initial.{name}")
             return
         shared, worker = loaded
         self._refuse_others("settings", shared["config"], self.flat_config)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import pickle
 import random
+import threading
 from collections import ChainMap
 from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
@@ -18,7 +20,7 @@ from typing import Any, ClassVar
 import cloudpickle
 import numpy
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset
 
 
 def seed_all(seed: int) -> None:
@@ -87,9 +89,26 @@ class SeededSamples(Dataset):
         seed = hash((self._seed, epoch, index)) & 0x7FFFFFFFFFFFFFFF
         before = random_states()
         seed_all(seed)
-        sample = self._dataset[index]
+        try:
+            sample = self._dataset[index]
+        except Exception as error:
+            error.add_note(f"This was sample {index}{_file_of(self._dataset, index)}")
+            raise
         set_random_states(before)
         return sample
+
+
+def _file_of(dataset: Any, index: int) -> str:
+    """Say which file a sample of an image folder, or of a part of one, is made from."""
+    while isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, dataset.indices[index]
+    try:
+        file = dataset.samples[index][0]  # as torchvision's folders have it
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return ""
+    if not isinstance(file, (str, os.PathLike)):
+        return ""
+    return f", from the file {os.fspath(file)}: if it cannot be read, replace or remove it"
 
 
 class EpochSampler(Sampler):
@@ -179,6 +198,19 @@ def make_batches(
     return SampleBatches(loader, batch_size, sampler)
 
 
+def _end_with_rank(worker: int) -> None:
+    """In a loader process: end when its rank does, even if that is killed.
+
+    Torch waits for another parent, but the parent is the fork server, which lives as long as this.
+    """
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _loader(
     dataset: Dataset[Any],
     sampler: Sampler,
@@ -201,5 +233,6 @@ def _loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         multiprocessing_context=context,
+        worker_init_fn=_end_with_rank,
         generator=torch.Generator(),  # so that starting an epoch draws nothing from the model's
     )

@@ -156,7 +156,7 @@ class RunState:
             "optimizer": self.optimizer.state_dict(),
             "learning_rate": self.learning_rate.state_dict(),
             "grad_scaler": self.grad_scaler.state_dict(),
-            "progress": asdict(self.progress) | {"phase_seconds": {}},
+            "progress": asdict(self.progress) | {"phase_seconds": {}, "peak_memory_bytes": 0},
         }
 
     def worker(self) -> dict[str, Any]:
@@ -178,8 +178,13 @@ class RunState:
         return own
 
     def restore(self, shared: dict[str, Any], worker: dict[str, Any]) -> None:
-        """Become the state that was saved, to the bit."""
+        """Become the state that was saved, to the bit.
+
+        Takes the model out of `shared` when it is copied, so that its memory is free for the rest.
+        """
         self.restore_model(shared)
+        for part in ("model", "averaged"):
+            shared.pop(part, None)
         self.optimizer.load_state_dict(shared["optimizer"])
         self.learning_rate.load_state_dict(shared["learning_rate"])
         if self.grad_scaler.is_enabled():

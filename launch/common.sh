@@ -2,6 +2,7 @@
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=${PARSIMONY_VENV:-$repo/.venv}
+venv=${venv/#\~\//${HOME:-}/}
 [[ $venv == /* ]] || venv=$PWD/$venv
 
 say() { printf '%s\n' "$*" >&2; }

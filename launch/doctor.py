@@ -38,7 +38,8 @@ class Check(NamedTuple):
 
 def environment_python() -> str:
     """The Python that training uses, or this one where nothing is set up yet."""
-    python = Path(os.environ.get("PARSIMONY_VENV") or REPO / ".venv") / "bin" / "python"
+    venv = os.path.expanduser(os.environ.get("PARSIMONY_VENV") or REPO / ".venv")
+    python = Path(venv) / "bin" / "python"
     return str(python) if python.exists() else sys.executable
 
 

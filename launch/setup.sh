@@ -56,6 +56,7 @@ step() {
 find_python() {
     local candidate
     for candidate in ${PARSIMONY_PYTHON:-python3.11 python3}; do
+        candidate=${candidate/#\~\//${HOME:-}/}
         # Runs it: a pyenv shim is found on PATH even where it leads nowhere.
         "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
         echo "$candidate"; return

@@ -14,6 +14,7 @@ set -euo pipefail
 
 # sbatch runs a copy of this file, so its own place says nothing.
 home=${PARSIMONY_HOME:-${SLURM_SUBMIT_DIR:-$PWD}}
+home=${home/#\~\//${HOME:-}/}
 [[ -x $home/launch/mpirun.sh ]] || {
     echo "slurm.sh: no launch/mpirun.sh in $home. Submit from the repository, or set PARSIMONY_HOME to it" >&2
     exit 2

@@ -5,6 +5,7 @@ Refuses: a missing folder, with where it looked and what to do.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def cifar10(root: str, download: bool = True) -> Splits:
     augment = transforms.Compose(
         [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), normalize]
     )
+    root = os.path.expanduser(root)
     if (Path(root) / "train").is_dir():
         return _image_folders(root, {"train": ("train", augment), "test": ("test", normalize)})
     try:
@@ -61,10 +63,21 @@ def cifar10(root: str, download: bool = True) -> Splits:
         }
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"no CIFAR-10 under {Path(root).resolve()} ({error}). Unpack it there as "
-            f"train/<class>/* and test/<class>/*, or as cifar-10-batches-py/, or name another "
+            f"no CIFAR-10 under {Path(root).resolve()} ({error}{_damaged(root)}). Unpack it there "
+            f"as train/<class>/* and test/<class>/*, or as cifar-10-batches-py/, or name another "
             f"folder with --configs.dataset.root"
         ) from error
+
+
+def _damaged(root: str) -> str:
+    """Name the files of torchvision's layout that are there and not as published."""
+    published = torchvision.datasets.CIFAR10
+    files = [*published.train_list, *published.test_list]
+    files.append((published.meta["filename"], published.meta["md5"]))
+    paths = {Path(root) / published.base_folder / name: md5 for name, md5 in files}
+    is_whole = torchvision.datasets.utils.check_integrity
+    bad = [str(path) for path, md5 in paths.items() if path.is_file() and not is_whole(path, md5)]
+    return f"; not as published: {', '.join(bad)}" if bad else ""
 
 
 def imagenet(root: str, image_size: int = 224) -> Splits:
@@ -92,7 +105,7 @@ def _to_normalized(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[
 def _image_folders(root: str, splits: dict[str, tuple[str, Callable[..., Any]]]) -> Splits:
     found = {}
     for split, (folder, transform) in splits.items():
-        path = Path(root) / folder
+        path = Path(os.path.expanduser(root)) / folder
         if not path.is_dir():
             raise FileNotFoundError(
                 f"there is no folder {path.resolve()}, which should hold a folder of images for "

@@ -10,6 +10,7 @@ short.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,7 @@ def wikitext_files(root: str, name: str, download: bool) -> dict[str, list[Path]
     """Return the files of each split, downloaded where there are none. See `wikitext`."""
     if name not in _SHA1:
         raise ValueError(f"name is {name!r}; allowed: {', '.join(_SHA1)}")
-    failures = ""
+    root, failures = os.path.expanduser(root), ""
     for folder in (Path(root) / name, Path(root)):
         for pattern in ("{}.txt", "wiki.{}.tokens"):
             files = {
@@ -213,7 +214,7 @@ def wikitext_files(root: str, name: str, download: bool) -> dict[str, list[Path]
 
 def folder_files(root: str) -> dict[str, list[Path]]:
     """Return the files of each split that a folder of plain text has. See `text_folder`."""
-    files: dict[str, Sequence[Path]] = {}
+    root, files = os.path.expanduser(root), {}
     for split in ("train", "valid", "test"):
         found = _texts(Path(root), split) or sorted(_texts(Path(root) / split, "*"))
         if found:

@@ -53,6 +53,7 @@ def lm1b(
     Args:   root: the published archive's folder, or the folder that it was unpacked in; the
                 others: as in `text_shards`.
     """
+    root = os.path.expanduser(root)
     folders = [Path(root), Path(root) / _LM1B_FOLDER]
     folder = next((folder for folder in folders if (folder / _LM1B_TRAIN).is_dir()), None)
     if folder is None:
@@ -98,6 +99,7 @@ def text_shards(
             f"max_words is {max_words}, but vocabulary {vocabulary} says which words there are; "
             f"allowed: None, or no vocabulary"
         )
+    root = os.path.expanduser(root)
     patterns = {"train": train, "test": test, "valid": valid}
     files = {name: _shards(root, name, glob) for name, glob in patterns.items() if glob is not None}
     both = set(files["train"]) & {path for name in files.keys() - {"train"} for path in files[name]}
@@ -108,7 +110,7 @@ def text_shards(
         )
     counted = read_or_count(files["train"], root, counts)
     if vocabulary is not None:
-        words = with_counts(read_word_list(Path(vocabulary)), counted)
+        words = with_counts(read_word_list(Path(os.path.expanduser(vocabulary))), counted)
     else:
         for special in (END, UNKNOWN):
             counted.setdefault(special, 0)

@@ -136,7 +136,8 @@ def read_or_count(paths: Sequence[Path], root: str, file: str | None) -> dict[by
     """
     size = sum(path.stat().st_size for path in paths)
     kind = "" if all(map(is_plain, paths)) else "unpacked."  # once, such files were counted as is
-    target = Path(file or Path(root) / f"{COUNTS_PREFIX}{len(paths)}_files.{size}_bytes.{kind}tsv")
+    name = f"{COUNTS_PREFIX}{len(paths)}_files.{size}_bytes.{kind}tsv"
+    target = Path(os.path.expanduser(file or Path(root) / name))
     if target.is_file():
         lines = (line.split(b"\t") for line in target.read_bytes().splitlines())
         return {word: int(count) for word, count in lines}

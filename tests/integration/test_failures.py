@@ -97,12 +97,26 @@ def test_a_job_killed_at_any_moment_resumes_to_the_same_bits(
     settings = {"checkpoint__every_steps": 2, "train__num_epochs": 4}
     job = runs.start(**settings)
     wait_for_step(tmp_path / "runs", step, job)
+    if step == 4:
+        check_that_a_second_job_is_refused(runs, job, settings)
     job.kill()
     resumed = runs.run(**settings)
     assert resumed.status == 0, resumed.output[-5000:]
     assert "resuming after step" in resumed.output
     assert runs.result()["parameter_hash"] == undisturbed_hash
     assert runs.result()["steps"] == 32
+
+
+def check_that_a_second_job_is_refused(runs, job, settings):
+    ranks = rank_processes(job)
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    before = sorted(runs.folder().rglob("*"))
+    second = runs.run(**settings)
+    assert second.status != 0
+    holder = re.search(r"is in use: process (\d+) on", second.output)
+    assert int(holder[1]) in ranks, second.output
+    assert sorted(runs.folder().rglob("*")) == before
 
 
 def test_a_kill_at_a_random_time_with_all_the_machinery_is_resumed(runs, tmp_path):

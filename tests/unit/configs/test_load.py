@@ -111,6 +111,12 @@ def test_a_wrong_setting_names_the_key_what_is_allowed_and_the_nearest(overrides
         load.build(load.compose([DIGITS], overrides))
 
 
+def test_the_home_folder_may_be_abbreviated(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text("def configure(run):\n    run.seed = 7\n")
+    assert load.compose(["configs/digits/resnet20.py", "~/mine.py"], {}).seed == 7
+
+
 def test_a_missing_file_and_a_missing_model_say_what_to_do():
     with pytest.raises(load.ConfigError, match=r"did you mean '.*resnet20.py'"):
         build([DIGITS.with_name("resnet2.py")])

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -128,6 +129,45 @@ def test_the_manifest_names_what_is_on_disk(tmp_path):
     assert (manifest["step"], manifest["world_size"]) == (7, 2)
     for name, part in manifest["parts"].items():
         assert (tmp_path / name).stat().st_size == part["bytes"]
+
+
+def used(field, path="/proc/self/status"):
+    return int(re.search(rf"{field}:\s+(\d+)", Path(path).read_text())[1])
+
+
+@pytest.fixture
+def costs():
+    """Return what a call does to the process: MiB read and written in calls of the system, and by
+    how many the resident memory was higher than before."""
+
+    def measure(call, *arguments, **settings):
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak until now
+        before = used("VmRSS"), used("rchar", "/proc/self/io"), used("wchar", "/proc/self/io")
+        result = call(*arguments, **settings)
+        after = used("VmHWM"), used("rchar", "/proc/self/io"), used("wchar", "/proc/self/io")
+        above_KiB, read, written = (b - a for a, b in zip(before, after, strict=True))
+        return result, read / 2**20, written / 2**20, above_KiB / 2**10
+
+    return measure
+
+
+def test_saving_and_reading_pass_over_the_file_once_and_copy_nothing(tmp_path, costs):
+    tensors = [torch.full((2**24,), float(i)) for i in range(2)]  # 64 MiB each
+    content = {"whole": tensors, "part": tensors[0][5:9], "few": torch.arange(10), "step": 3}
+    (checkpoints,) = run_local(1, lambda comm: CheckpointFolder(tmp_path, comm))
+    _, read, written, above = costs(checkpoints.save, 1, content, {}, is_best=True)
+    assert read < 1
+    assert 128 <= written < 130
+    assert above < 24
+
+    name = "step-00000001.shared.pt"
+    part = json.loads((tmp_path / "step-00000001.json").read_text())["parts"][name]
+    assert part["sha256"] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    again, read, _, above = costs(checkpoints.read, name, part)
+    assert 128 <= read < 130
+    assert above < 128 + 24
+    assert all(torch.equal(a, b) for a, b in zip(again["whole"], tensors, strict=True))
+    assert torch.equal(again["part"], content["part"]) and again["step"] == 3
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

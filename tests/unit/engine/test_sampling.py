@@ -1,12 +1,19 @@
+import os
 import pickle
 import random
+import signal
+import subprocess
+import sys
 import threading
+import traceback
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from torch.utils.data import Dataset
+from PIL import Image
+from torch.utils.data import Dataset, Subset
 
 from engine.sampling import (
     SeededSamples,
@@ -15,6 +22,7 @@ from engine.sampling import (
     seed_all,
     set_random_states,
 )
+from workloads.vision import torchvision
 
 
 class Noisy(Dataset):
@@ -107,3 +115,36 @@ def test_a_dataset_that_no_process_can_be_given_says_what_to_do():
     noisy.lock = threading.Lock()
     with pytest.raises(TypeError, match="open what it holds when a sample is first read, or set"):
         ForkingPickler.dumps(SeededSamples(noisy, 1))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_picture_that_cannot_be_read_is_named(tmp_path, num_workers):
+    file = tmp_path / "cat" / "7.png"
+    file.parent.mkdir()
+    noise = numpy.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=numpy.uint8)
+    Image.fromarray(noise).save(file)
+    os.truncate(file, 3000)
+    batches = make_batches(
+        Subset(torchvision.datasets.ImageFolder(tmp_path, numpy.asarray), [0]), batch_size=1,
+        rank=0, world_size=1, seed=1, is_training=True, samples_per_epoch=None,
+        num_workers=num_workers, pin_memory=False,
+    )  # fmt: skip
+    with pytest.raises(OSError) as caught:
+        next(batches.start(0, 0, {}))
+    told = "".join(traceback.format_exception(caught.value))
+    assert f"This was sample 0, from the file {file}: if it cannot be read, replace" in told
+
+
+def test_loader_processes_end_with_a_rank_that_is_killed():
+    code = (
+        "import os, signal\n"
+        "from tests.unit.engine.test_sampling import loader\n"
+        "batches = loader(num_workers=1).start(0, 0, {})\n"
+        "next(batches)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    words = [sys.executable, "-c", code]
+    killed = subprocess.run(words, env=environment, stdout=subprocess.PIPE, timeout=60)
+    # It has returned, so neither a loader process nor their server holds its output any more.
+    assert killed.returncode == -signal.SIGKILL

@@ -122,11 +122,13 @@ def test_without_horovod_torchrun_starts_the_ranks(tmp_path):
     assert "as many on each node" in uneven.stderr
 
 
-def test_setup_leaves_a_folder_that_it_did_not_make_alone(tmp_path):
+@pytest.mark.parametrize("home", ["", "~/"])
+def test_setup_leaves_a_folder_that_it_did_not_make_alone(tmp_path, home):
     (tmp_path / "precious").touch()
-    done = launch("setup.sh", PARSIMONY_VENV=str(tmp_path))
+    venv = f"~/{tmp_path.name}" if home else str(tmp_path)
+    done = launch("setup.sh", PARSIMONY_VENV=venv, HOME=str(tmp_path.parent))
     assert done.returncode == 2
-    assert "was not made by launch/setup.sh" in done.stderr
+    assert f"{tmp_path} was not made by launch/setup.sh" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from workloads import datasets, models
+from workloads.masked_text import masked_text_folder
+from workloads.text_stream import text_shards
 
 
 def test_residual_networks_have_the_papers_sizes():
@@ -62,3 +64,21 @@ def test_a_missing_folder_is_an_error_that_says_where_and_what(tmp_path):
         datasets.imagenet(str(tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match="no CIFAR-10 under"):
         datasets.cifar10(str(tmp_path / "none"), download=False)
+    damaged = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"half")
+    with pytest.raises(FileNotFoundError, match=f"not as published: {damaged}\\)"):
+        datasets.cifar10(str(tmp_path), download=False)
+
+
+def test_the_home_folder_may_be_abbreviated(image_tree, monkeypatch):
+    monkeypatch.setenv("HOME", str(image_tree))
+    for split in ("train", "valid"):
+        (image_tree / f"{split}.txt").write_text("a b c d e f g\n" * 12)
+    (image_tree / "words").write_text("a\nb\n<unk>\n<eos>\n")
+    assert len(datasets.cifar10("~")["train"]) == len(datasets.imagenet("~")["train"]) == 2
+    assert len(masked_text_folder("~", sequence_length=4)["valid"]) == 24
+    shards = text_shards(
+        "~", "train.txt", None, "valid.txt", bptt=2, vocabulary="~/words", counts="~/counts"
+    )
+    assert len(shards["train"]) and (image_tree / "counts").is_file()
