@@ -45,13 +45,12 @@ class Intake:
         self._stand_ins: dict[str, HandedOver] = {}
         self._standing: set[str] = set()  # names of those that are in p.grad now
         self.count_anew()
-        self._hooks = []
-        for name, parameter in named.items():
-            before, after = self._make_hooks(name)
-            self._hooks += [
-                parameter.register_hook(torch.compiler.disable(before)),
-                parameter.register_post_accumulate_grad_hook(torch.compiler.disable(after)),
-            ]
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(
+                torch.compiler.disable(self._make_hook(name))
+            )
+            for name, parameter in named.items()
+        ]
 
     def close(self) -> None:
         """Let go of the parameters."""
@@ -113,25 +112,24 @@ class Intake:
 
     # ---- from backward ---------------------------------------------------------------------------
 
-    def _make_hooks(self, name: str) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
-        def before_accumulation(grad: Tensor) -> None:
-            if name in self._standing:
-                with self._lock:
-                    self._lift(name)
-
+    def _make_hook(self, name: str) -> Callable[[Tensor], None]:
         def on_gradient(parameter: Tensor) -> None:
             with self._lock:
+                if name in self._standing:
+                    self._lift(name, parameter)
                 self._on_gradient(name, parameter)
 
-        return before_accumulation, on_gradient
+        return on_gradient
 
-    def _lift(self, name: str) -> None:
-        """Make `p.grad` free for another gradient; forget the last if zero_grad() dropped it."""
-        if self._is_dropped(name):
-            self._drop(name)
-        if isinstance(self._named[name].grad, HandedOver):
-            self._named[name].grad = None
+    def _lift(self, name: str, parameter: Tensor) -> None:
+        """Put the gradient that has come into the stand-in's place; forget the one for which that
+        stood, if zero_grad() has dropped it since."""
         self._standing.discard(name)
+        stand_in = parameter.grad
+        if not isinstance(stand_in, HandedOver) or stand_in.is_dropped:
+            self._drop(name)
+        if isinstance(stand_in, HandedOver):
+            parameter.grad, stand_in.added = stand_in.added, None
 
     def _drop(self, name: str) -> bool:
         is_dropped = self._exchange.drop(name)
@@ -158,9 +156,8 @@ class Intake:
     def _stand_in(self, name: str, parameter: Tensor) -> None:
         stand_in = self._stand_ins.get(name)
         if stand_in is None:
-            stand_in = self._stand_ins[name] = HandedOver.of(name, parameter)
-        stand_in.is_dropped = False
-        parameter.grad = stand_in
+            stand_in = self._stand_ins[name] = HandedOver(name, parameter)
+        parameter.grad = stand_in.renew()
         self._standing.add(name)
 
     def _is_found_sparse(self, name: str, parameter: Tensor) -> bool:

@@ -129,7 +129,10 @@ class Rehearsal:
             parameter.register_post_accumulate_grad_hook(hook)
 
     def _before_exchange(self, parameter: Tensor) -> None:
-        self.tracker.label(kinds.GRADIENTS, [parameter.grad])
+        grad = parameter.grad
+        if isinstance(grad, HandedOver):  # for that of the micro-batch before
+            grad = grad.added
+        self.tracker.label(kinds.GRADIENTS, [grad])
         self._in_exchange = contextlib.ExitStack()
         self._in_exchange.enter_context(self._steady())
         self._in_exchange.enter_context(self.tracker.phase(BACKWARD, kinds.EXCHANGE))
