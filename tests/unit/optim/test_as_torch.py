@@ -142,6 +142,24 @@ def test_torch_s_inputs_give_torch_s_steps_or_are_refused_by_name(name, machiner
             assert_close(p.detach(), q.detach())
 
 
+def test_options_that_are_tensors_give_torch_s_steps_and_those_of_their_numbers():
+    lr, betas, decay = torch.tensor([[0.01]]), (0.9, 0.99), torch.tensor(0.1)
+    tensors = {"lr": lr, "betas": tuple(map(torch.tensor, betas)), "weight_decay": 0.1}
+    sgd = {"lr": lr, "weight_decay": decay, "momentum": 0.9}
+    for name, options in (("Adam", tensors), ("AdamW", tensors), ("SGD", sgd)):
+        numbers = {
+            k: tuple(map(float, v)) if k == "betas" else float(v) for k, v in options.items()
+        }
+        ours, theirs, _ = COUNTERPARTS[name]
+        cases = ((ours, options), (theirs, options), (ours, numbers))
+        mine, other, same = (Problem(lambda p, k=k, o=o: k(p, **o)) for k, o in cases)
+        for problem in (mine, other, same):
+            problem.run(3)
+        for p, q in zip(mine.parameters, other.parameters, strict=True):
+            assert_close(p.detach(), q.detach())
+        assert all(map(torch.equal, mine.parameters, same.parameters))
+
+
 @every_counterpart
 def test_bad_inputs_raise_what_torch_raises(name, machinery):
     ours = COUNTERPARTS[name][0]
