@@ -119,16 +119,18 @@ def check_neutral(group: Mapping[str, Any]) -> None:
 
 
 def _as_torch_says(name: str, value: Any) -> str:
-    if name == "lr" and isinstance(value, Tensor) and value.numel() != 1:
-        return "Tensor lr must be 1-element"
-    if name == "betas" and isinstance(value, (tuple, list)) and len(value) == 2:
-        if not _are_alike(value):
+    try:
+        if name == "lr" and isinstance(value, Tensor) and value.numel() != 1:
+            return "Tensor lr must be 1-element"
+        if name == "betas" and not _are_alike(value):
             return "betas must be either both floats or both Tensors"
-        for index, beta in enumerate(value):
+        for index, beta in enumerate(value if name == "betas" else ()):
             if not 0 <= beta < 1:
                 return f"Invalid beta parameter at index {index}: {beta}"
-    if name in _BELOW_0_IN_TORCH and isinstance(value, (int, float, Tensor)) and not value >= 0:
-        return f"Invalid {_BELOW_0_IN_TORCH[name]}: {value}"
+        if name in _BELOW_0_IN_TORCH and not value >= 0:
+            return f"Invalid {_BELOW_0_IN_TORCH[name]}: {value}"
+    except (TypeError, ValueError, RuntimeError):  # of another type altogether
+        pass
     return ""
 
 

@@ -44,12 +44,6 @@ class StatefulOptimizer(Optimizer):
         own = {"_delegated": delegated, "_unfitted": self._unfitted}
         return {**super().__getstate__(), **own}  # else copies lack them
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # of an older version
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-
     # ---- what a subclass says --------------------------------------------------------------------
 
     def _first(self, group: Group) -> tuple[str, str] | None:

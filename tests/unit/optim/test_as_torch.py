@@ -142,6 +142,24 @@ def test_torch_s_inputs_give_torch_s_steps_or_are_refused_by_name(name, machiner
             assert_close(p.detach(), q.detach())
 
 
+def test_options_that_are_tensors_give_torch_s_steps_and_those_of_their_numbers():
+    lr, betas, decay = torch.tensor([[0.01]]), (0.9, 0.99), torch.tensor(0.1)
+    tensors = {"lr": lr, "betas": tuple(map(torch.tensor, betas)), "weight_decay": 0.1}
+    sgd = {"lr": lr, "weight_decay": decay, "momentum": 0.9}
+    for name, options in (("Adam", tensors), ("AdamW", tensors), ("SGD", sgd)):
+        numbers = {
+            k: tuple(map(float, v)) if k == "betas" else float(v) for k, v in options.items()
+        }
+        ours, theirs, _ = COUNTERPARTS[name]
+        cases = ((ours, options), (theirs, options), (ours, numbers))
+        mine, other, same = (Problem(lambda p, k=k, o=o: k(p, **o)) for k, o in cases)
+        for problem in (mine, other, same):
+            problem.run(3)
+        for p, q in zip(mine.parameters, other.parameters, strict=True):
+            assert_close(p.detach(), q.detach())
+        assert all(map(torch.equal, mine.parameters, same.parameters))
+
+
 @every_counterpart
 def test_bad_inputs_raise_what_torch_raises(name, machinery):
     ours = COUNTERPARTS[name][0]
@@ -184,6 +202,9 @@ def test_parameters_that_cannot_be_raise_what_torch_raises(name, machinery):
                     each(params)
     with pytest.raises(ValueError, match="Invalid learning rate: -1"):
         make(None, lr=-1)
+    for option, value in (("lr", "fast"), ("lr", None), ("weight_decay", torch.ones(2))):
+        with pytest.raises(ValueError, match=f"{option} is .*; allowed: 0 or more, and finite"):
+            make([p], **{option: value})
 
 
 @every_optimizer
@@ -461,6 +482,28 @@ def test_older_checkpoints_with_names_and_without_go_on_alike(name, saver, loade
     for key, state in expected["state"].items():
         assert_same(found["state"][key], state)
     assert found["param_groups"] == expected["param_groups"]
+
+
+def by_name(optimizer, state):
+    """What torch's documentation advises where the order of parameters has changed."""
+    (mine,), (theirs,) = optimizer.param_groups, state["param_groups"]
+    keys = dict(zip(theirs["param_names"], theirs["params"], strict=True))
+    order = {"param_names": mine["param_names"], "params": [keys[n] for n in mine["param_names"]]}
+    return {**state, "param_groups": [{**theirs, **order}]}
+
+
+@every_optimizer
+def test_a_hook_can_bring_the_parameters_into_another_order(name):
+    straight = Problem(EVERY_OPTIMIZER[name], groups=named)
+    other = Problem(EVERY_OPTIMIZER[name], groups=lambda w, b: named(w, b)[::-1])
+    straight.run(3)
+    other.optimizer.register_load_state_dict_pre_hook(by_name)
+    other.optimizer.load_state_dict(straight.optimizer.state_dict())
+    with torch.no_grad():
+        for p, q in zip(other.parameters, straight.parameters, strict=True):
+            p.copy_(q)
+    assert other.run(3) == straight.run(3)
+    assert all(map(torch.equal, other.parameters, straight.parameters))
 
 
 @every_optimizer

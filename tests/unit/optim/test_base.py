@@ -387,6 +387,7 @@ def test_a_gradient_of_another_shape_is_refused():
         (SM3, {"variant": "III"}, "variant is 'III'; allowed: I, II"),
         (SM3, {"eps": float("nan")}, "eps is nan; allowed: 0 or more"),
         (SketchAdam, {"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\); allowed: two, from 0 to"),
+        (SketchAdam, {"betas": ("a", 0.9)}, r"betas is \('a', 0.9\); allowed: two, from 0 to"),
         (SketchAdam, {"betas": 0.9}, "betas is 0.9; allowed: two, from 0 to"),
         (SketchAdam, {"depth": 6}, "depth is 6; allowed: an integer, 1 to 5"),
         (SketchAdam, {"clean_interval": 0}, "clean_interval is 0; allowed: a number of steps"),
