@@ -1,7 +1,7 @@
 """torch.distributed behind the Comm protocol: for jobs that `torchrun` starts, or anyone else who
 sets its variables, and for scripts that call `dist.init_process_group` themselves.
 
-Ranks meet by names (mail.py), over a gloo group of our own, whatever the person's default group is.
+Ranks meet by names (mail.py), over gloo's connections of our own, whatever the default group is.
 Several TorchComms of one process share it, as HorovodComms share Horovod.
 """
 
@@ -19,9 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.distributed.distributed_c10d import _get_default_store as _default_store
 
 from dgc import objects, pieces
 from dgc.comm import Group, Names
+from dgc.fresh_store import fresh_store
 from dgc.launched import refuse_elastic_torchrun, refuse_loners
 from dgc.mail import FRAME_BYTES, Mail
 from dgc.torch_group import TorchGroup
@@ -31,22 +33,24 @@ class _Life:
     """What all TorchComms share from the first that is made to the last that is closed."""
 
     def __init__(self) -> None:
+        limit = pieces.stall_seconds() or 10 * 86_400
         self.begins_torch = not dist.is_initialized() and "MASTER_ADDR" in os.environ
         if self.begins_torch:
             _choose_interface()
-            dist.init_process_group("gloo")
+            store, rank, self.size = next(dist.rendezvous("env://"))
+            store = fresh_store(store, rank, self.size, limit)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=self.size)
         self._world = dist.group.WORLD if dist.is_initialized() else None
         self.num_open = 0
         self.names = Names()
-        self._group, backend, rank, size = None, None, 0, 1
+        backend, rank, self.size = None, 0, 1
         if self._world is not None:
-            rank, size = dist.get_rank(), dist.get_world_size()
-        if size > 1:
-            limit = pieces.stall_seconds() or 10 * 86_400
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=limit))
-            backend = self._group._get_backend(torch.device("cpu"))
-        self.mail = Mail(backend, rank, size)
-        self.size = size
+            rank, self.size = dist.get_rank(), dist.get_world_size()
+        if self.size > 1:
+            store = fresh_store(_default_store(), rank, self.size, limit)
+            timeout = timedelta(seconds=limit)
+            backend = dist.ProcessGroupGloo(store, rank, self.size, timeout)
+        self.mail = Mail(backend, rank, self.size)
         atexit.register(self.mail.leave)
 
     @property
@@ -57,11 +61,7 @@ class _Life:
     def end(self) -> None:
         self.mail.leave()
         atexit.unregister(self.mail.leave)
-        if self.is_over:
-            return
-        if self._group is not None:
-            dist.destroy_process_group(self._group)
-        if self.begins_torch:
+        if self.begins_torch and not self.is_over:
             dist.destroy_process_group()
 
 
