@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dgc import DistributedOptimizer, row_sparse_names
+from dgc.handed_over import HandedOver
 from memory import tracker as kinds
 from memory.answers import UNANSWERED, Answers
 from memory.job import Contender, Job
@@ -130,7 +131,7 @@ class Rehearsal:
 
     def _before_exchange(self, parameter: Tensor) -> None:
         grad = parameter.grad
-        if isinstance(grad, HandedOver):  # for that of the micro-batch before
+        if isinstance(grad, HandedOver):  # it stands for the last micro-batch's
             grad = grad.added
         self.tracker.label(kinds.GRADIENTS, [grad])
         self._in_exchange = contextlib.ExitStack()

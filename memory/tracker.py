@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dgc.handed_over import HandedOver
+
 PARAMETERS, BUFFERS, INPUTS, CARRIED = "parameters", "buffers", "inputs", "carried state"
 GRADIENTS, ACTIVATIONS, TEMPORARIES = "gradients", "activations", "temporaries"
 EXCHANGE = "exchange buffers"
@@ -176,7 +178,8 @@ class Tracker(TorchDispatchMode):
 
 def parts_of(value: Any) -> list[Tensor]:
     """Return the tensors with memory that a value is: of a sparse tensor its indices and values."""
-    if not isinstance(value, Tensor) or value.device.type == "meta":
+    has_memory = isinstance(value, Tensor) and not isinstance(value, HandedOver)
+    if not has_memory or value.device.type == "meta":
         return []
     if value.is_sparse:
         parts = getattr(value, "_rows", None)  # of a fake one: see fakes.py

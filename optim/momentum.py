@@ -52,6 +52,20 @@ class SketchMomentum(Momentum):
         after the insertion, but the momentum that follows from the mean of the estimates before
         it, as far as they agree, and for the rest g / (1 - momentum). Where all rows arrive, the
         sketch is that of the momentum.
+    Stable: on a quadratic, for lr x its largest curvature up to
+
+            min(2 (1 - momentum), (1 - momentum) / momentum * r / (1 + 2 sqrt(r)))
+
+        with r = size_ratio (depth width / rows) and depth 2 or more: 0.012 by default, where
+        Momentum has 2 (1 + momentum) = 3.8. The first is gradient descent's with the rate
+        lr / (1 - momentum), where nothing is known; of row-sparse gradients no other was met. The
+        second: where all rows arrive, those that share buckets feed each other. The mean of the
+        estimates is P m, and along an eigenvector of P with eigenvalue L the recurrences
+        x' = x - lr (c x + momentum L m), m' = momentum m + c x decay for lr c below
+        (1 - momentum) / (momentum (L - 1)). The largest L of random tables is (1 + 1 / sqrt(r))^2,
+        of a single one the rows in its fullest bucket. That estimates count less where they
+        disagree makes up to 4 times the rate stable. If a run diverges, lower the rate, or make
+        the sketch larger or the momentum smaller.
     """
 
     structures = {"first_moment": "sketch"}  # noqa: RUF012

@@ -28,6 +28,29 @@ def test_horovod_that_cannot_serve_is_missing_with_a_remedy(facts, torch, says):
     assert says in check.remedy
 
 
+@pytest.mark.parametrize(
+    "cxx, status, says",
+    [
+        ("env g++", "ok", "C++20"),
+        ("g++ -m64", "ok", "C++20"),
+        ("no-such-compiler -m64", "missing", "CXX is 'no-such-compiler -m64', which is no command"),
+    ],
+)
+def test_the_compiler_is_the_one_that_the_kernels_would_take(monkeypatch, cxx, status, says):
+    monkeypatch.setenv("CXX", cxx)
+    check = doctor.check_compiler()
+    assert check.status == status
+    assert says in check.found
+
+
+def test_where_all_is_compiled_a_compiler_is_optional(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    for facts, status in (({"library": "host.so"}, "optional"), ({"error": "none"}, "missing")):
+        monkeypatch.setattr(doctor, "ask", lambda *_, facts=facts, **__: facts)
+        compiler = next(check for check in doctor.all_checks() if check.name == "compiler")
+        assert compiler.status == status
+
+
 def test_a_torchvision_that_cannot_be_imported_is_missing_with_the_remedy():
     broken = doctor.check_torchvision({"error": "operator torchvision::nms does not exist"})
     assert (broken.status, broken.remedy) == ("missing", "run launch/setup.sh --again")

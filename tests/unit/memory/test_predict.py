@@ -86,7 +86,7 @@ def test_the_bytes_of_a_tensor_are_told_by_kind():
         f"{STATE}step": 4,
     }  # fmt: skip
     totals = sum(sum(parts.values()) for parts in found.by_tensor.values())
-    flags = 4 * 4  # beside the means of the four tensors that are sent whole: see all_reduce
+    flags = 3 * 4  # beside the means of the biases, which are sent whole: see dgc.protocols
     assert totals == found.kept_bytes - found.kept.get("exchange buffers", 0) - flags
 
 
