@@ -7,8 +7,8 @@
 
 Every file is written under a temporary name, hashed on the way, flushed to disk and renamed; the
 manifest comes last, so a checkpoint is either whole or not there. Neither writing nor reading a
-part copies its tensors, or passes over the file twice. Parts hold tensors and plain values only and load
-with `weights_only=True`; what this would refuse is refused before a file is written. Each rank
+part copies its tensors, or passes over the file twice. Parts hold tensors and plain values only and
+load with `weights_only=True`; what this would refuse is refused before a file is written. Each rank
 reads and writes its own part where it runs: hosts need not share a disk, as long as a rank comes
 back to its own.
 """
