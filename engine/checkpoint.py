@@ -5,9 +5,10 @@
     checkpoints/step-00000440.json                 names, sizes and SHA-256 of the above, and of
                                                    the shared part of the best step so far
 
-Every file is written under a temporary name, flushed to disk and renamed; the manifest comes last,
-so a checkpoint is either whole or not there. Parts hold tensors and plain values only and load
-with `weights_only=True`; what this would refuse is refused before a file is written. Each rank
+Every file is written under a temporary name, hashed on the way, flushed to disk and renamed; the
+manifest comes last, so a checkpoint is either whole or not there. Neither writing nor reading a
+part copies its tensors, or passes over the file twice. Parts hold tensors and plain values only and
+load with `weights_only=True`; what this would refuse is refused before a file is written. Each rank
 reads and writes its own part where it runs: hosts need not share a disk, as long as a rank comes
 back to its own.
 """
@@ -113,7 +114,7 @@ class CheckpointFolder:
         return result
 
     def read(self, name: str, part: dict[str, Any]) -> dict[str, Any]:
-        """Read one part after checking its size and checksum."""
+        """Read one part, whose size and checksum must be those of the manifest."""
         path = self._folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is not there")

@@ -14,7 +14,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy
 import torch
+from torch.utils._pytree import tree_leaves
 
 _PIECE_BYTES = 2**18  # is worth another thread
 _LARGEST_GAP_BYTES = 2**16  # between two tensors of a file there are some hundred
@@ -22,7 +24,7 @@ _LARGEST_GAP_BYTES = 2**16  # between two tensors of a file there are some hundr
 
 def save(content: Any, file: BinaryIO) -> str:
     """Write content as torch.save does; return the SHA-256 of what was written, as hex digits."""
-    with closing(_HashedWriter(file)) as hashed:
+    with closing(_HashedWriter(content, file)) as hashed:
         torch.save(content, hashed)
         return hashed.hash.hexdigest()
 
@@ -75,20 +77,24 @@ class _Hash:
 class _HashedWriter:
     """What torch.save writes to; it never seeks.
 
-    Torch keeps what it writes until all is written, but for copies of what is on a device: only
-    where there is none can the hash lag behind.
+    The hash may lag behind in what is the content's own memory, and so stays until all is written;
+    copies of what is on a device, and the zip file's directory, do not.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, content: Any, file: BinaryIO) -> None:
         self._file, self.hash = file, _Hash()
-        self._may_lag = not torch.accelerator.is_available()
+        self._kept = {
+            leaf.untyped_storage().data_ptr()
+            for leaf in tree_leaves(content)
+            if torch.is_tensor(leaf) and leaf.layout is torch.strided and leaf.device.type == "cpu"
+        }
 
     def write(self, data: memoryview) -> int:
         self.hash.add(data)
         try:
             return self._file.write(data)
         finally:
-            if not self._may_lag:
+            if numpy.frombuffer(data, numpy.uint8).ctypes.data not in self._kept:
                 self.hash.wait()
 
     def flush(self) -> None:
