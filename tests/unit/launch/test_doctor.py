@@ -97,29 +97,6 @@ def test_without_horovod_torch_alone_is_asked_for(monkeypatch):
     assert doctor.check_torchrun(facts | {"gloo": False}).status == "missing"
 
 
-@pytest.mark.parametrize(
-    "cxx, status, says",
-    [
-        ("env g++", "ok", "C++20"),
-        ("g++ -m64", "ok", "C++20"),
-        ("no-such-compiler -m64", "missing", "CXX is 'no-such-compiler -m64', which is no command"),
-    ],
-)
-def test_the_compiler_is_the_one_that_the_kernels_would_take(monkeypatch, cxx, status, says):
-    monkeypatch.setenv("CXX", cxx)
-    check = doctor.check_compiler()
-    assert check.status == status
-    assert says in check.found
-
-
-def test_where_all_is_compiled_a_compiler_is_optional(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    for facts, status in (({"library": "host.so"}, "optional"), ({"error": "none"}, "missing")):
-        monkeypatch.setattr(doctor, "ask", lambda *_, facts=facts, **__: facts)
-        compiler = next(check for check in doctor.all_checks() if check.name == "compiler")
-        assert compiler.status == status
-
-
 def test_an_empty_environment_lacks_everything_and_is_told_the_remedy(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
     done = subprocess.run(
