@@ -61,8 +61,8 @@ def check_compression(compression: Any) -> Compression | None:
 def check_comm(comm: Comm | None) -> Comm:
     if comm is None:
         raise TypeError(
-            "DistributedOptimizer needs comm=: HorovodComm() (from dgc.comm) in a job that "
-            "horovodrun or mpirun has started"
+            "DistributedOptimizer needs comm=: HorovodComm() (from dgc.comm) in a job of "
+            "horovodrun or mpirun, TorchComm() (from dgc.torch_comm) in one of torchrun's"
         )
     return comm
 

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from engine import report
 from engine.checkpoint import CheckpointError, CheckpointFolder, readable
-from engine.clipping import clip_gradients
 from engine.interfaces import Batch, Batches, Carried, Comm, Task
 from engine.meters import Sums, add_seconds, timed
 from engine.precision import autocast
@@ -197,8 +196,7 @@ class Trainer:
             state.train_sums.add(sums)
         with timed(seconds, "step"):
             if self.run.dgc is None and self.run.train.clip_norm is not None:
-                state.optimizer.synchronize()  # gradients are then the mean over ranks
-                clip_gradients(state.model.parameters(), self.run.train.clip_norm)
+                state.optimizer.clip_grad_norm_(self.run.train.clip_norm)
             state.grad_scaler.step(state.optimizer)
             state.grad_scaler.update()
             if state.optimizer.stats.skipped:

@@ -169,7 +169,8 @@ def is_compiled() -> bool:
     """Whether Horovod and the kernels are there, as on a node that shares another's home."""
     plain = os.environ.get("PARSIMONY_KERNELS") == "reference"
     kernels = {} if plain else ask(_ASK_KERNELS, seconds=300)
-    return "error" not in kernels and "error" not in ask(_ASK_HOROVOD)
+    has_engine = is_without_horovod() or "error" not in ask(_ASK_HOROVOD)
+    return "error" not in kernels and has_engine
 
 
 def check_headers() -> Check:
