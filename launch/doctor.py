@@ -308,8 +308,8 @@ def all_checks() -> Iterator[Check]:
     driver = any(map(os.path.exists, ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")))
     yield check_python()
     to_compile = [check_compiler(), check_headers()]
-    lacking = any(check.remedy for check in to_compile)
-    yield from (c._replace(required=not (lacking and is_compiled())) for c in to_compile)
+    required = not any(check.remedy for check in to_compile) or not is_compiled()
+    yield from (check._replace(required=required) for check in to_compile)
     torch, horovod = ask(_ASK_TORCH), ask(_ASK_HOROVOD)
     yield check_torch(torch, driver)
     if "error" not in torch:
