@@ -148,9 +148,9 @@ point_at_nccl() {
 }
 
 build_horovod() {
-    local new=$wheel_dir.new.$$
-    rm -rf "$wheel_dir".new.*
-    mkdir -p "$new"
+    local new
+    find "$wheels" -maxdepth 1 -name '*.new.*' -mmin +1440 -exec rm -rf {} +  # of builds that died
+    new=$(mktemp -d "$wheel_dir.new.XXXXXX") || return
     [[ -z $nvcc_home ]] || point_at_nccl "$new" || return
     HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 \
         HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
@@ -158,7 +158,15 @@ build_horovod() {
         pip wheel --no-build-isolation --no-deps --no-cache-dir --no-binary horovod \
         -w "$new" "horovod==$(pinned horovod)" || { rm -rf "$new"; return 1; }
     rm -f "$new/libnccl.so"
-    mv "$new" "$wheel_dir"
+    mv -T "$new" "$wheel_dir" || [[ -d $wheel_dir ]]  # another may have been as fast
+}
+
+# wait_for_lock DESCRIPTOR REASON: some file systems have no locks; there it goes on without.
+wait_for_lock() {
+    local status=0
+    flock -n "$1" || status=$?
+    ((status != 1)) || { say "setup: $2; waiting for it"; status=0; flock "$1" || status=$?; }
+    ((status == 0)) || say "setup: no locks on this file system: run one set-up at a time"
 }
 
 # Another clone may be building the same wheel: wait for it, then use it.
@@ -166,7 +174,7 @@ ensure_horovod() {
     find_wheel_dir
     mkdir -p "$wheels"
     exec 8>"$wheel_dir.lock"
-    flock -n 8 || { say "setup: another set-up is building Horovod; waiting for it"; flock 8; }
+    wait_for_lock 8 "another set-up is building Horovod"
     [[ -d $wheel_dir ]] || step "Horovod, compiled once for all clones (4 minutes on 2 cores)" \
         "it needs g++ 10 or clang 12, or newer (CXX names it), and Python.h; launch/doctor tells" \
         build_horovod
@@ -235,5 +243,5 @@ fi
 
 mkdir -p "$(dirname "$venv")"
 exec 9>"$venv.lock"
-flock -n 9 || { say "setup: another set-up is at work on $venv; waiting for it"; flock 9; }
+wait_for_lock 9 "another set-up is at work on $venv"
 [[ $(cat "$state" 2>/dev/null) == "$(setup_key)" ]] || setup
