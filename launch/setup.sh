@@ -150,7 +150,7 @@ point_at_nccl() {
 build_horovod() {
     local new
     find "$wheels" -maxdepth 1 -name '*.new.*' -mmin +1440 -exec rm -rf {} +  # of builds that died
-    new=$(mktemp -d "$wheel_dir.new.XXXXXX") || return
+    new=$(mktemp -d "$wheel_dir.new.XXXXXX") && chmod 755 "$new" || return
     [[ -z $nvcc_home ]] || point_at_nccl "$new" || return
     HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 \
         HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
