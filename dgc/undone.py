@@ -21,7 +21,7 @@ class Undone:
     def note(self, skipped: str) -> None:
         """Raises: FloatingPointError, on all ranks alike, when there were too many."""
         self._num_in_a_row += 1
-        reason = f"the gradient of {skipped} has infinite or NaN entries"
+        reason = f"the gradient of {skipped} has infinite or NaN entries, or was given up there"
         if self._num_in_a_row >= MAX_IN_A_ROW:
             raise FloatingPointError(
                 f"{reason}, the {MAX_IN_A_ROW}th step in a row that had to be undone; "
