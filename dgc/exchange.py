@@ -384,11 +384,13 @@ class Exchange:
     def state_dict(self) -> dict[str, Any]:
         """This rank's residuals, velocities, statistics and thresholds; not the replica's.
 
-        order: the names by which buckets are made; with it a resumed run repeats the same sums.
+        order, rows: the names by which buckets are made, and those of tensors that travel as rows;
+        with them a resumed run repeats the same sums.
         """
         self.commit()
         return {
             "order": self.order,
+            "rows": [name for name, spec in self._specs.items() if spec.row_size],
             "share": torch.tensor([self.place, self.num_shares], dtype=torch.int64, device="cpu"),
             "compensation": self.compensation.state_dict(),
             "statistics": self.statistics.state_dict(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +19,6 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from dgc import apply
-from dgc.buckets import TensorSpec
 from dgc.checks import (
     MAKE_ANEW,
     at_least_one,
@@ -41,9 +40,10 @@ from dgc.fresh_state import drop_zeros, fill_in
 from dgc.holding import check_free, hold, let_go
 from dgc.horovod_names import check_arguments, take_backward_passes
 from dgc.intake import FirstStep, Intake
+from dgc.layout import Layout
 from dgc.momentum import MARK, Momentum
 from dgc.replicas import Replicas
-from dgc.roles import check_groups, delegate_statistics, make_specs, resolve
+from dgc.roles import check_groups, delegate_statistics, resolve
 from dgc.saved import Saved
 from dgc.scaling import Scaling
 from dgc.topology import choose_islands
@@ -137,13 +137,12 @@ class DistributedOptimizer(View):
         self.comm = comm = check_comm(comm)
         micro_batches_per_step = take_backward_passes(horovods, micro_batches_per_step)
         check_arguments(horovods)
-        self._bucket_bytes = bucket_bytes
         check_optimizer(optimizer)
         self._named = match_parameters(optimizer, named_parameters)
         check_free(self._named)
         self._exchanged = {id(parameter) for parameter in self._named.values()}
         self.compression = resolve(check_compression(compression) or DENSE, optimizer)
-        self._row_sparse = check_row_sparse(row_sparse, self._named)
+        row_sparse = check_row_sparse(row_sparse, self._named)
         has_scaler = grad_scaler is not None and grad_scaler.is_enabled()
         rows = sorted(row_sparse)
         settings = (self.compression, at_least_one(micro_batches_per_step), bucket_bytes, rows,
@@ -159,24 +158,24 @@ class DistributedOptimizer(View):
             self.compression, grad_scaler, world_size=comm.world_size,
             num_tensors=len(self._named),
         )  # fmt: skip
-        self._rows = [self._named[name] for name in rows]
         optimizer.state.pop(MARK, None)
-        self._momentum = Momentum(optimizer, self.compression, self._named, self._row_sparse)
+        self._momentum = Momentum(optimizer, self.compression, self._named, row_sparse)
         compensation = Compensation(
             *self._momentum.now(), self.compression.mask_velocity, self.compression.residual_dtype,
             self.compression.velocity_dtype, seed + comm.rank, self._momentum.is_sgds,
         )  # fmt: skip
-        check_groups(optimizer, self.compression, self._rows)
-        dense = {n: p for n, p in self._named.items() if n not in self._row_sparse}
+        check_groups(optimizer, self.compression, [self._named[name] for name in rows])
+        dense = {n: p for n, p in self._named.items() if n not in row_sparse}
         islands = choose_islands(comm, self.compression)
         statistics = delegate_statistics(optimizer, dense, self.compression)
         self._exchange = Exchange(comm, self.compression, compensation, statistics, islands)
         self._exchange.before_step = partial(_begin_step, self._momentum, self._exchange)
         self._replicas = Replicas(comm, optimizer, self._named)
-        self._order: list[str] = []  # of gradients, as far as it is known
-        self.set_density(self.compression.density_at(0))
+        self._layout = Layout(
+            self._named, row_sparse, self._exchange, bucket_bytes, self.compression.density_at(0)
+        )
         self._intake = Intake(
-            self._named, self._row_sparse, self._exchange, self._scaling, micro_batches_per_step
+            self._named, row_sparse, self._exchange, self._scaling, micro_batches_per_step
         )
         hold(self, self._intake, self._named)
 
@@ -216,7 +215,7 @@ class DistributedOptimizer(View):
         """
         self._hooked_state("state_dict", "pre")
         if not self._has_stepped:
-            fill_in(self.inner, self._named.values(), self._rows)
+            fill_in(self.inner, self._named.values(), self._layout.rows)
         self._saved.note_shared(sum(self.worker_state_bytes().values()))
         state = self._momentum.mark(self.inner.state_dict())
         return self._hooked_state("state_dict", "post", state)
@@ -243,7 +242,8 @@ class DistributedOptimizer(View):
         Raises: ValueError, before anything changes, for a state of other tensors than those here.
         """
         self._exchange.load_state_dict(state)
-        self._lay_out(state.get("order", self._order))
+        self._take_as_rows(set(state.get("rows", ())) - self._layout.row_sparse)
+        self._layout.follow(state.get("order", self._layout.order))
         self._replicas.are_new = True
 
     def check_replicas(self) -> None:
@@ -267,20 +267,11 @@ class DistributedOptimizer(View):
 
     def set_density(self, density: float) -> None:
         """Send this fraction of each tensor from the next step on. Between steps only."""
-        if not 0 < density <= 1:
-            raise ValueError(f"density is {density}; allowed: above 0 and at most 1")
-        self._exchange.plan(self._specs(), density, self._bucket_bytes)
-        self.density = density
+        self._layout.set_density(density)
 
-    def _specs(self) -> list[TensorSpec]:
-        share_numel = self._exchange.share_numel
-        return make_specs(self._named, self.compression, self._row_sparse, share_numel, self._order)
-
-    def _lay_out(self, order: Sequence[str]) -> None:
-        """Lay out buckets in this order of gradients, if they are not yet."""
-        self._order = list(order)
-        if [spec.name for spec in self._specs()] != self._exchange.order:
-            self.set_density(self.density)
+    @property
+    def density(self) -> float:
+        return self._layout.density
 
     @torch.compiler.disable
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -312,7 +303,7 @@ class DistributedOptimizer(View):
         if self._is_synchronized:
             return
         if self._intake.first is not None:
-            self._learn_layout(self._intake.first)
+            self._learn(self._intake.first)
         self._intake.shut()
         update = self._exchange.finish()
         self._elements = {}
@@ -324,23 +315,25 @@ class DistributedOptimizer(View):
         self._scaling.end_step(self.stats)
         self._is_synchronized = True
 
-    def _learn_layout(self, first: FirstStep) -> None:
+    def _learn(self, first: FirstStep) -> None:
         """Let all ranks know what this first step tells: the order in which gradients come, and
         which are sparse though they were not named. A collective."""
         everyone = self.comm.all_gather_object((list(first.order), sorted(first.rows)))
-        if not self._order:
-            self._order = everyone[0][0]
-        rows = sorted(set().union(*(names for _, names in everyone)))
-        if rows:
-            self._row_sparse |= check_row_sparse(rows, self._named)
-            self._rows += [self._named[name] for name in rows]
-            for name in rows:
-                if name in self._exchange.statistics.preconditioners:
-                    self.inner.reclaim_second_moment(self._named[name])
-            self._momentum.leave_out_rows(self._row_sparse)
-            check_groups(self.inner, self.compression, self._rows)
-            self._exchange.take_as_rows([s for s in self._specs() if s.name in rows])
-        self._intake.row_sparse, self._intake.first = self._row_sparse, None
+        if not self._layout.order:
+            self._layout.order = everyone[0][0]  # for the steps that follow
+        self._take_as_rows(set().union(*(names for _, names in everyone)))
+        self._intake.first = None
+
+    def _take_as_rows(self, names: Collection[str]) -> None:
+        """Let tensors of which nobody knew it be row-sparse from now on. On all ranks alike."""
+        if not names:
+            return
+        for name in names & self._exchange.statistics.preconditioners.keys():
+            self.inner.reclaim_second_moment(self._named[name])
+        self._layout.take_as_rows(names)
+        self._intake.row_sparse = self._layout.row_sparse
+        self._momentum.leave_out_rows(names)
+        check_groups(self.inner, self.compression, self._layout.rows)
 
     def _begin_anew(self) -> None:
         self._is_synchronized = False
@@ -426,10 +419,10 @@ class DistributedOptimizer(View):
             drop_zeros(self.inner)
         self.synchronize()
         self._exchange.commit()
-        self._lay_out(self._order)
+        self._layout.follow(self._layout.order)
         self._is_synchronized = False
         self._intake.open()
-        check_groups(self.inner, self.compression, self._rows)
+        check_groups(self.inner, self.compression, self._layout.rows)
         check_all_exchanged(self.inner, self._exchanged)
         device = next(iter(self._named.values())).device
         self._scaling.tell_scaler(self, self.stats.skipped is not None, device)

@@ -1,0 +1,59 @@
+"""What is laid out in buckets: which tensors as rows, in which order, at which density."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor
+
+from dgc.buckets import TensorSpec
+from dgc.checks import check_row_sparse
+from dgc.exchange import Exchange
+from dgc.roles import make_specs
+
+
+class Layout:
+    """The parameters of one exchange as all ranks know them.
+
+    order: names, as gradients come; empty until that is known, and then taken to be the reverse of
+    the parameters'. row_sparse: names of the tensors that travel as rows.
+    """
+
+    def __init__(
+        self,
+        named: Mapping[str, Tensor],
+        row_sparse: Collection[str],
+        exchange: Exchange,
+        bucket_bytes: int,
+        density: float,
+    ) -> None:
+        self._named, self._exchange, self._bucket_bytes = named, exchange, bucket_bytes
+        self.row_sparse = check_row_sparse(row_sparse, named)
+        self.order: Sequence[str] = ()
+        self.set_density(density)
+
+    @property
+    def rows(self) -> list[Tensor]:
+        return [self._named[name] for name in sorted(self.row_sparse)]
+
+    def set_density(self, density: float) -> None:
+        """Lay out buckets for a density. Between steps only."""
+        if not 0 < density <= 1:
+            raise ValueError(f"density is {density}; allowed: above 0 and at most 1")
+        self._exchange.plan(self._specs(), density, self._bucket_bytes)
+        self.density = density
+
+    def follow(self, order: Sequence[str]) -> None:
+        """Lay out buckets in this order of gradients, if they are not yet. Between steps only."""
+        self.order = order
+        if [spec.name for spec in self._specs()] != self._exchange.order:
+            self.set_density(self.density)
+
+    def take_as_rows(self, names: Collection[str]) -> None:
+        """Let more tensors travel as rows from this step on; see Exchange.take_as_rows."""
+        self.row_sparse |= check_row_sparse(names, self._named)
+        self._exchange.take_as_rows([spec for spec in self._specs() if spec.name in names])
+
+    def _specs(self) -> list[TensorSpec]:
+        share_numel, compression = self._exchange.share_numel, self._exchange.compression
+        return make_specs(self._named, compression, self.row_sparse, share_numel, self.order)
