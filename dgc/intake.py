@@ -125,11 +125,12 @@ class Intake:
         """Put the gradient that has come into the stand-in's place; forget the one for which that
         stood, if zero_grad() has dropped it since."""
         self._standing.discard(name)
-        stand_in = parameter.grad
-        if not isinstance(stand_in, HandedOver) or stand_in.is_dropped:
+        stand_in = self._stand_ins[name]
+        if stand_in.added is None or stand_in.is_dropped:
             self._drop(name)
-        if isinstance(stand_in, HandedOver):
-            parameter.grad, stand_in.added = stand_in.added, None
+        if parameter.grad is stand_in:
+            parameter.grad = stand_in.added
+        stand_in.added = None
 
     def _drop(self, name: str) -> bool:
         is_dropped = self._exchange.drop(name)

@@ -96,6 +96,9 @@ def test_gradients_put_into_p_grad_are_exchanged_as_those_of_backward(make, comp
 
 
 def test_micro_batches_by_hand_or_first_by_hand_sum_to_the_steps_gradient():
+    def with_graph(model, loss):  # autograd then adds out of place
+        loss.backward(create_graph=True)
+
     def work(comm, *gives):
         model, generator = make_model(), torch.Generator().manual_seed(0)
         optimizer = wrap(comm, model, micro_batches_per_step=2)
@@ -105,7 +108,7 @@ def test_micro_batches_by_hand_or_first_by_hand_sum_to_the_steps_gradient():
         return model.state_dict()
 
     expected = run_local(1, lambda comm: work(comm, by_backward, by_backward))
-    for gives in ((by_hand, by_hand), (by_hand, by_backward)):
+    for gives in ((by_hand, by_hand), (by_hand, by_backward), (with_graph, with_graph)):
         for name, value in run_local(1, lambda comm, g=gives: work(comm, *g))[0].items():
             torch.testing.assert_close(value, expected[0][name])
 
