@@ -29,7 +29,7 @@ class Layout:
     ) -> None:
         self._named, self._exchange, self._bucket_bytes = named, exchange, bucket_bytes
         self.row_sparse = check_row_sparse(row_sparse, named)
-        self.order: Sequence[str] = ()
+        self.order: list[str] = []
         self.set_density(density)
 
     @property
@@ -41,12 +41,15 @@ class Layout:
         if not 0 < density <= 1:
             raise ValueError(f"density is {density}; allowed: above 0 and at most 1")
         self._exchange.plan(self._specs(), density, self._bucket_bytes)
-        self.density = density
+        self.density, self._is_old = density, False
 
-    def follow(self, order: Sequence[str]) -> None:
-        """Lay out buckets in this order of gradients, if they are not yet. Between steps only."""
-        self.order = order
-        if [spec.name for spec in self._specs()] != self._exchange.order:
+    def learn(self, order: Sequence[str]) -> None:
+        """Know the order of gradients, within a step, for the steps that follow."""
+        self.order, self._is_old = list(order), True
+
+    def refresh(self) -> None:
+        """Lay out buckets as it has been learnt. Between steps only."""
+        if self._is_old:
             self.set_density(self.density)
 
     def take_as_rows(self, names: Collection[str]) -> None:

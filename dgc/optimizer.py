@@ -243,7 +243,8 @@ class DistributedOptimizer(View):
         """
         self._exchange.load_state_dict(state)
         self._take_as_rows(set(state.get("rows", ())) - self._layout.row_sparse)
-        self._layout.follow(state.get("order", self._layout.order))
+        self._layout.learn(state.get("order", self._layout.order))
+        self._layout.refresh()
         self._replicas.are_new = True
 
     def check_replicas(self) -> None:
@@ -320,7 +321,7 @@ class DistributedOptimizer(View):
         which are sparse though they were not named. A collective."""
         everyone = self.comm.all_gather_object((list(first.order), sorted(first.rows)))
         if not self._layout.order:
-            self._layout.order = everyone[0][0]  # for the steps that follow
+            self._layout.learn(everyone[0][0])
         self._take_as_rows(set().union(*(names for _, names in everyone)))
         self._intake.first = None
 
@@ -419,7 +420,7 @@ class DistributedOptimizer(View):
             drop_zeros(self.inner)
         self.synchronize()
         self._exchange.commit()
-        self._layout.follow(self._layout.order)
+        self._layout.refresh()
         self._is_synchronized = False
         self._intake.open()
         check_groups(self.inner, self.compression, self._layout.rows)
