@@ -7,13 +7,13 @@ with configs/optim/parsimony.py; small batches, so that a step takes seconds. A 
 another is killed (SIGKILL, all ranks) after its checkpoint in mid-epoch, and resumed. Every tensor
 of their last checkpoints must be equal, bit by bit.
 
-Each phase is timed on each rank (also the processor's time, which other work on the machine hardly
-changes), beside what a script would do with torch alone: `torch.save` of
-the same values to a path, then fsync; `torch.load` of the shared file and of its own on every rank,
-then `model.load_state_dict`. Files are dropped from the page cache before each is loaded. Memory is
-how far the resident memory rose above where the phase began (VmHWM), and how high that was. Blocks
-of 1 MiB and more go back to the system when they are freed (MALLOC_MMAP_THRESHOLD_), or a phase
-would use what another has left.
+Each phase is timed on each rank, also in the processor's time, which other work on the machine
+changes less, beside what a script would do with torch alone: `torch.save` of the same values to a
+path, then fsync; `torch.load` of the shared file and of its own on every rank, then
+`model.load_state_dict`. Files are dropped from the page cache before each is loaded. Memory is how
+far the resident memory rose above where the phase began, and how high that was (VmHWM). Blocks of
+1 MiB and more go back to the system when they are freed (MALLOC_MMAP_THRESHOLD_), or a phase would
+use what another has left.
 """
 
 from __future__ import annotations
