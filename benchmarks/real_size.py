@@ -7,13 +7,13 @@ with configs/optim/parsimony.py; small batches, so that a step takes seconds. A 
 another is killed (SIGKILL, all ranks) after its checkpoint in mid-epoch, and resumed. Every tensor
 of their last checkpoints must be equal, bit by bit.
 
-Each phase is timed on each rank (also the processor's time, which other work on the machine hardly
-changes), beside what a script would do with torch alone: `torch.save` of
-the same values to a path, then fsync; `torch.load` of the shared file and of its own on every rank,
-then `model.load_state_dict`. Files are dropped from the page cache before each is loaded. Memory is
-how far the resident memory rose above where the phase began (VmHWM), and how high that was. Blocks
-of 1 MiB and more go back to the system when they are freed (MALLOC_MMAP_THRESHOLD_), or a phase
-would use what another has left.
+Each phase is timed on each rank, also in the processor's time, which other work on the machine
+changes less, beside what a script would do with torch alone: `torch.save` of the same values to a
+path, then fsync; `torch.load` of the shared file and of its own on every rank, then
+`model.load_state_dict`. Files are dropped from the page cache before each is loaded. Memory is how
+far the resident memory rose above where the phase began, and how high that was (VmHWM). Blocks of
+1 MiB and more go back to the system when they are freed (MALLOC_MMAP_THRESHOLD_), or a phase would
+use what another has left.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.work, prefix="real-size-") as work:
         for name in options.methods:
             rows += measure(name, Path(work) / name.replace(" ", "-"), options)
-    tables.print_table(rows, COLUMNS)
+    tables.print_table(summed_up(rows), COLUMNS)
     tables.write_json(rows, options.json)
 
 
@@ -282,14 +282,29 @@ def sync(path: Path) -> None:
     os.close(handle)
 
 
+def summed_up(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row a phase: of rank 0, which has most to do, all times; the most memory of any."""
+    found = []
+    for method, phase in dict.fromkeys((row["method"], row["phase"]) for row in rows):
+        same = [row for row in rows if (row["method"], row["phase"]) == (method, phase)]
+        first = [row for row in same if row["rank"] == 0]
+        most = {key: max(row[key] for row in same) for key in ("above_start_bytes", "peak_bytes")}
+        times = {key: [row[key] for row in first] for key in ("seconds", "cpu_seconds")}
+        found.append({"method": method, "phase": phase, **times, **most})
+    return found
+
+
+def _each(seconds: list[float]) -> str:
+    return ", ".join(f"{s:.1f}" for s in seconds)
+
+
 COLUMNS: tables.Columns = {
     "method": lambda row: row["method"],
     "phase": lambda row: row["phase"],
-    "rank": lambda row: str(row["rank"]),
-    "seconds": lambda row: f"{row['seconds']:.2f}",
-    "of a core": lambda row: f"{row['cpu_seconds']:.2f}",
-    "above its start, GiB": lambda row: f"{row['above_start_bytes'] / 2**30:.2f}",
-    "peak, GiB": lambda row: f"{row['peak_bytes'] / 2**30:.2f}",
+    "seconds, each time": lambda row: _each(row["seconds"]),
+    "of a core": lambda row: _each(row["cpu_seconds"]),
+    "memory above its start, GiB": lambda row: f"{row['above_start_bytes'] / 2**30:.2f}",
+    "at its peak": lambda row: f"{row['peak_bytes'] / 2**30:.2f}",
 }
 
 
