@@ -284,7 +284,9 @@ def torch_begun_by_a_person():
     dist.all_reduce(theirs)
     assert theirs == comm.world_size
     dist.destroy_process_group()
-    dist.init_process_group("gloo")
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore("again", store)  # torch itself may find the old group's addresses
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     again = TorchComm()
     check_two_optimizers([again, again])
     comm.close()  # of the life before
