@@ -10,6 +10,7 @@ Whoever wants nothing large to wait there, asks for it first.
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import threading
 from collections import deque
@@ -62,7 +63,7 @@ class Mail:
     """
 
     def __init__(self, backend: Any, rank: int, world_size: int) -> None:
-        self._backend, self.rank = backend, rank
+        self._backend, self.rank, self._pid = backend, rank, os.getpid()
         self._changed = threading.Condition()
         self._posts: dict[str, Post] = {}
         self._gone: dict[int, str] = {}
@@ -258,6 +259,8 @@ class Mail:
 
     def leave(self, seconds: float = 10.0) -> None:
         """Tell the others, so that their threads and ours end; wait for them, but not for ever."""
+        if os.getpid() != self._pid:  # a process that this one forked has no say
+            return
         for other in self._pens:
             with contextlib.suppress(Exception):  # it may be gone
                 self._bid_farewell(other)

@@ -36,8 +36,9 @@ class _Life:
     def __init__(self) -> None:
         limit = pieces.stall_seconds() or 10 * 86_400
         self.begins_torch = not dist.is_initialized() and "MASTER_ADDR" in os.environ
-        if self.begins_torch:
+        if "MASTER_ADDR" in os.environ:
             _choose_interface()
+        if self.begins_torch:
             store, rank, self.size = next(dist.rendezvous("env://"))
             store = fresh_store(store, rank, self.size, limit)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=self.size)
@@ -155,7 +156,8 @@ class TorchComm(TorchGroup):
     def _pass_down(self, wire: Tensor, key: str, name: str, root: int) -> None:
         """Send bytes down a binomial tree. What is large is sent when it has a place to lie in."""
         mail, parent, children = self._mail, *_tree(self.rank, root, self.world_size)
-        is_large, ready = wire.numel() > FRAME_BYTES // 2, torch.zeros(1, dtype=torch.uint8)
+        is_large = wire.numel() > FRAME_BYTES // 2
+        ready = torch.zeros(1, dtype=torch.uint8, device="cpu")
         if parent is not None:
             post = mail.expect(key, [parent], into={parent: wire})
             if is_large:

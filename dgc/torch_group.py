@@ -65,7 +65,7 @@ class TorchGroup:
         flat = tensor.detach().to("cpu").contiguous().view(-1)
         is_own = flat.data_ptr() == tensor.data_ptr()
         start = self._sum_all if flat.nbytes <= SMALL_BYTES else self._sum_shares
-        return start(flat, name, lambda: tensor if is_own else tensor.copy_(flat.view_as(tensor)))
+        return start(flat, name, lambda: tensor if is_own else _copied(tensor, flat))
 
     def all_gather_async(self, tensor: Tensor, name: str) -> Handle:
         if tensor.is_cuda and self._on_gpus is not None:
@@ -167,3 +167,8 @@ class TorchGroup:
         for member in self._members[1:]:
             total += values[member]
         return total
+
+
+def _copied(tensor: Tensor, flat: Tensor) -> Tensor:
+    tensor.detach().copy_(flat.view_as(tensor))
+    return tensor
