@@ -244,6 +244,8 @@ def torch_begun_by_us():
     names = check_two_optimizers([first, second])
     assert len(set(names)) == len(names), names
     check_starts_in_any_order(first, pairs(first))
+    with pytest.raises(ValueError, match="rank . gave .* elements .* to the sum 'uneven'"):
+        first.all_reduce_async(torch.ones(3 + first.rank), "uneven").wait()
     # What NCCL's collectives are ordered by, with gloo's in their place: there is no GPU.
     ordered = OrderedGroup(first._life.turns, first._mail, dist.new_group(), range(3))
     check_collectives(ordered, has_shares=False)  # gloo's reduce-scatter cannot be polled
