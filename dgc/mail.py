@@ -10,8 +10,10 @@ Whoever wants nothing large to wait there, asks for it first.
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -24,8 +26,10 @@ from dgc.pieces import as_bytes, stall_error, stall_seconds
 FRAME_BYTES = 2**14  # of a message that goes as one call; of a larger one, the first call
 _TAG = 20_260  # of all our calls, which nobody else's may meet
 _FOREVER = timedelta(days=10_000)
+_MOST_TOLD = 1000  # messages to listeners that are kept until they have surely been sent
 
 Then = Callable[["Post"], None]
+Listener = Callable[[str, int, Tensor], None]  # the rest of the name, sender, value
 
 
 class Post:
@@ -59,11 +63,13 @@ class Mail:
     """
 
     def __init__(self, backend: Any, rank: int, world_size: int) -> None:
-        self._backend, self.rank = backend, rank
+        self._backend, self.rank, self._pid = backend, rank, os.getpid()
         self._changed = threading.Condition()
         self._posts: dict[str, Post] = {}
         self._gone: dict[int, str] = {}
         self._unfinished: dict[str, list[Any]] = {}  # what was sent must live until it is
+        self._told: deque[Any] = deque()
+        self.listeners: dict[str, Listener] = {}  # by how a name begins
         others = [other for other in range(world_size) if other != rank]
         self._pens = {other: threading.Lock() for other in others}
         self._farewells = {other: threading.Event() for other in others}
@@ -78,6 +84,20 @@ class Mail:
 
     def send(self, to: int, name: str, value: Tensor) -> None:
         """Start to send; value: on the CPU, of any type. It may change after `finish_sending`."""
+        works = self._start(to, name, value)
+        with self._changed:
+            self._unfinished.setdefault(name, []).extend((to, work) for work in works)
+
+    def tell(self, to: int, name: str, value: Tensor) -> None:
+        """Give a rank's listener, which may be our own, something that will not change."""
+        if to == self.rank:
+            self._deliver(name, to, value)
+            return
+        self._told.extend(self._start(to, name, value))
+        while len(self._told) > _MOST_TOLD:
+            self._told.popleft().wait(_FOREVER)
+
+    def _start(self, to: int, name: str, value: Tensor) -> list[Any]:
         payload, _ = as_bytes(value.detach().reshape(-1))
         head = pickle.dumps((name, value.dtype, payload.numel()))
         room = FRAME_BYTES - 4 - len(head)
@@ -89,11 +109,9 @@ class Mail:
         parts = [torch.cat([frame, payload])] if is_small else [frame, payload]
         try:
             with self._pens[to]:
-                works = [self._backend.send([part], to, _TAG) for part in parts]
+                return [self._backend.send([part], to, _TAG) for part in parts]
         except RuntimeError as error:
             raise self._lost(to, name, error) from error
-        with self._changed:
-            self._unfinished.setdefault(name, []).extend((to, work) for work in works)
 
     def finish_sending(self, name: str) -> None:
         """Wait until what was sent under a name has left this rank's memory."""
@@ -157,12 +175,16 @@ class Mail:
             self._posts.pop(name, None)
         if (failure := post.why_failed()) is not None:
             raise failure
-        gone = [self._gone[rank] for rank in missing if rank in self._gone]
-        if gone:
-            raise RuntimeError(f"{'; '.join(gone)}, and this rank waits for collective {what!r}")
+        self.refuse_gone(missing, what)
         if missing:
             raise stall_error(limit, what, f" Missing: ranks {missing}.")
         return post.values
+
+    def refuse_gone(self, ranks: Iterable[int], what: str) -> None:
+        """Raise RuntimeError if any of the ranks, which a collective needs, has left."""
+        gone = [self._gone[rank] for rank in ranks if rank in self._gone]
+        if gone:
+            raise RuntimeError(f"{'; '.join(gone)}, and this rank waits for collective {what!r}")
 
     def poll(self, post: Post) -> bool:
         """Tell whether `wait` would return, or raise, at once."""
@@ -210,6 +232,10 @@ class Mail:
         return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
 
     def _deliver(self, name: str, sender: int, value: Tensor) -> None:
+        for start, listener in self.listeners.items():
+            if name.startswith(start):
+                listener(name.removeprefix(start), sender, value)
+                return
         with self._changed:
             post = self._posts.setdefault(name, Post())
             place = post.into.get(sender)
@@ -233,6 +259,8 @@ class Mail:
 
     def leave(self, seconds: float = 10.0) -> None:
         """Tell the others, so that their threads and ours end; wait for them, but not for ever."""
+        if os.getpid() != self._pid:  # a process that this one forked has no say
+            return
         for other in self._pens:
             with contextlib.suppress(Exception):  # it may be gone
                 self._bid_farewell(other)

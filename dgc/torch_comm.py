@@ -26,6 +26,7 @@ from dgc.comm import Group, Names
 from dgc.fresh_store import fresh_store
 from dgc.launched import refuse_elastic_torchrun, refuse_loners
 from dgc.mail import FRAME_BYTES, Mail
+from dgc.ordered_group import OrderedGroup, Turns
 from dgc.torch_group import TorchGroup
 
 
@@ -35,8 +36,9 @@ class _Life:
     def __init__(self) -> None:
         limit = pieces.stall_seconds() or 10 * 86_400
         self.begins_torch = not dist.is_initialized() and "MASTER_ADDR" in os.environ
-        if self.begins_torch:
+        if "MASTER_ADDR" in os.environ:
             _choose_interface()
+        if self.begins_torch:
             store, rank, self.size = next(dist.rendezvous("env://"))
             store = fresh_store(store, rank, self.size, limit)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=self.size)
@@ -51,12 +53,24 @@ class _Life:
             timeout = timedelta(seconds=limit)
             backend = dist.ProcessGroupGloo(store, rank, self.size, timeout)
         self.mail = Mail(backend, rank, self.size)
+        self.turns = Turns(self.mail)
+        self._nccl_groups: dict[tuple[int, ...], OrderedGroup | None] = {}
         atexit.register(self.mail.leave)
 
     @property
     def is_over(self) -> bool:
         """Whether the person has ended torch.distributed, or begun it anew."""
         return self._world is not (dist.group.WORLD if dist.is_initialized() else None)
+
+    def on_gpus(self, groups: Sequence[Sequence[int]]) -> OrderedGroup:
+        """Return NCCL's collectives of this rank's group; all ranks make all groups, once."""
+        for members in map(tuple, groups):
+            if members not in self._nccl_groups:
+                group = dist.new_group(list(members), backend="nccl")
+                is_mine = self.mail.rank in members
+                made = OrderedGroup(self.turns, self.mail, group, members) if is_mine else None
+                self._nccl_groups[members] = made
+        return next(self._nccl_groups[tuple(m)] for m in groups if self.mail.rank in m)
 
     def end(self) -> None:
         self.mail.leave()
@@ -73,7 +87,8 @@ class TorchComm(TorchGroup):
 
     Calls `init_process_group` if nobody has and the environment says how (MASTER_ADDR and others).
     Any number may be made, on all ranks in one order; `close` of the last one ends what the first
-    began. Tensors of a GPU travel through the host's memory, and NCCL is not used.
+    began. Tensors on the CPU go by gloo; those of a GPU by NCCL, if each rank of a machine can have
+    a GPU of its own, else by gloo through the host's memory. NCCL has not been run here.
     Raises: RuntimeError in a job of torchrun whose size may change, and in one of several processes
         that finds itself alone.
     """
@@ -93,6 +108,9 @@ class TorchComm(TorchGroup):
         self._nodes = self._number_nodes()
         here = [r for r, node in enumerate(self._nodes) if node == self._nodes[self.rank]]
         self.local_rank, self.local_size = here.index(self.rank), len(here)
+        has_gpu = dist.is_nccl_available() and torch.cuda.device_count() >= self.local_size
+        if self.world_size > 1 and all(self.all_gather_object(has_gpu)):
+            self._on_gpus = self._life.on_gpus([range(self.world_size)])
 
     def unique_name(self, kind: str) -> str:
         return self._life.names.unique_name(kind)
@@ -108,8 +126,11 @@ class TorchComm(TorchGroup):
         return [numbers[name] for name in found]
 
     def split(self, groups: Sequence[Sequence[int]]) -> Group:
-        mine = next(sorted(ranks) for ranks in groups if self.rank in ranks)
-        return TorchGroup(self._mail, mine)
+        groups = [sorted(ranks) for ranks in groups]
+        mine = next(ranks for ranks in groups if self.rank in ranks)
+        return TorchGroup(
+            self._mail, mine, self._life.on_gpus(groups) if self._on_gpus is not None else None
+        )
 
     def broadcast(self, tensor: Tensor, name: str) -> None:
         self._broadcast(tensor, name, root=0)
@@ -135,7 +156,8 @@ class TorchComm(TorchGroup):
     def _pass_down(self, wire: Tensor, key: str, name: str, root: int) -> None:
         """Send bytes down a binomial tree. What is large is sent when it has a place to lie in."""
         mail, parent, children = self._mail, *_tree(self.rank, root, self.world_size)
-        is_large, ready = wire.numel() > FRAME_BYTES // 2, torch.zeros(1, dtype=torch.uint8)
+        is_large = wire.numel() > FRAME_BYTES // 2
+        ready = torch.zeros(1, dtype=torch.uint8, device="cpu")
         if parent is not None:
             post = mail.expect(key, [parent], into={parent: wire})
             if is_large:

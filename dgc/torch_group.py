@@ -1,7 +1,8 @@
 """The asynchronous collectives of some ranks over messages that are met by name.
 
 Sums are added up in rank order, so they are the same on all ranks, in every run, and as those of
-the simulated workers of local.py. Tensors of a GPU travel through the host.
+the simulated workers of local.py. Tensors of a GPU go by NCCL (ordered_group.py) where each rank
+has a GPU of its own, else through the host's memory.
 Shapes: P ranks.
 """
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dgc.mail import Mail, Post
+from dgc.ordered_group import OrderedGroup
 from dgc.pieces import Handle, check_sendable
 
 SMALL_BYTES = 2**15  # of a tensor that every rank sums for itself: one message's way, not two
@@ -42,22 +44,32 @@ class MailHandle:
 
 
 class TorchGroup:
-    """One rank's asynchronous collectives among some ranks; members: by their number in the job."""
+    """One rank's asynchronous collectives among some ranks; members: by their number in the job.
 
-    def __init__(self, mail: Mail, members: Sequence[int]) -> None:
+    on_gpus: the same ranks' collectives for tensors of a GPU.
+    """
+
+    def __init__(
+        self, mail: Mail, members: Sequence[int], on_gpus: OrderedGroup | None = None
+    ) -> None:
+        self._on_gpus = on_gpus
         self._mail, self._members = mail, tuple(members)
         self.rank, self.world_size = self._members.index(mail.rank), len(members)
         self._others = [m for m in self._members if m != mail.rank]
         self._num_calls: dict[str, int] = {}
 
     def all_reduce_async(self, tensor: Tensor, name: str) -> Handle:
+        if tensor.is_cuda and self._on_gpus is not None:
+            return self._on_gpus.all_reduce_async(tensor, name)
         check_sendable(tensor, name)
         flat = tensor.detach().to("cpu").contiguous().view(-1)
         is_own = flat.data_ptr() == tensor.data_ptr()
         start = self._sum_all if flat.nbytes <= SMALL_BYTES else self._sum_shares
-        return start(flat, name, lambda: tensor if is_own else tensor.copy_(flat.view_as(tensor)))
+        return start(flat, name, lambda: tensor if is_own else _copied(tensor, flat))
 
     def all_gather_async(self, tensor: Tensor, name: str) -> Handle:
+        if tensor.is_cuda and self._on_gpus is not None:
+            return self._on_gpus.all_gather_async(tensor, name)
         check_sendable(tensor, name)
         own = tensor.detach().to("cpu")
 
@@ -67,6 +79,8 @@ class TorchGroup:
         return self._exchange([own] * self.world_size, name, join)
 
     def reduce_scatter_async(self, tensor: Tensor, name: str) -> Handle:
+        if tensor.is_cuda and self._on_gpus is not None:
+            return self._on_gpus.reduce_scatter_async(tensor, name)
         check_sendable(tensor, name)
         rows = tensor.detach().to("cpu").contiguous()
 
@@ -79,6 +93,8 @@ class TorchGroup:
     def all_to_all_async(
         self, parts: list[Tensor], name: str, largest_bytes: int | None = None
     ) -> Handle:
+        if parts[0].is_cuda and self._on_gpus is not None:
+            return self._on_gpus.all_to_all_async(parts, name, largest_bytes)
         for part in parts:
             check_sendable(part, name)
         home, own = parts[0].device, [part.detach().to("cpu") for part in parts]
@@ -151,3 +167,8 @@ class TorchGroup:
         for member in self._members[1:]:
             total += values[member]
         return total
+
+
+def _copied(tensor: Tensor, flat: Tensor) -> Tensor:
+    tensor.detach().copy_(flat.view_as(tensor))
+    return tensor
