@@ -110,7 +110,7 @@ def _if_alone(comm: Comm) -> str:
         return ""
     return (
         ". This job has one rank: if both were to be ranks of one job, they have not found each "
-        "other; start them with horovodrun, mpirun or launch/train.sh"
+        "other; start them with horovodrun, mpirun, torchrun or launch/train.sh"
     )
 
 
