@@ -1,6 +1,6 @@
 """Run by test_comm.py on two real ranks: more than 2 GiB by each collective but all_to_all.
 
-That one would take 12 GiB; these take 9 at most, on both ranks together.
+That one would take 12 GiB; these take 9 at most, or 12 by torch, on both ranks together.
 """
 
 import torch

@@ -84,7 +84,7 @@ def test_join_ends_the_job_with_the_remedy(tmp_path):
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(
     not os.environ.get("PARSIMONY_SLOW"),
-    reason="takes 9 GiB of memory and minutes; set PARSIMONY_SLOW=1",
+    reason="takes 9 to 12 GiB of memory and minutes; set PARSIMONY_SLOW=1",
 )
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo", "torchrun"])
 def test_more_than_two_gib(launcher, tmp_path):
