@@ -112,13 +112,15 @@ class Scaling:
         micro-batches, which is one of world_size * num_parts, is within its share of the bound."""
         unscale = self._unscale_factor()
         threshold = self._clip_norm / math.sqrt(self._world_size * num_parts)
-        norm = norm * unscale
+        norm = norm if unscale == 1 else norm * unscale
         tiny = torch.finfo(norm.dtype).tiny
-        factor = (threshold / (norm * num_micro_batches).clamp(min=tiny)).clamp(max=1)
+        whole = norm if num_micro_batches == 1 else norm * num_micro_batches
+        factor = (threshold / whole.clamp(min=tiny)).clamp(max=1)
         self._norms.append(norm)
         self._factors.append(factor)
+        scale = factor if unscale == 1 else factor * unscale
         nan = torch.full_like(factor, float("nan"))  # undoes the step, instead of adding nothing
-        return torch.where(torch.isfinite(norm), factor * unscale, nan).view(1)
+        return torch.where(torch.isfinite(norm), scale, nan).view(1)
 
 
 def _norm(grad: Tensor) -> Tensor:
