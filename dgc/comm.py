@@ -19,11 +19,11 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from dgc import life, objects, pieces
+from dgc import life, pieces
 from dgc.horovod_group import HorovodGroup, HorovodHandle
 from dgc.launched import LaunchError, refuse_loners
+from dgc.objects import Broadcasts
 from dgc.pieces import Handle
 
 
@@ -114,7 +114,7 @@ AnyComm = TypeVar("AnyComm", bound=Comm)
 _names = Names()  # of all HorovodComms here: Horovod knows a collective by its name
 
 
-class HorovodComm(HorovodGroup):
+class HorovodComm(HorovodGroup, Broadcasts):
     """Horovod's collectives, under `horovodrun` (MPI or Gloo), `mpirun`, or alone.
 
     Begins Horovod if nobody has. Any number may be made, on all ranks in one order; `close` of the
@@ -159,25 +159,14 @@ class HorovodComm(HorovodGroup):
         place, size = groups[mine].index(self.rank), len(groups[mine])
         return HorovodGroup(self._hvd, process_sets[mine], place, size)
 
-    def broadcast(self, tensor: Tensor, name: str) -> None:
-        self._broadcast(tensor, name, root=0)
-
-    def broadcast_object(self, value: Any) -> Any:
-        return objects.broadcast(self, value)
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        return objects.all_gather(self, value)
-
     def _broadcast(self, tensor: Tensor, name: str, root: int) -> None:
         """Overwrite `tensor` with a rank's: as bytes, so that bfloat16 goes too, in their place."""
         for part in pieces.parts_of(tensor.detach()) if tensor.numel() else ():
             wire, is_own = pieces.as_bytes(part)
             handle = self._hvd.broadcast_async_(wire, root_rank=root, name=name)
             HorovodHandle(self._hvd, handle, name).wait()
-            if self.rank != root and not is_own:
-                part.copy_(wire.view(part.dtype).view(part.shape))
-            elif self.rank != root:
-                increment_version(part)
+            if self.rank != root:
+                pieces.take_in(part, wire, is_own)
 
     def barrier(self, name: str = "barrier") -> None:
         here = torch.zeros(1, dtype=torch.float32, device="cpu")

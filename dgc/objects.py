@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,48 +97,48 @@ def _kind(tensor: Tensor) -> _Kind:
 # ---- sent by a Comm's other calls ----------------------------------------------------------------
 
 
-class Sender(Protocol):
-    """What sends them: a Comm that can broadcast from any rank."""
+class Broadcasts:
+    """A Comm's broadcasts, and its objects, by one call of its own: `_broadcast` from any rank."""
 
     rank: int
 
-    def all_gather_async(self, tensor: Tensor, name: str) -> Any: ...
+    def all_gather_async(self, tensor: Tensor, name: str) -> Any:
+        raise NotImplementedError
 
-    def _broadcast(self, tensor: Tensor, name: str, root: int) -> None: ...
+    def _broadcast(self, tensor: Tensor, name: str, root: int) -> None:
+        raise NotImplementedError
 
+    def broadcast(self, tensor: Tensor, name: str) -> None:
+        self._broadcast(tensor, name, root=0)
 
-def broadcast(comm: Sender, value: Any) -> Any:
-    """See Comm.broadcast_object."""
-    is_root = comm.rank == 0
-    message, tensors = pack(value) if is_root else (_bytes(0), [])
-    size = _number(message.numel())
-    comm._broadcast(size, "object.size", root=0)
-    if not is_root:
-        message = _bytes(int(size))
-    comm._broadcast(message, "object.message", root=0)
-    if not is_root:
+    def broadcast_object(self, value: Any) -> Any:
+        is_root = self.rank == 0
+        message, tensors = pack(value) if is_root else (_bytes(0), [])
+        size = _number(message.numel())
+        self.broadcast(size, "object.size")
+        if not is_root:
+            message = _bytes(int(size))
+        self.broadcast(message, "object.message")
+        if not is_root:
+            tensors = make_tensors(message)
+        for tensor in tensors:
+            self.broadcast(tensor, "object.tensor")
+        return value if is_root else unpack(message, tensors)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        message, mine = pack(value)
+        sizes = self.all_gather_async(_number(message.numel()), "objects.sizes").wait().tolist()
+        messages = self.all_gather_async(message, "objects.messages").wait().split(sizes)
+        return [self._gathered(rank, part, mine) for rank, part in enumerate(messages)]
+
+    def _gathered(self, rank: int, message: Tensor, mine: list[Tensor]) -> Any:
+        """Return a rank's value; mine: this rank's tensors."""
         tensors = make_tensors(message)
-    for tensor in tensors:
-        comm._broadcast(tensor, "object.tensor", root=0)
-    return value if is_root else unpack(message, tensors)
-
-
-def all_gather(comm: Sender, value: Any) -> list[Any]:
-    """See Comm.all_gather_object."""
-    message, mine = pack(value)
-    sizes = comm.all_gather_async(_number(message.numel()), "objects.sizes").wait().tolist()
-    messages = comm.all_gather_async(message, "objects.messages").wait().split(sizes)
-    return [_gathered(comm, rank, part, mine) for rank, part in enumerate(messages)]
-
-
-def _gathered(comm: Sender, rank: int, message: Tensor, mine: list[Tensor]) -> Any:
-    """Return a rank's value; mine: this rank's tensors."""
-    tensors = make_tensors(message)
-    for number, tensor in enumerate(tensors):
-        if rank == comm.rank:
-            tensor.detach().copy_(mine[number].detach())
-        comm._broadcast(tensor, "objects.tensor", root=rank)
-    return unpack(message, tensors)
+        for number, tensor in enumerate(tensors):
+            if rank == self.rank:
+                tensor.detach().copy_(mine[number].detach())
+            self._broadcast(tensor, "objects.tensor", root=rank)
+        return unpack(message, tensors)
 
 
 def _number(value: int) -> Tensor:

@@ -338,7 +338,6 @@ class DistributedOptimizer(View):
 
     def _begin_anew(self) -> None:
         self._is_synchronized = False
-        self._elements = {}
         self._intake.open()
 
     @contextmanager
@@ -421,8 +420,7 @@ class DistributedOptimizer(View):
         self.synchronize()
         self._exchange.commit()
         self._layout.refresh()
-        self._is_synchronized = False
-        self._intake.open()
+        self._begin_anew()
         check_groups(self.inner, self.compression, self._layout.rows)
         check_all_exchanged(self.inner, self._exchanged)
         device = next(iter(self._named.values())).device

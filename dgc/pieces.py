@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 MOST_BYTES = 2**30  # of one call, with all that it gathers; an int counts to twice that
 PIECE_BYTES = 2**26  # of one of several calls: as fast as more, some are copied, and Gloo gives up
@@ -156,6 +157,14 @@ def as_bytes(tensor: Tensor) -> tuple[Tensor, bool]:
     plain = tensor.resolve_conj().resolve_neg().contiguous()
     flat = plain.as_strided((plain.numel(),), (1,))  # of one element, any stride is contiguous
     return flat.view(torch.uint8), plain.data_ptr() == tensor.data_ptr()
+
+
+def take_in(tensor: Tensor, wire: Tensor, is_own: bool) -> None:
+    """Let a tensor have the bytes that came into those of `as_bytes`: its own, or a copy."""
+    if is_own:
+        increment_version(tensor)
+    else:
+        tensor.copy_(wire.view(tensor.dtype).view(tensor.shape))
 
 
 # ---- the collectives -----------------------------------------------------------------------------

@@ -13,19 +13,18 @@ import socket
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.distributed.distributed_c10d import _get_default_store as _default_store
 
-from dgc import objects, pieces
+from dgc import pieces
 from dgc.comm import Group, Names
 from dgc.fresh_store import fresh_store
 from dgc.launched import refuse_elastic_torchrun, refuse_loners
 from dgc.mail import FRAME_BYTES, Mail
+from dgc.objects import Broadcasts
 from dgc.ordered_group import OrderedGroup, Turns
 from dgc.torch_group import TorchGroup
 
@@ -82,7 +81,7 @@ class _Life:
 _life: _Life | None = None
 
 
-class TorchComm(TorchGroup):
+class TorchComm(TorchGroup, Broadcasts):
     """torch.distributed's ranks: under `torchrun`, of a script's own process group, or alone.
 
     Calls `init_process_group` if nobody has and the environment says how (MASTER_ADDR and others).
@@ -132,15 +131,6 @@ class TorchComm(TorchGroup):
             self._mail, mine, self._life.on_gpus(groups) if self._on_gpus is not None else None
         )
 
-    def broadcast(self, tensor: Tensor, name: str) -> None:
-        self._broadcast(tensor, name, root=0)
-
-    def broadcast_object(self, value: Any) -> Any:
-        return objects.broadcast(self, value)
-
-    def all_gather_object(self, value: Any) -> list[Any]:
-        return objects.all_gather(self, value)
-
     def _broadcast(self, tensor: Tensor, name: str, root: int) -> None:
         """Overwrite `tensor` with a rank's, in place, a piece at a time."""
         key = self._key(name)
@@ -148,10 +138,8 @@ class TorchComm(TorchGroup):
         for number, part in enumerate(parts):
             wire, is_own = pieces.as_bytes(part.to("cpu"))
             self._pass_down(wire, f"{key}.{number}", name, root)
-            if self.rank != root and not (is_own and part.device.type == "cpu"):
-                part.copy_(wire.view(part.dtype).view(part.shape))
-            elif self.rank != root:
-                increment_version(part)
+            if self.rank != root:
+                pieces.take_in(part, wire, is_own and part.device.type == "cpu")
 
     def _pass_down(self, wire: Tensor, key: str, name: str, root: int) -> None:
         """Send bytes down a binomial tree. What is large is sent when it has a place to lie in."""

@@ -163,6 +163,14 @@ def pairs(comm):
     return comm.split([[0], list(range(1, comm.world_size))])
 
 
+def check_two_comms(first, second):
+    with unusual_defaults():
+        assert first.nodes() == [0] * first.world_size
+        first.barrier()
+    names = check_two_optimizers([first, second])
+    assert len(set(names)) == len(names), names
+
+
 def begun_by_us():
     import horovod.torch as hvd
     from horovod.torch import join  # before there is a HorovodComm
@@ -177,11 +185,7 @@ def begun_by_us():
     with small_pieces():
         check_broadcast(first)
         check_objects(second)
-    with unusual_defaults():
-        assert first.nodes() == [0] * first.world_size
-        first.barrier()
-    names = check_two_optimizers([first, second])
-    assert len(set(names)) == len(names), names
+    check_two_comms(first, second)
     check_join(hvd, join)
     assert first.can_split and second.can_split
     assert pairs(first)._set.process_set_id == pairs(second)._set.process_set_id != 0
@@ -238,11 +242,7 @@ def torch_begun_by_us():
                 check(first)
         check_broadcast(first)
         check_objects(second)
-    with unusual_defaults():
-        assert first.nodes() == [0] * first.world_size
-        first.barrier()
-    names = check_two_optimizers([first, second])
-    assert len(set(names)) == len(names), names
+    check_two_comms(first, second)
     check_starts_in_any_order(first, pairs(first))
     with pytest.raises(ValueError, match="rank . gave .* elements .* to the sum 'uneven'"):
         first.all_reduce_async(torch.ones(3 + first.rank), "uneven").wait()
