@@ -102,3 +102,42 @@ def compress(moment: Moment, full: Tensor) -> None:
     else:
         rows = torch.arange(len(matrix), device=full.device)
         moment.sketch.insert(rows, matrix.contiguous())
+
+
+def _with_all_axes(layout: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a loaded state, completed if torch-SM3 kept rows alone in it, of sparse gradients.
+
+    Lacking are the other axes, which are to bound nothing beyond the rows, and a momentum of 0.
+    """
+    row, mine = theirs.get("accumulator_0"), layout.get("accumulator_0")
+    if row is None or mine is None or row.dim() != 1 or row.numel() != mine.numel():
+        return theirs
+    lacking = {
+        name: row.amax() if name.startswith("accumulator") else row.new_zeros(())
+        for name in layout.keys() - theirs.keys() - {"step"}
+    }
+    lacking = {name: value.expand(layout[name].shape) for name, value in lacking.items()}
+    return {**theirs, **lacking, "accumulator_0": row.view(mine.shape)}
+
+
+def fit_state(
+    position: int, layout: dict[str, Tensor], theirs: Mapping[str, Any], device: torch.device
+) -> dict[str, Tensor]:
+    """Return copies of a parameter's loaded state, where it has the layout's names and shapes."""
+    mine = {name: tuple(tensor.shape) for name, tensor in layout.items()}
+    theirs = _with_all_axes(layout, tensors_of(theirs))
+    shapes = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+    if shapes != mine:
+        raise ValueError(
+            f"the checkpoint keeps {shapes} for parameter {position}; allowed: {mine}, as here. "
+            f"Make the optimizer with the options that the checkpoint was made with"
+        )
+    fitted = {}
+    for name, tensor in layout.items():
+        stays = name == "step" or name.endswith(SEEDS)
+        if name.endswith(SEEDS) and theirs[name].dtype != tensor.dtype:
+            raise ValueError(f"{name} is {theirs[name].dtype}; allowed: {tensor.dtype}")
+        place = torch.device("cpu") if stays else device
+        copy = theirs[name].detach().to(place, tensor.dtype, copy=True)
+        fitted[name] = copy.contiguous()
+    return fitted

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from kernels.operands import state_dtype
 from optim import loading, options
 from optim.gradients import check_parameter
-from optim.moments import STRUCTURES, Moment, Spec, count_of_steps, fit_state, tensors_of
+from optim.moments import STRUCTURES, Moment, Spec, count_of_steps, tensors_of
 from optim.preconditioner import Preconditioner
 
 Group = dict[str, Any]
@@ -236,7 +236,7 @@ class StatefulOptimizer(Optimizer):
                 theirs |= kept.tensors
         layout = self._layout(position, p, theirs, first, second)
         loading.refuse_others(position, theirs, layout)
-        return fit_state(position, layout, theirs, p.device)
+        return loading.fit_state(position, layout, theirs, p.device)
 
     def _layout(
         self,
