@@ -216,7 +216,8 @@ class DistributedOptimizer(View):
         self._hooked_state("state_dict", "pre")
         if not self._has_stepped:
             fill_in(self.inner, self._named.values(), self._layout.rows)
-        self._saved.note_shared(sum(self.worker_state_bytes().values()))
+        has_exchanged = self.compensation.num_steps > 0
+        self._saved.note_shared(has_exchanged and sum(self.worker_state_bytes().values()))
         state = self._momentum.mark(self.inner.state_dict())
         return self._hooked_state("state_dict", "post", state)
 

@@ -60,6 +60,7 @@ class Trainer:
         """Take up the newest checkpoint, run what is left of the run, write result.json."""
         self._resume()
         readable(self.state.shared(), "shared")  # rather now than after an epoch
+        readable(self.state.worker(), "worker")
         self.reporter.start(self.state.progress.examples, self.flat_config)
         first_epoch = self.state.progress.epoch
         if first_epoch == self.run.train.num_epochs:

@@ -103,7 +103,7 @@ def check_select_stored(
 
 def check_overflow(dtype: str, n: int, where: torch.device = CPU) -> None:
     """The count is right, the list is full, what is in it is masked, and no more."""
-    capacity = n // 3
+    capacity = n // 4
     whole = stored(numbers(n, 1), dtype)
     guarded = Guarded(where)
     residual = guarded.buffer(whole)
