@@ -24,16 +24,16 @@ from typing import Any
 
 import torch
 
-from assembly import build_trainer, refuse_differences
+from assembly.memory_report import report_memory
+from assembly.parts import build_trainer, refuse_differences
 from configs import load
 from dgc.comm import Comm
-from dgc.job import job
-from dgc.launched import KINDS, LaunchError
+from dgc.comm.job import job
+from dgc.comm.launched import KINDS, LaunchError
 from engine import report
 from engine.checkpoint import CheckpointError
 from engine.replicas import ReplicaError
 from engine.run_folder import RunFolderError, held
-from memory_report import report_memory
 
 
 def main() -> None:

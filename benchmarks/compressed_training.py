@@ -4,9 +4,9 @@
         --densities 0.001 --jobs 2 --json benchmarks/results/words.json \
         --picture benchmarks/results/words.png
 
-N workers are simulated in one process by the code that real ranks run (dgc.local). Each method's
-rate is the best of its grid at the end of the first seed's run, by validation text or test images;
-further seeds repeat that rate. Runs that are in --out already are not run again.
+N workers are simulated in one process by the code that real ranks run (dgc.comm.local). Each
+method's rate is the best of its grid at the end of the first seed's run, by validation text or test
+images; further seeds repeat that rate. Runs that are in --out already are not run again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks import tables
 from benchmarks.compressed_methods import ALL, METHODS
 from benchmarks.simulated import TASKS, Task, is_better, make_task, rate_factor
 from dgc import DistributedOptimizer
-from dgc.local import LocalComm, run_local
+from dgc.comm.local import LocalComm, run_local
 from engine.checkpoint import write_atomically
 
 NUM_EPOCHS = 25  # into which the steps are divided for the density warm-up: 5 are a fifth

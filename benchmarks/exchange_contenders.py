@@ -20,8 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 
 from dgc import Compression, DistributedOptimizer
-from dgc.comm import HorovodComm
-from dgc.torch_comm import TorchComm
+from dgc.comm import HorovodComm, TorchComm
 
 Options = Any  # exchange_speed.py's command line
 START_POWER_SGD = (

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import tables
 from benchmarks.contenders import ALL, BASELINE, milliseconds, state_bytes
-from kernels import ops
+from parsimony_kernels.step import ops
 
 COPY = "copy of the tensor"
 REFERENCE = ", reference"

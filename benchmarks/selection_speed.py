@@ -4,7 +4,8 @@
 
 One tensor, 8.4 million elements, of which a thousandth is taken out. In each round every contender
 makes one step, in turn, and ratios are taken within the round, so that what else the machine does
-falls on all of them; the median of the rounds is given. "Fused": the pass of kernels/buffers.py
+falls on all of them; the median of the rounds is given. "Fused": the pass of
+parsimony_kernels/buffers/ops.py
 with the right threshold, from the old buffers into new ones, as a step that can be undone needs it.
 "Torch operations": the predecessors' way, in float32 and in place: threshold from a sample of 1%,
 adapted, indices by `nonzero`. Before anything is timed, the fused pass is compared with plain torch
@@ -27,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import tables
 from benchmarks.contenders import milliseconds
-from dgc.sparsify import plan_sparsity
-from kernels import buffers, ops
-from kernels.operands import Correction, Selection
+from dgc.selection.selector import plan_sparsity
+from parsimony_kernels.buffers import ops as buffers
+from parsimony_kernels.runtime.operands import Correction, Selection
+from parsimony_kernels.step import ops
 
 COPY = "copy of the tensor"
 MOMENTUM = 0.9

@@ -30,7 +30,7 @@ from benchmarks.compressed_methods import ALL, METHODS
 from benchmarks.compressed_training import state_bytes
 from benchmarks.optimizer_speed import resident
 from dgc import DistributedOptimizer
-from dgc.local import LocalComm, run_local
+from dgc.comm.local import LocalComm, run_local
 
 BASELINE = "dense Adam"
 DEFAULT = [

@@ -7,7 +7,7 @@ Every worker reads its own part of WikiText-2, computes gradients of a word mode
 parameter vectors (those of a short dense training), adds them to its residual and selects as in
 training. Of the last step's selections, all messages are counted as the codec would write them.
 Two levels: nodes of --node-size ranks sum their gradients first, and each local rank selects from
-its share of the sums. A ring is assumed for what is gathered and reduced, as in dgc.cost.
+its share of the sums. A ring is assumed for what is gathered and reduced, as in dgc.wire.cost.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import tables
 from benchmarks.simulated import Words
-from dgc.codec import Codec, to_share
-from dgc.compensate import Compensation
-from dgc.sparsify import Selector, plan_sparsity
-from kernels import buffers
+from dgc.selection.selector import Selector, plan_sparsity
+from dgc.wire.codec import Codec, to_share
+from dgc.worker.residual import Compensation
+from parsimony_kernels.buffers import ops as buffers
 
 WAYS = ("dense float32", "dense float16", "gather", "sparse all-reduce", "two levels, gather",
         "two levels, sparse all-reduce")  # fmt: skip

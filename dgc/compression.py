@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dgc.codec import INDEX_CODINGS, VALUE_DTYPES, entry_bits
-from dgc.cost import PROTOCOLS, Network
-from kernels import buffers
+from dgc.wire.codec import INDEX_CODINGS, VALUE_DTYPES, entry_bits
+from dgc.wire.cost import PROTOCOLS, Network
+from parsimony_kernels.buffers import ops as buffers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Compression:
     protocol: Literal["auto", "gather", "sparse_all_reduce", "dense"] = "auto"
     """How entries reach the others: as they are, at all ranks (gather); summed by owners of slices,
     so that what a rank sends does not grow with their number (sparse_all_reduce); or with all
-    others (dense). auto: what the cost model (dgc.cost) finds fastest, bucket by bucket."""
+    others (dense). auto: what the cost model (dgc.wire.cost) finds fastest, bucket by bucket."""
     merged_factor: float = 4.0
     """A sparse all-reduce returns at most this many times the entries that one rank selects: those
     of largest sums. The others stay with who selected them."""

@@ -102,7 +102,7 @@ class StepStats(Protocol):
 
 
 class ExchangingOptimizer(Protocol):
-    """An optimizer whose `step` averages gradients over ranks. See dgc.optimizer."""
+    """An optimizer whose `step` averages gradients over ranks. See dgc.optimizer.distributed."""
 
     inner: Any
     param_groups: list[dict[str, Any]]

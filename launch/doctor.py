@@ -116,7 +116,7 @@ print(json.dumps({"version": mpi4py.__version__, "libmpi": loaded_mpi()}))
 # Compiles them, if this machine has not: better now than in a first run.
 _ASK_KERNELS = f"""
 import sys; sys.path.insert(0, {str(REPO)!r})
-from kernels import build
+from parsimony_kernels.runtime import build
 import json
 try:
     print(json.dumps({{"library": build.host_library()._name}}))
@@ -139,7 +139,7 @@ def check_python() -> Check:
 
 
 def find_compiler() -> list[str]:
-    """The words of the C++ compiler's command, as kernels/build.py finds it; empty if none."""
+    """The words of the C++ compiler's command, as runtime/build.py finds it; empty if none."""
     chosen = os.environ.get("CXX")
     for words in ([chosen], chosen.split()) if chosen else (["g++"], ["c++"], ["clang++"]):
         if words and shutil.which(words[0]):

@@ -23,18 +23,18 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-import dgc.outgoing
-import dgc.protocols
-import dgc.sparsify
-import kernels.buffers
-import kernels.ops
-import kernels.packing
-from dgc.codec import Codec, Entries
-from dgc.compensate import Taken
-from dgc.replicas import Replicas
-from dgc.sparsify import Selector
-from kernels import reference
-from kernels.operands import BINS, Blocks, Buffer, Found, Report, Selection, Table
+import dgc.exchange.outgoing
+import dgc.exchange.protocols
+import dgc.selection.selector
+from dgc.optimizer.replicas import Replicas
+from dgc.selection.selector import Selector
+from dgc.wire.codec import Codec, Entries
+from dgc.worker.residual import Taken
+from parsimony_kernels.buffers import ops as buffers
+from parsimony_kernels.packing import ops as packing
+from parsimony_kernels.runtime.operands import BINS, Blocks, Buffer, Found, Report, Selection, Table
+from parsimony_kernels.step import ops as step
+from parsimony_kernels.step import reference
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ def without_data() -> Iterator[None]:
     """Let kernels, and what asks for values, work on fake tensors. Not for several threads."""
     replaced: list[tuple[Any, str, Any]] = [
         *((module, "implementing_module", _implementing_module) for module in
-          (kernels.ops, kernels.buffers, kernels.packing)),
+          (step, buffers, packing)),
         *((module, "largest_indices", _largest_indices) for module in
-          (dgc.sparsify, dgc.outgoing, dgc.protocols)),
-        (kernels.buffers, "read_reports", _read_reports),
+          (dgc.selection.selector, dgc.exchange.outgoing, dgc.exchange.protocols)),
+        (buffers, "read_reports", _read_reports),
         (Selector, "selection", _selection),
         (Selector, "settle", _settle),
         (Codec, "decode_one", _decode_one),
         (Codec, "decode_any", _decode_one),
         (Codec, "split_messages", _split_messages),
         (Codec, "split", _split),
-        (dgc.protocols, "_pack_shares", _pack_shares),
+        (dgc.exchange.protocols, "_pack_shares", _pack_shares),
         (Replicas, "check", lambda *_: None),
         (FakeTensor, "data_ptr", _data_ptr),
         (FakeTensor, "__deepcopy__", _copy),
@@ -84,7 +84,7 @@ def _accumulate(
     key: int,
     selection: Selection | None = None,
 ) -> Found:
-    """Take what host_buffers.py does, or device_buffers.py: lists with room for all."""
+    """Take what buffers/host.py does, or buffers/device.py: lists with room for all."""
     values = residual.codes if isinstance(residual, Blocks) else residual
     device = values.device
     room = 0 if selection is None else min(selection.capacity, values.numel())
@@ -115,15 +115,15 @@ def _merge(positions: Sequence[Tensor], values: Sequence[Tensor], dim: int) -> A
 
 
 _MODULES = {
-    "": SimpleNamespace(
+    "step": SimpleNamespace(
         **dict.fromkeys(("sketch_insert", "sketch_update"), lambda *_: None),
         **dict.fromkeys(("step", "step_elements", "observe"), lambda *_: None),
         sketch_query=lambda table, rows: rows.new_empty(
             len(rows), table.values.shape[2], dtype=table.values.dtype
         ),
     ),
-    "_buffers": SimpleNamespace(accumulate=_accumulate),
-    "_packing": SimpleNamespace(
+    "buffers": SimpleNamespace(accumulate=_accumulate),
+    "packing": SimpleNamespace(
         round_values=lambda values_M, coding: torch.empty_like(values_M),
         pack=lambda *_: 0,
         merge=_merge,
@@ -137,15 +137,15 @@ def _unless_sketched(operation: Any) -> Any:
 
 
 _MODULE_OF_FLOAT64 = SimpleNamespace(
-    **vars(_MODULES[""])
+    **vars(_MODULES["step"])
     | {name: _unless_sketched(getattr(reference, name)) for name in ("step", "observe")}
 )
 
 
 def _implementing_module(
-    suffix: str, device_type: str, dtype: torch.dtype = torch.float32
+    folder: str, device_type: str, dtype: torch.dtype = torch.float32
 ) -> ModuleType | SimpleNamespace:
-    return _MODULE_OF_FLOAT64 if dtype == torch.float64 and not suffix else _MODULES[suffix]
+    return _MODULE_OF_FLOAT64 if dtype == torch.float64 and folder == "step" else _MODULES[folder]
 
 
 def _data_ptr(tensor: Tensor) -> int:

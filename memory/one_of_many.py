@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dgc.comm import Names
-from dgc.pieces import check_sendable
+from dgc.comm.pieces import check_sendable
 
 
 class _Group:

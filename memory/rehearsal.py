@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dgc import DistributedOptimizer, row_sparse_names
-from dgc.handed_over import HandedOver
+from dgc.optimizer.hooks.handed_over import HandedOver
 from memory import tracker as kinds
 from memory.answers import UNANSWERED, Answers
 from memory.job import Contender, Job

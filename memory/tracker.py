@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dgc.handed_over import HandedOver
+from dgc.optimizer.hooks.handed_over import HandedOver
 
 PARAMETERS, BUFFERS, INPUTS, CARRIED = "parameters", "buffers", "inputs", "carried state"
 GRADIENTS, ACTIVATIONS, TEMPORARIES = "gradients", "activations", "temporaries"

@@ -2,7 +2,7 @@
 
 Owns: a step, of what arrives: dense, row-sparse or element-sparse. state.py owns options, state and
 checkpoints. A subclass says which moments there are and the scalars of the rule; moments.py how
-each is kept; kernels.ops does the arithmetic.
+each is kept; parsimony_kernels.step.ops does the arithmetic.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from kernels import ops
 from optim import options
 from optim.gradients import Gradient, read_gradient
 from optim.moments import Moment, count_of_steps
 from optim.preconditioner import Preconditioner
 from optim.state import SECOND, Group, StatefulOptimizer
 from optim.update import refuse_capture, update
+from parsimony_kernels.step import ops
 
 __all__ = ["Group", "MomentOptimizer"]
 
@@ -54,11 +54,11 @@ class MomentOptimizer(StatefulOptimizer):
     `step` in the state counts the steps in which a parameter had a gradient. A sparse gradient
     (COO) is coalesced. With one sparse dimension it is of rows, with as many as the parameter has
     it is of elements; only they are touched, and what their state shares with others (see
-    kernels.ops.step).
+    parsimony_kernels.step.ops.step).
     """
 
     def _scalars(self, group: Group, step: int) -> dict[str, float]:
-        """Return those of kernels.ops.Rule that the moments need, in a parameter's step, from 1."""
+        """Return those of a kernels' Rule that the moments need, in a parameter's step, from 1."""
         raise NotImplementedError
 
     # ---- a step ----------------------------------------------------------------------------------

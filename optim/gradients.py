@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from kernels.checks import check_elements
-from kernels.operands import STEP_DTYPES, state_dtype
+from parsimony_kernels.runtime.checks import check_elements
+from parsimony_kernels.runtime.operands import STEP_DTYPES, state_dtype
 
 
 @dataclass(frozen=True)

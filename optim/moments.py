@@ -19,9 +19,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import operands, ops
-from kernels.reference import relative
 from optim.sketch import CountMinSketch, CountSketch, hash_seeds, width_for
+from parsimony_kernels.runtime import operands
+from parsimony_kernels.step import ops
+from parsimony_kernels.step.reference import relative
 
 SEEDS = "_seeds"  # what the names of the tensors end in that stay on the CPU
 _LARGEST_FACTORED = 16.0  # normal gradients: 5 in large matrices, 14 in the first step of tiny ones
@@ -83,7 +84,7 @@ class Moment(ABC):
 
     @abstractmethod
     def operand(self, split: int) -> Any:
-        """Return what kernels.ops takes for the parameter as a matrix."""
+        """Return what parsimony_kernels.step.ops takes for the parameter as a matrix."""
 
     def write_back(self, operand: Any, split: int, *, is_dense: bool) -> None:  # noqa: B027
         """Bring what a step did to `operand` into the tensors, where it is not a view of them."""
@@ -216,7 +217,7 @@ class Factored(Moment):
     """Row means (n,) and column means (m,); the estimate is row x col / mean(col).
 
     Source: Shazeer and Stern 2018 (arXiv:1804.04235), algorithm 2. Differs: no eps is added to the
-    squares, and the means of a sparse gradient follow kernels.ops.step.
+    squares, and the means of a sparse gradient follow parsimony_kernels.step.ops.step.
     """
 
     any_split = False

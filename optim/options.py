@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.operands import MAX_DEPTH, MAX_ROWS, STATE_DTYPES
+from parsimony_kernels.runtime.operands import MAX_DEPTH, MAX_ROWS, STATE_DTYPES
 
 STRUCTURE_NAMES = ("full", "cover", "factored", "sketch")
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels import ops
 from optim.moments import SEEDS, Moment, balanced_split, matrix_shape
+from parsimony_kernels.step import ops
 
 Scalars = dict[str, float]
 
@@ -44,7 +44,7 @@ class Preconditioner:
         """Take in one of the `num_parts` gradients that sum to a step's.
 
         The moment is of num_parts * grad, the gradient of a part by itself, averaged over parts.
-        Args: scale: (1,) that multiplies the gradient, or None: see kernels.ops.observe. is_first:
+        Args: scale: (1,) that multiplies the gradient, or None: see ops.observe. is_first:
             of the step.
         """
         if is_first:

@@ -3,7 +3,7 @@
 Source: Spring et al. 2019 (PMLR 97), after Charikar et al. 2002 and Cormode and Muthukrishnan 2005.
 A sketch holds `values` (depth, width, dim), float32 or float64, and its hash's `seeds` (depth,)
 int64 on the CPU; row i lives in one bucket of each of the `depth` tables. Owns their sizes and
-seeds; the hash and the arithmetic are kernels.ops'.
+seeds; the hash and the arithmetic are parsimony_kernels.step.ops'.
 
 Shapes: k rows of `dim` columns arrive.
 """
@@ -17,8 +17,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from kernels import operands, ops
 from optim import options
+from parsimony_kernels.runtime import operands
+from parsimony_kernels.step import ops
 
 
 def width_for(num_rows: int, depth: int, size_ratio: float) -> int:
@@ -83,7 +84,7 @@ class _RowSketch:
 
     @property
     def table(self) -> operands.Table:
-        """The operand that kernels.ops takes."""
+        """The operand that parsimony_kernels.step.ops takes."""
         return operands.Table(self.values, self.seeds, self.signed)
 
     def insert(self, rows: Tensor, values: Tensor) -> None:
@@ -102,7 +103,7 @@ class _RowSketch:
         Source: Spring et al. 2019, the query-then-insert of Algorithms 2 to 4: a sum has the
         default gain and decay (3); an average that forgets with beta has 1 - beta for both (4); a
         momentum gamma has gain 1 and decay 1 - gamma (2).
-        Differs: see kernels.ops.sketch_update.
+        Differs: see parsimony_kernels.step.ops.sketch_update.
         """
         ops.sketch_update(self.table, rows, values, gain=gain, decay=decay)
         return self.query(rows)

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from kernels.operands import state_dtype
 from optim import loading, options
 from optim.gradients import check_parameter
 from optim.moments import STRUCTURES, Moment, Spec, count_of_steps, tensors_of
 from optim.preconditioner import Preconditioner
+from parsimony_kernels.runtime.operands import state_dtype
 
 Group = dict[str, Any]
 FIRST, SECOND = 0, 1

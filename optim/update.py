@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import ops
 from optim.gradients import Gradient
 from optim.moments import Moment, balanced_split, matrix_shape
+from parsimony_kernels.step import ops
 
 
 def refuse_capture() -> None:

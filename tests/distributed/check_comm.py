@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dgc import Compression, DistributedOptimizer, mail, objects, pieces, torch_group
-from dgc.comm import HorovodComm
-from dgc.ordered_group import OrderedGroup
-from dgc.torch_comm import TorchComm
+from dgc import Compression, DistributedOptimizer
+from dgc.comm import HorovodComm, TorchComm, objects, pieces
+from dgc.comm.torch_distributed import group as torch_group
+from dgc.comm.torch_distributed import mail
+from dgc.comm.torch_distributed.ordered_group import OrderedGroup
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.int64, torch.bool)
 

@@ -5,7 +5,7 @@ That one would take 12 GiB; these take 9 at most, or 12 by torch, on both ranks 
 
 import torch
 
-from dgc.job import job
+from dgc.comm.job import job
 
 LARGE = 2**31 + 2**27  # bytes
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dgc import Compression, DistributedOptimizer, row_sparse_names
-from dgc.job import job
+from dgc.comm.job import job
 from optim import SM3, Adam, SketchAdam
 from workloads.language_models import LSTMLanguageModel
 

@@ -5,7 +5,7 @@ import sys
 import torch
 
 import optim
-from dgc.job import job
+from dgc.comm.job import job
 
 MAKERS = [
     lambda p: optim.SM3(p, momentum=0.9, weight_decay=0.1),

@@ -20,7 +20,7 @@ if sys.argv[1] == "horovod":
     hvd.init()
     rank, size, all_gather = hvd.rank(), hvd.size(), hvd.allgather_object
 else:
-    from dgc.torch_comm import TorchComm as Comm
+    from dgc.comm import TorchComm as Comm
 
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from dgc import Compression, DistributedOptimizer
-from dgc.job import job
-from dgc.local import run_local
-from dgc.torch_comm import TorchComm
+from dgc.comm import TorchComm
+from dgc.comm.job import job
+from dgc.comm.local import run_local
 from optim import FactoredAdam, SketchAdam
 
 NUM_STEPS, BATCH = 8, 16

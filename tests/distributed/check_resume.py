@@ -9,7 +9,7 @@ from torch import nn
 import optim
 from dgc import Compression, DistributedOptimizer
 from dgc.comm import HorovodComm
-from dgc.job import job
+from dgc.comm.job import job
 
 SPARSE = Compression(density=0.1, min_numel=100)
 TORCHS = [

@@ -35,8 +35,8 @@ def test_any_size_any_number_of_comms_in_any_life(
 DIFFERENT_MODELS = """
 import torch
 from dgc import DistributedOptimizer
-from dgc.job import COMMS
-from dgc.launched import kind_of_comm
+from dgc.comm.job import COMMS
+from dgc.comm.launched import kind_of_comm
 Comm = COMMS[kind_of_comm()]
 models = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)]
 optimizers = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dgc.local import run_local
+from dgc.comm.local import run_local
 from tests import jobs
 from tests.distributed.check_large_vocabulary import (
     CLIPPED,

@@ -26,7 +26,7 @@ def test_ranks_agree_to_the_bit(launcher, num_ranks, tmp_path, monkeypatch):
 
 STUCK = """
 import torch
-from dgc.job import job
+from dgc.comm.job import job
 with job() as comm:
     comm.barrier()
     comm.all_reduce_async(torch.ones(3), f"only rank {comm.rank} asks for this").wait()

@@ -1,4 +1,4 @@
-// As much of CUDA as kernels/device*.cu use, for a CPU: emulation.cpp compiles
+// As much of CUDA as parsimony_kernels/*/device.cu use, for a CPU: emulation.cpp compiles
 // them after this.
 #pragma once
 

@@ -4,7 +4,7 @@
 // shows as a difference. Threads that wait where others have left are an error, with a message.
 #include "cuda.h"
 
-#include "device_packing.cu"  // and device_buffers.cu and device.cu in it
+#include "packing/device.cu"  // and device_buffers.cu and device.cu in it
 
 #include <csetjmp>
 #include <cstdlib>

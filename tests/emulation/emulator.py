@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import launch_cupy
-from kernels.build import cache_folder, keep
+from parsimony_kernels.runtime import launch as launch_cupy
+from parsimony_kernels.runtime.build import cache_folder, keep
 
 FOLDER = Path(__file__).parent
-KERNELS = Path(launch_cupy.__file__).parent
+KERNELS = Path(launch_cupy.__file__).parents[1]
 FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE")
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 WATCHED = "PARSIMONY_TEST_UNDER_ASAN"  # set in the environment where AddressSanitizer is loaded

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dgc import Compression, DistributedOptimizer
-from dgc.local import run_local
+from dgc.comm.local import run_local
 from tests.unit.dgc.method import OPTIMIZERS
 
 pytestmark = pytest.mark.gpu

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import buffers, device, ops
-from kernels.buffers import read_reports
-from kernels.operands import Correction, Rule, Selection
-from tests.unit.kernels import cases, test_buffers, test_device_buffers, test_device_observe
-from tests.unit.kernels.cases import Case
+from parsimony_kernels.buffers import ops as buffers
+from parsimony_kernels.buffers.ops import read_reports
+from parsimony_kernels.runtime.operands import Correction, Rule, Selection
+from parsimony_kernels.step import device, ops
+from tests.unit.parsimony_kernels import cases
+from tests.unit.parsimony_kernels.buffers import test_buffers
+from tests.unit.parsimony_kernels.buffers import test_device as test_device_buffers
+from tests.unit.parsimony_kernels.cases import Case
+from tests.unit.parsimony_kernels.step import test_device_observe
 
 pytestmark = pytest.mark.gpu
 

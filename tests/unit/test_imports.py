@@ -10,25 +10,27 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ROOMS = {
-    "assembly", "configs", "dgc", "engine", "kernels", "launch", "memory", "optim", "train",
+    "assembly", "configs", "dgc", "engine", "launch", "memory", "optim",
+    "parsimony_kernels", "train",
     "workloads",
 }  # fmt: skip
 MAY_IMPORT = {
     "workloads": set(),
-    "kernels": set(),
-    "dgc": {"kernels"},
-    "optim": {"kernels"},
+    "parsimony_kernels": set(),
+    "dgc": {"parsimony_kernels"},
+    "optim": {"parsimony_kernels"},
     "engine": set(),
-    "memory": {"dgc", "kernels", "optim"},
+    "memory": {"dgc", "optim", "parsimony_kernels"},
     "launch": set(),
     "configs": {"dgc", "optim", "workloads"},
 }
 ONLY_IN = {
-    "horovod": {"dgc/comm.py"},
-    "mpi4py": {"dgc/comm.py", "launch/doctor.py"},
-    "cupy": {"kernels/launch_cupy.py", "launch/doctor.py"},
+    "horovod": {"dgc/comm/horovod/comm.py"},
+    "mpi4py": {"dgc/comm/horovod/comm.py", "launch/doctor.py"},
+    "cupy": {"parsimony_kernels/runtime/launch.py", "launch/doctor.py"},
 }
-PACKAGES = {"kernels": {"torch", "cupy", "numpy"}, "optim": {"torch"}}  # all that these rooms need
+# All that these rooms need.
+PACKAGES = {"parsimony_kernels": {"torch", "cupy", "numpy"}, "optim": {"torch"}}
 
 
 def imports(path):
@@ -75,8 +77,9 @@ def test_rooms_import_only_what_they_may(path):
 
 def test_importing_the_rooms_starts_nothing():
     rooms = (
-        "configs.load, configs.schema, dgc, dgc.comm, engine.loop, kernels.host, kernels.device, "
-        "kernels.reference, optim, workloads.datasets, train"
+        "configs.load, configs.schema, dgc, dgc.comm, engine.loop, parsimony_kernels.step.host, "
+        "parsimony_kernels.step.device, "
+        "parsimony_kernels.step.reference, optim, workloads.datasets, train"
     )
     code = (
         f"import {rooms}, sys\n"

@@ -9,7 +9,7 @@ from torch import nn
 
 from configs import load
 from dgc import DistributedOptimizer
-from dgc.local import run_local
+from dgc.comm.local import run_local
 
 ROOT = Path(__file__).parents[3] / "configs"
 DIGITS = ROOT / "digits/resnet20.py"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dgc import Compression, DistributedOptimizer
-from dgc.local import run_local
+from dgc.comm.local import run_local
 from optim import SM3, Adam, FactoredAdam, SketchAdam, SM3Adam
 
 FEATURES, CLASSES, BATCH = 20, 5, 8

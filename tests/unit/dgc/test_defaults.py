@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dgc import Compression, DistributedOptimizer
-from dgc.local import run_local
+from dgc.comm.local import run_local
 from tests.unit.dgc.method import CHOICES, Job, assert_equal, run_jobs
-from tests.unit.dgc.test_elements import loss_of, parameters, sgd
+from tests.unit.dgc.worker.test_elements import loss_of, parameters, sgd
 
 DEFAULTS = {name: values[0] for name, values in CHOICES.items()}
 

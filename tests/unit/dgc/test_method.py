@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from dgc import Compression, DistributedOptimizer
-from dgc.handed_over import HandedOver
-from dgc.local import run_local
-from kernels import buffers
+from dgc.comm.local import run_local
+from dgc.optimizer.hooks.handed_over import HandedOver
 from optim import Adam, FactoredAdam, SketchMomentum
+from parsimony_kernels.buffers import ops as buffers
 from tests.tolerances import assert_close
 from tests.unit.dgc.method import (
     CHOICES,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dgc import Compression, DistributedOptimizer
-from dgc.local import run_local
+from dgc.comm.local import run_local
 from optim import Adam, FactoredAdam, SketchAdagrad, SketchMomentum
 from tests.tolerances import assert_close
 from tests.unit.dgc.method import NO_FIRST

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 
-from dgc.local import run_local
+from dgc.comm.local import run_local
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, CheckpointFolder, write_atomically
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR
 
-import assembly
+from assembly import parts
 from configs import load
-from dgc.local import run_local
+from dgc.comm.local import run_local
 from engine.checkpoint import CheckpointError, CheckpointFolder
 from engine.replicas import ReplicaError
 from engine.report import SilentReporter
@@ -38,7 +38,7 @@ def make_trainer(comm, folder, precision="float32", clip_norm=None, model=make_m
         setattr(run.train, name, value)
     flat = load.flatten(config)
     device = torch.device("cpu")
-    return assembly.build_trainer(run, comm, device, folder, flat, SilentReporter())
+    return parts.build_trainer(run, comm, device, folder, flat, SilentReporter())
 
 
 def batches(comm, *factors):
@@ -142,7 +142,7 @@ def test_statistics_that_workers_keep_are_a_kind_of_state_of_their_own(tmp_path)
     config = load.compose([DIGITS, DIGITS.parents[1] / "optim/parsimony.py"], {})
 
     def work(comm):
-        trainer = assembly.build_trainer(
+        trainer = parts.build_trainer(
             load.build(config), comm, torch.device("cpu"), tmp_path, {}, SilentReporter()
         )
         step(trainer, batches(comm, 1.0))

@@ -1,6 +1,6 @@
 import torch
 
-from dgc.local import run_local
+from dgc.comm.local import run_local
 from engine.meters import Sums, smaller_is_better
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dgc.local import run_local
+from dgc.comm.local import run_local
 from engine.replicas import ReplicaError, agreed_hash, refuse_writes
 
 

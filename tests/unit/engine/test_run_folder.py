@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from dgc.local import run_local
+from dgc.comm.local import run_local
 from engine.run_folder import RunFolderError, held
 
 ROOT = Path(__file__).parents[3]
 HOLDER = """
 import sys
 from pathlib import Path
-from dgc.local import run_local
+from dgc.comm.local import run_local
 from engine.run_folder import held
 
 def work(comm):

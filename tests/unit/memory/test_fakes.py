@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dgc import sparsify
-from dgc.codec import Codec
-from dgc.compensate import Compensation
-from dgc.sparsify import Selector, plan_sparsity
-from kernels import buffers
+from dgc.selection import selector as sparsify
+from dgc.selection.selector import Selector, plan_sparsity
+from dgc.wire.codec import Codec
+from dgc.worker.residual import Compensation
 from memory.fakes import without_data
+from parsimony_kernels.buffers import ops as buffers
 
 NUMEL = 100_000
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import optim
 from dgc import Compression, DistributedOptimizer
-from dgc.local import run_local
+from dgc.comm.local import run_local
 from memory import RECOMMENDED, Contender, Predictor, contenders, predict
 from memory.job import this_run
 from memory.rehearsal import STATE, Rehearsal
@@ -86,7 +86,7 @@ def test_the_bytes_of_a_tensor_are_told_by_kind():
         f"{STATE}step": 4,
     }  # fmt: skip
     totals = sum(sum(parts.values()) for parts in found.by_tensor.values())
-    flags = 3 * 4  # beside the means of the biases, which are sent whole: see dgc.protocols
+    flags = 3 * 4  # beside the means of the biases, which are sent whole: see protocols.py
     assert totals == found.kept_bytes - found.kept.get("exchange buffers", 0) - flags
 
 
@@ -252,12 +252,12 @@ def test_a_model_that_asks_for_values_when_it_is_built_is_built_for_real():
 
 
 def test_nothing_is_left_of_what_stood_in():
-    import kernels.ops
-    from dgc.sparsify import Selector
+    import parsimony_kernels.step.ops
+    from dgc.selection.selector import Selector
 
-    before = kernels.ops.implementing_module, Selector.settle
+    before = parsimony_kernels.step.ops.implementing_module, Selector.settle
     predict(job_of("perceptron", optimizer=factored, compression=RECOMMENDED))
-    assert (kernels.ops.implementing_module, Selector.settle) == before
+    assert (parsimony_kernels.step.ops.implementing_module, Selector.settle) == before
 
 
 def test_a_prediction_takes_no_memory_of_the_models_size():

@@ -5,8 +5,8 @@ from functools import partial
 import torch
 
 import optim
-from kernels.reference import hash_rows
 from optim.moments import SEEDS
+from parsimony_kernels.step.reference import hash_rows
 
 # Everything compressed that can be, with each kind of state; rates at which a few steps stay tame.
 EVERY_OPTIMIZER = {

@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from kernels import ops
 from optim import SM3, Adam, SketchAdagrad, SketchAdam, SketchMomentum
+from parsimony_kernels.step import ops
 from tests.tolerances import assert_close
 from tests.unit.optim.helpers import (
     EVERY_OPTIMIZER,

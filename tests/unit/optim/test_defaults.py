@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import optim
-from kernels import ops
+from parsimony_kernels.step import ops
 from tests.defaults import DEFAULTS, assert_same, torch_defaults
 from tests.unit.optim.helpers import EVERY_OPTIMIZER, gradients, parameter
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import optim
-from kernels import ops
 from optim import SM3, Adam, CountMinSketch, CountSketch
+from parsimony_kernels.step import ops
 from tests.tolerances import assert_close
 from tests.unit.optim.helpers import (
     EVERY_OPTIMIZER,

@@ -14,16 +14,16 @@ import pytest
 import torch
 
 import optim
-from kernels import device, ops
-from kernels.operands import PARAMETER_DTYPES
-from kernels.reference import hash_rows
 from optim.base import MomentOptimizer
 from optim.moments import SEEDS
 from optim.options import STRUCTURE_NAMES
+from parsimony_kernels.runtime.operands import PARAMETER_DTYPES
+from parsimony_kernels.step import device, ops
+from parsimony_kernels.step.reference import hash_rows
 from tests.emulation.emulator import Emulator
 from tests.tolerances import assert_close
-from tests.unit.kernels import cases
 from tests.unit.optim.helpers import parameter
+from tests.unit.parsimony_kernels import cases
 
 N, M = 30, 14
 ROW, COLUMN = 14, 6

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from kernels.reference import hash_rows
 from optim import CountMinSketch, CountSketch
 from optim.sketch import hash_seeds, width_for
+from parsimony_kernels.step.reference import hash_rows
 from tests.tolerances import assert_close
 
 BOTH = (CountSketch, CountMinSketch)

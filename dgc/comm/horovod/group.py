@@ -1,0 +1,92 @@
+"""The asynchronous collectives of one of Horovod's process sets, whatever their size.
+
+Each is handed `horovod.torch`; nothing here imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgc.comm import pieces
+from dgc.comm.interface import Handle
+from dgc.comm.pieces import Stepwise, check_sendable, wait_until
+
+
+class HorovodHandle:
+    def __init__(
+        self, hvd: Any, handle: int, name: str, finish: Callable[[Any], Any] | None = None
+    ) -> None:
+        self._hvd, self._handle, self.name, self._finish = hvd, handle, name, finish
+
+    def poll(self) -> bool:
+        return self._hvd.poll(self._handle)
+
+    def wait(self) -> Any:
+        wait_until(self.poll, self.name)
+        result = self._hvd.synchronize(self._handle)
+        return result if self._finish is None else self._finish(result)
+
+
+class HorovodGroup:
+    """The asynchronous collectives of one of Horovod's process sets."""
+
+    def __init__(self, hvd: Any, process_set: Any, rank: int, world_size: int) -> None:
+        self._hvd, self._set = hvd, process_set
+        self.rank, self.world_size = rank, world_size
+
+    def all_reduce_async(self, tensor: Tensor, name: str) -> Handle:
+        check_sendable(tensor, name)
+        if pieces.fits(tensor.nbytes):
+            return self._all_reduce(tensor, name)
+        return Stepwise(pieces.all_reduce(self._all_reduce, tensor, name))
+
+    def all_gather_async(self, tensor: Tensor, name: str) -> Handle:
+        check_sendable(tensor, name)
+        return Stepwise(pieces.all_gather(self._all_gather, tensor, name, self.world_size))
+
+    def reduce_scatter_async(self, tensor: Tensor, name: str) -> Handle:
+        check_sendable(tensor, name)
+        if pieces.fits(tensor.nbytes):
+            return self._reduce_scatter(tensor, name)
+        return Stepwise(pieces.reduce_scatter(self._reduce_scatter, tensor, name))
+
+    def all_to_all_async(
+        self, parts: list[Tensor], name: str, largest_bytes: int | None = None
+    ) -> Handle:
+        for part in parts:
+            check_sendable(part, name)
+        if largest_bytes is not None and pieces.fits(self.world_size * largest_bytes):
+            return self._all_to_all(parts, name)
+        return Stepwise(
+            pieces.all_to_all(self._all_to_all, self._all_gather, parts, name, self.rank)
+        )
+
+    # ---- one call of Horovod's each --------------------------------------------------------------
+
+    def _all_reduce(self, tensor: Tensor, name: str) -> HorovodHandle:
+        hvd = self._hvd
+        handle = hvd.allreduce_async_(tensor, name=name, op=hvd.Sum, process_set=self._set)
+        return HorovodHandle(hvd, handle, name)
+
+    def _all_gather(self, tensor: Tensor, name: str) -> HorovodHandle:
+        handle = self._hvd.allgather_async(tensor, name=name, process_set=self._set)
+        return HorovodHandle(self._hvd, handle, name)
+
+    def _reduce_scatter(self, tensor: Tensor, name: str) -> HorovodHandle:
+        hvd = self._hvd
+        handle = hvd.reducescatter_async(tensor, name=name, op=hvd.Sum, process_set=self._set)
+        return HorovodHandle(hvd, handle, name, lambda row: row.view(-1))
+
+    def _all_to_all(self, parts: list[Tensor], name: str) -> HorovodHandle:
+        sizes = [part.numel() for part in parts]
+        handle = self._hvd.alltoall_async(
+            torch.cat(parts), name=name, process_set=self._set,
+            splits=torch.tensor(sizes, dtype=torch.int32, device="cpu"),
+        )  # fmt: skip
+        return HorovodHandle(
+            self._hvd, handle, name, lambda found: list(found[0].split(found[1].tolist()))
+        )

@@ -1,0 +1,62 @@
+"""What is laid out in buckets: which tensors as rows, in which order, at which density."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor
+
+from dgc.exchange.exchange import Exchange
+from dgc.optimizer.setup.checks import check_row_sparse
+from dgc.optimizer.setup.statistics import make_specs
+from dgc.wire.buckets import TensorSpec
+
+
+class Layout:
+    """The parameters of one exchange as all ranks know them.
+
+    order: names, as gradients come; empty until that is known, and then taken to be the reverse of
+    the parameters'. row_sparse: names of the tensors that travel as rows.
+    """
+
+    def __init__(
+        self,
+        named: Mapping[str, Tensor],
+        row_sparse: Collection[str],
+        exchange: Exchange,
+        bucket_bytes: int,
+        density: float,
+    ) -> None:
+        self._named, self._exchange, self._bucket_bytes = named, exchange, bucket_bytes
+        self.row_sparse = check_row_sparse(row_sparse, named)
+        self.order: list[str] = []
+        self.set_density(density)
+
+    @property
+    def rows(self) -> list[Tensor]:
+        return [self._named[name] for name in sorted(self.row_sparse)]
+
+    def set_density(self, density: float) -> None:
+        """Lay out buckets for a density. Between steps only."""
+        if not 0 < density <= 1:
+            raise ValueError(f"density is {density}; allowed: above 0 and at most 1")
+        self._exchange.plan(self._specs(), density, self._bucket_bytes)
+        self.density, self._is_old = density, False
+
+    def learn(self, order: Sequence[str]) -> None:
+        """Know the order of gradients, within a step, for the steps that follow."""
+        self.order, self._is_old = list(order), True
+
+    def refresh(self) -> None:
+        """Lay out buckets as it has been learnt. Between steps only."""
+        if self._is_old:
+            self.set_density(self.density)
+
+    def take_as_rows(self, names: Collection[str]) -> None:
+        """Let more tensors travel as rows from this step on; see Exchange.take_as_rows."""
+        self.row_sparse |= check_row_sparse(names, self._named)
+        self._exchange.take_as_rows([spec for spec in self._specs() if spec.name in names])
+
+    def _specs(self) -> list[TensorSpec]:
+        share_numel, compression = self._exchange.share_numel, self._exchange.compression
+        return make_specs(self._named, compression, self.row_sparse, share_numel, self.order)

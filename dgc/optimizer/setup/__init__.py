@@ -1,0 +1,2 @@
+"""What is checked, and taken over from the wrapped optimizer, when a DistributedOptimizer is made.
+"""

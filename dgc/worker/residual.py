@@ -1,0 +1,358 @@
+"""What a worker has not sent yet: velocity and residual, one pair a tensor, never shared.
+
+Owns: momentum correction, momentum factor masking, what is taken out and put back, and a step's
+way back: until `commit`, what was there before the step is kept beside what it made, so that
+`roll_back` leaves no trace of it. The state is per rank and stays out of `optimizer.state`, which
+Horovod would overwrite with rank 0's.
+Source: Lin et al. 2018 (arXiv:1712.01887), momentum correction and momentum factor masking.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parsimony_kernels.buffers import ops as buffers
+from parsimony_kernels.buffers.ops import tensors
+from parsimony_kernels.runtime.operands import (
+    STATE_DTYPES,
+    VELOCITY_KEY,
+    Blocks,
+    Buffer,
+    Correction,
+    Found,
+    Selection,
+)
+
+_KINDS = ("velocity", "residual")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Entries that are out of a residual, and of the velocity if that is masked.
+
+    indices_K (K,) int64, ascending and unique; values_K, velocities_K (K,) float32 or float64.
+    """
+
+    indices_K: Tensor
+    values_K: Tensor
+    velocities_K: Tensor | None
+
+    @classmethod
+    def nothing(cls, dtype: torch.dtype, device: torch.device) -> Taken:
+        indices_K = torch.zeros(0, dtype=torch.int64, device=device)
+        return cls(indices_K, indices_K.to(dtype), None)
+
+    def where(self, mask_K: Tensor) -> Taken:
+        """Return some of the entries."""
+        velocities_K = None if self.velocities_K is None else self.velocities_K[mask_K]
+        return Taken(self.indices_K[mask_K], self.values_K[mask_K], velocities_K)
+
+
+class Compensation:
+    """The worker's velocities and residuals, flat, by tensor name, in 4, 2 or 1 bytes an element.
+
+    With momentum m:  u <- m u + g,  v <- v + u;  Nesterov:  u <- m (u + g),  v <- v + u + g.
+    Without (m = 0) there is no velocity:  v <- v + g.
+    Where a step has several gradients, g is their sum; u decays once. Momentum may change between
+    steps (`momentum` and `nesterov` are read as one goes on); while it is 0 velocities rest.
+    A tensor that is always sent whole keeps no residual between steps.
+
+    Args: residual_dtype, velocity_dtype: float32, bfloat16, or int8 for 8-bit blocks (see
+            parsimony_kernels/buffers); rounding is stochastic, so what it loses is 0 in the mean.
+            Of a tensor whose gradients are float64, "float32" is float64: nothing is lost unless
+            asked for.
+        seed: of the rounding; other ranks should have other seeds.
+        momentum_varies: velocities may be loaded also while momentum is 0.
+    """
+
+    def __init__(
+        self,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        mask_velocity: bool = True,
+        residual_dtype: str = "float32",
+        velocity_dtype: str = "float32",
+        seed: int = 0,
+        momentum_varies: bool = False,
+    ) -> None:
+        self.momentum_varies = momentum_varies
+        self.momentum, self.nesterov, self.mask_velocity = momentum, nesterov, mask_velocity
+        self.dtypes = {"residual": residual_dtype, "velocity": velocity_dtype}
+        self.velocity: dict[str, Buffer] = {}
+        self.residual: dict[str, Buffer] = {}
+        self.num_steps = 0
+        self._last_momentum = 0.0  # of a step that stood: Nesterov's velocities have it in them
+        self._seed = seed
+        self._num_writes: dict[str, int] = {}  # of each tensor in this step
+        self._before: dict[tuple[str, str], Buffer | None] = {}
+        self._keys: dict[str, int] = {}  # of this step's last gradient: what puts entries back
+
+    def accumulate(
+        self,
+        name: str,
+        grad_N: Tensor,
+        *,
+        scale: Tensor | None = None,
+        is_sent_whole: bool = False,
+        selection: Selection | None = None,
+        may_keep: bool = False,
+    ) -> Found:
+        """Add a gradient, times scale (1,), to velocity and residual; take large entries out.
+
+        Args: may_keep: nobody else needs the gradient's memory, so that a residual of its dtype may
+                take its place.
+            selection: of the residual, in the same pass, and with a step's last gradient only;
+                whether velocities are masked is this compensation's `mask_velocity`.
+        """
+        is_first = ("residual", name) not in self._before
+        room = grad_N if may_keep and grad_N.dtype in STATE_DTYPES else None
+        old_residual, residual = self._renew("residual", name, grad_N, is_sent_whole, room)
+        old_velocity, velocity = None, None
+        if self.momentum:
+            old_velocity, velocity = self._renew("velocity", name, grad_N)
+        self._keys[name] = self._key(name)
+        return buffers.accumulate(
+            grad_N, self._correction(is_first),
+            residual=residual, old_residual=old_residual,
+            velocity=velocity, old_velocity=old_velocity,
+            scale=scale, key=self._keys[name], selection=self._masking(selection),
+        )  # fmt: skip
+
+    def select_again(self, name: str, selection: Selection) -> Found:
+        """Take more out of the residual after this step's last gradient, in a pass of its own."""
+        self._key_of(name)
+        residual, velocity = self.residual[name], self.velocity.get(name)
+        return buffers.accumulate(
+            None, Correction(), residual=residual, old_residual=residual,
+            velocity=velocity, selection=self._masking(selection),
+        )  # fmt: skip
+
+    def take_exactly(self, name: str, indices_K: Tensor) -> Taken:
+        """Take these entries out, as a selection would."""
+        key, velocities_K = self._key_of(name), None
+        values_K = buffers.take(self.residual[name], indices_K)
+        buffers.put(self.residual[name], indices_K, 0.0, key)
+        if self.mask_velocity and name in self.velocity:
+            velocities_K = buffers.take(self.velocity[name], indices_K)
+            buffers.put(self.velocity[name], indices_K, 0.0, key)
+        return Taken(indices_K, values_K, velocities_K)
+
+    def put_back(self, name: str, taken: Taken) -> None:
+        """Undo, to the bit, that entries were taken out in this step: any of them, by any pass."""
+        key, indices_K = self._key_of(name), taken.indices_K
+        buffers.put(self.residual[name], indices_K, taken.values_K, key)
+        if taken.velocities_K is not None:
+            buffers.put(self.velocity[name], indices_K, taken.velocities_K, key ^ VELOCITY_KEY)
+
+    def keep_lost(self, name: str, indices_K: Tensor, lost_K: Tensor) -> None:
+        """Leave in the residual what coding lost of entries that were taken out and sent."""
+        buffers.put(self.residual[name], indices_K, lost_K, self._key(name))
+
+    def add(self, name: str, indices_K: Tensor, values_K: Tensor) -> None:
+        """Add to entries of the residual: what is to be sent another time. Indices are unique."""
+        buffers.add(self.residual[name], indices_K, values_K, self._key(name))
+
+    def drain(self, name: str) -> Tensor:
+        """Return all there is to send, (N,), leaving no residual. The velocity stays.
+
+        Averaged over ranks, this is momentum SGD to the letter, with or without masking.
+        """
+        return buffers.decode(self.residual.pop(name))
+
+    def start_velocity(self, name: str, momentum_N: Tensor) -> None:
+        """Go on from the momentum buffer (N,) of a dense SGD, whatever the velocity was."""
+        if self.nesterov:
+            momentum_N = momentum_N * (self._last_momentum or self.momentum)
+        numel, key = momentum_N.numel(), zlib.crc32(name.encode())
+        dtype = self._stored("velocity", _exact(momentum_N.dtype))
+        buffer = buffers.empty(numel, dtype, momentum_N.device)
+        buffers.accumulate(momentum_N, Correction(), residual=buffer, old_residual=None, key=key)
+        self.velocity[name] = buffer
+
+    def commit(self) -> None:
+        """Make the step's changes final."""
+        self.num_steps += 1
+        self._last_momentum = self.momentum or self._last_momentum
+        self._end_step()
+
+    def roll_back(self) -> None:
+        """Undo the step, to the bit."""
+        for name in {name for _, name in self._before}:
+            self.drop(name)
+        self._end_step()
+
+    def drop(self, name: str) -> None:
+        """Undo what a tensor's gradients did in this step, to the bit."""
+        for kind in _KINDS:
+            if (kind, name) in self._before:
+                kept, buffer = getattr(self, kind), self._before.pop((kind, name))
+                kept.pop(name, None)
+                if buffer is not None:
+                    kept[name] = buffer
+        self._keys.pop(name, None)
+        self._num_writes.pop(name, None)
+
+    def _end_step(self) -> None:
+        self._before.clear()
+        self._keys.clear()
+        self._num_writes.clear()
+
+    def _renew(
+        self,
+        kind: str,
+        name: str,
+        grad_N: Tensor,
+        is_sent_whole: bool = False,
+        room: Tensor | None = None,
+    ) -> tuple[Buffer | None, Buffer]:
+        """Return a tensor's buffer to read, and the one to write: at first another.
+
+        room: memory (N,) for it, if it is float32, or of a float64 tensor float64.
+        """
+        kept = getattr(self, kind)
+        old = kept.get(name)
+        if (kind, name) in self._before:
+            return old, old
+        self._before[kind, name] = old
+        exact = _exact(grad_N.dtype)
+        dtype = exact if is_sent_whole else self._stored(kind, exact)
+        if room is None or dtype != exact:
+            room = buffers.empty(grad_N.numel(), dtype, grad_N.device)
+        kept[name] = room
+        return old, room
+
+    def _stored(self, kind: str, exact: str) -> str:
+        """Return as what a kind is stored, for tensors that are stored exactly as `exact`."""
+        return exact if self.dtypes[kind] == "float32" else self.dtypes[kind]
+
+    def _correction(self, is_first: bool) -> Correction:
+        m = self.momentum
+        if m == 0:
+            return Correction()
+        if is_first:
+            decay = m * (m / (self._last_momentum or m)) if self.nesterov else m
+            return Correction(decay, m, 1, 1) if self.nesterov else Correction(m, 1, 1, 0)
+        return Correction(1, m, 0, 1 + m) if self.nesterov else Correction(1, 1, 0, 1)
+
+    def _masking(self, selection: Selection | None) -> Selection | None:
+        if selection is None:
+            return None
+        return dataclasses.replace(selection, mask_velocity=self.mask_velocity)
+
+    def _key_of(self, name: str) -> int:
+        if name not in self._keys:
+            raise ValueError(
+                f"{name} has no gradient in this step; entries are taken out, or put back, only "
+                "between accumulate and the end of its step"
+            )
+        return self._keys[name]
+
+    def _key(self, name: str) -> int:
+        """Return 64 bits that differ in every write to a tensor, every step and every rank.
+
+        They do not depend on when what is said of other tensors arrives.
+        """
+        self._num_writes[name] = number = self._num_writes.get(name, 0) + 1
+        key = self._seed
+        for part in (self.num_steps, number, zlib.crc32(name.encode())):
+            key = _mix((key ^ part) & _64_BITS)
+        return key
+
+    def norm(self) -> float:
+        """Return the 2-norm of the residual, of all tensors together."""
+        parts = (buffers.decode(buffer) for buffer in self.residual.values())
+        return math.hypot(
+            *(torch.linalg.vector_norm(part, dtype=torch.float64).item() for part in parts)
+        )
+
+    def num_bytes(self) -> dict[str, int]:
+        """Return the bytes kept, by kind: velocity, residual."""
+        return {
+            kind: sum(t.nbytes for buffer in getattr(self, kind).values() for t in tensors(buffer))
+            for kind in _KINDS
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors only; this rank's, not the replica's."""
+        kinds = {
+            kind: {name: _to_state(buffer) for name, buffer in getattr(self, kind).items()}
+            for kind in _KINDS
+        }
+        momentum = torch.tensor(self._last_momentum, dtype=torch.float64, device="cpu")
+        num_steps = torch.tensor(self.num_steps, dtype=torch.int64, device="cpu")
+        return {**kinds, "num_steps": num_steps, "momentum": momentum}
+
+    def load_state_dict(
+        self,
+        state: dict[str, Any],
+        devices: Mapping[str, torch.device],
+        numels: Mapping[str, int],
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        """Take copies of what was saved, each on the device of its tensor.
+
+        dtypes: of the gradients; None: none is float64.
+
+        Raises: ValueError, before anything changes, for a tensor that is not here, or is of another
+            size or stored otherwise here.
+        """
+        if state["velocity"] and not (self.momentum or self.momentum_varies):
+            raise ValueError("velocities were saved; allowed: none, as there is no momentum here")
+        loaded: dict[str, dict[str, Buffer]] = {kind: {} for kind in _KINDS}
+        for kind in _KINDS:
+            for name, saved in state[kind].items():
+                if name not in devices:
+                    raise ValueError(f"the saved {kind} is of {name}, which is no parameter here")
+                buffer = _from_state(saved, devices[name])
+                if buffers.numel(buffer) != numels[name]:
+                    raise ValueError(
+                        f"the {kind} of {name} was saved with {buffers.numel(buffer)} elements; "
+                        f"allowed: {numels[name]}"
+                    )
+                stored = self._stored(kind, _exact((dtypes or {}).get(name, torch.float32)))
+                if buffers.dtype_of(buffer) != stored:
+                    raise ValueError(
+                        f"the {kind} of {name} was saved as {buffers.dtype_of(buffer)}; allowed: "
+                        f"{stored}, by {kind}_dtype and the parameter's dtype here"
+                    )
+                loaded[kind][name] = buffer
+        self.velocity, self.residual = loaded["velocity"], loaded["residual"]
+        self.num_steps = int(state.get("num_steps", 0))
+        self._last_momentum = float(state.get("momentum", self.momentum))
+        self._end_step()
+
+
+def _exact(dtype: torch.dtype) -> str:
+    """Return as what gradients of this dtype are stored without loss."""
+    return "float64" if dtype == torch.float64 else "float32"
+
+
+_64_BITS = 2**64 - 1
+
+
+def _mix(x: int) -> int:
+    """Splitmix64's step: a change of one bit changes half of the others."""
+    x = (x + 0x9E3779B97F4A7C15) & _64_BITS
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _64_BITS
+    return x ^ (x >> 31)
+
+
+def _to_state(buffer: Buffer) -> Tensor | dict[str, Tensor]:
+    if isinstance(buffer, Blocks):
+        return {"codes": buffer.codes, "scales": buffer.scales}
+    return buffer
+
+
+def _from_state(saved: Tensor | dict[str, Tensor], device: torch.device) -> Buffer:
+    if isinstance(saved, dict):
+        return Blocks(*(saved[part].to(device, copy=True) for part in ("codes", "scales")))
+    return saved.to(device, copy=True)

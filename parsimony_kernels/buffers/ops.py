@@ -1,0 +1,229 @@
+"""What a worker keeps of a flattened tensor, 4, 2 or 1 bytes an element, and the passes over it.
+
+A buffer is float32, bfloat16 or 8-bit blocks of 256 (operands.Blocks). Writing to one of fewer bits
+rounds stochastically: up or down, with the odds that make the mean exact. The odds come from a hash
+of a key and the element's number, so that every implementation rounds alike and nothing is stored.
+Of a float64 tensor a buffer is float64 in float32's place, and all arithmetic on it is; one of
+fewer bits it rounds by way of float32. Such tensors run in plain torch, whatever is chosen.
+
+`accumulate` passes over whole tensors, and has three implementations like the operations in ops.py.
+The rest is plain torch: `take`, `put` and `add` are for few elements, `decode` for tests and for
+what is sent whole.
+Shapes: N elements of a flattened tensor, K selected of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from parsimony_kernels.buffers.reference import LEVELS, round_bfloat16, round_codes
+from parsimony_kernels.buffers.reference import decode as decode
+from parsimony_kernels.runtime.checks import check_shape, check_tensor
+from parsimony_kernels.runtime.choice import implementing_module
+from parsimony_kernels.runtime.operands import (
+    BINS,
+    BLOCK,
+    STEP_DTYPES,
+    STORED_DTYPES,
+    Blocks,
+    Buffer,
+    Correction,
+    Found,
+    Selection,
+    state_dtype,
+)
+from parsimony_kernels.runtime.operands import Report as Report
+from parsimony_kernels.runtime.operands import read_reports as read_reports
+
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+def empty(numel: int, dtype: str, device: torch.device) -> Buffer:
+    """Return a buffer to write to. dtype: float32, float64, bfloat16, or int8 for 8-bit blocks."""
+    if dtype == "int8":
+        scales = torch.empty(-(-numel // BLOCK), dtype=torch.float32, device=device)
+        return Blocks(torch.empty(numel, dtype=torch.int8, device=device), scales)
+    return torch.empty(numel, dtype=getattr(torch, dtype), device=device)
+
+
+def tensors(buffer: Buffer) -> tuple[Tensor, ...]:
+    """Return the tensors in which a buffer lives; `from_tensors` makes it of them again."""
+    return (buffer.codes, buffer.scales) if isinstance(buffer, Blocks) else (buffer,)
+
+
+def from_tensors(parts: tuple[Tensor, ...]) -> Buffer:
+    return Blocks(*parts) if len(parts) == 2 else parts[0]
+
+
+def dtype_of(buffer: Buffer) -> str:
+    """Return which of DTYPES a buffer is, or float64."""
+    return "int8" if isinstance(buffer, Blocks) else str(buffer.dtype).removeprefix("torch.")
+
+
+def numel(buffer: Buffer) -> int:
+    return tensors(buffer)[0].numel()
+
+
+def take(buffer: Buffer, indices_K: Tensor) -> Tensor:
+    """Return the values (K,) at indices (K,) int64: float64 of a float64 buffer, else float32."""
+    if not isinstance(buffer, Blocks):
+        values_K = buffer[indices_K]
+        return values_K.float() if buffer.dtype == torch.bfloat16 else values_K
+    return buffer.codes[indices_K] * buffer.scales[indices_K // BLOCK]
+
+
+def put(buffer: Buffer, indices_K: Tensor, values_K: Tensor | float, key: int) -> None:
+    """Write values (K,) float32 or float64, or one for all, at indices; 0 is written exactly.
+
+    What was taken from the buffer goes back as it was, whatever the key. In blocks the scale stays
+    as it is: no value may be beyond the largest of its block.
+    """
+    if not isinstance(values_K, Tensor):
+        where = {"dtype": torch.float32, "device": indices_K.device}
+        values_K = torch.full(indices_K.shape, values_K, **where)
+    if isinstance(buffer, Blocks):
+        scales_K = buffer.scales[indices_K // BLOCK]
+        buffer.codes[indices_K] = round_codes(values_K.float(), scales_K, indices_K, key)
+    elif buffer.dtype == torch.bfloat16:
+        buffer[indices_K] = round_bfloat16(values_K.float(), indices_K, key)
+    else:
+        buffer[indices_K] = values_K.to(buffer.dtype)
+
+
+def add(buffer: Buffer, indices_K: Tensor, values_K: Tensor, key: int) -> None:
+    """Add values (K,) at unique indices, however large: a block's scale grows if it must.
+
+    What was taken out of a block whose scale has grown no longer goes back to the bit.
+    """
+    sums_K = take(buffer, indices_K) + values_K
+    if isinstance(buffer, Blocks):
+        _make_room(buffer, indices_K, sums_K.float(), key)
+    put(buffer, indices_K, sums_K, key)
+
+
+def _make_room(buffer: Blocks, indices_K: Tensor, values_K: Tensor, key: int) -> None:
+    needed_K = values_K.abs() / LEVELS
+    scales = buffer.scales.scatter_reduce(0, indices_K // BLOCK, needed_K, "amax")
+    blocks = (scales > buffer.scales).nonzero()
+    within = torch.arange(BLOCK, dtype=torch.int64, device=blocks.device)
+    elements = (blocks * BLOCK + within).view(-1)
+    elements = elements[elements < buffer.codes.numel()]
+    before = take(buffer, elements)
+    buffer.scales.copy_(scales)
+    buffer.codes[elements] = round_codes(before, scales[elements // BLOCK], elements, key)
+
+
+def accumulate(
+    grad_N: Tensor | None,
+    correction: Correction,
+    *,
+    residual: Buffer,
+    old_residual: Buffer | None,
+    velocity: Buffer | None = None,
+    old_velocity: Buffer | None = None,
+    scale: Tensor | None = None,
+    key: int = 0,
+    selection: Selection | None = None,
+) -> Found:
+    """Add a gradient to velocity and residual and take large entries out, in one pass.
+
+    With x = scale * grad:  u = u_decay old_velocity + u_gain x;  v = old_residual + (v_from_u u +
+    v_gain x), from the u that rounding has not touched. All in float32, or for a float64 gradient
+    in float64, rounded by operation.
+    What `selection` takes out is listed, v and u as they are before rounding, and is exactly 0 in
+    the buffers. A block's scale is that of all its values, so what was taken out always fits in:
+    `put(residual, indices, values, key)` and `put(velocity, indices, velocities, key ^
+    VELOCITY_KEY)`, with this pass's key, leave to the bit what the pass would have left without a
+    selection, however many entries are put back, and after however many selections.
+    Args: grad_N: (N,) float32, bfloat16, float16 or float64. None: nothing is added, the selection
+            is from what is stored, and neither scales nor what is not selected is written; the old
+            buffers are then the same as the new, or None.
+        residual, velocity: written; the old ones, if other than they, are not. Old ones that are
+            None count as zeros; they may be stored otherwise than the new.
+        scale: (1,) float32, for a float64 gradient float64, or None for 1.
+        key: 64 bits; of the stochastic rounding.
+    Returns: what was found; `largest` is max |x|, infinite or NaN if an x is.
+    Cost:    every buffer is read and written once. Nothing waits for a GPU.
+    Example: residual [1, -3, 0], grad [1, 0, 0], threshold 2 -> residual [0, 0, 0], listed
+        {0: 2, 1: -3}.
+    """
+    values = tensors(residual)[0] if grad_N is None else grad_N
+    n, device = values.numel(), values.device
+    stored = (residual, old_residual, velocity, old_velocity)
+    dtype = _arithmetic_dtype(grad_N, stored)
+    for name, buffer in zip(_STORED, stored, strict=True):
+        if buffer is not None:
+            _check_buffer(name, buffer, n, device, _ALLOWED[dtype])
+    if grad_N is None:
+        _check_in_place(residual, old_residual, velocity, old_velocity, selection)
+    else:
+        check_tensor("grad", grad_N, device, STEP_DTYPES, 1)
+    if scale is not None:
+        check_shape("scale", scale, (1,), device, (dtype,))
+    if velocity is None and (old_velocity is not None or correction.v_from_u):
+        raise ValueError("old_velocity or v_from_u without a velocity to write")
+    if n == 0:
+        return _nothing(dtype, device, selection)
+    return implementing_module("buffers", device.type, dtype).accumulate(
+        grad_N, correction, residual, old_residual, velocity, old_velocity, scale, key, selection
+    )
+
+
+_ALLOWED = {torch.float32: STORED_DTYPES, torch.float64: (torch.float64, *STORED_DTYPES[1:])}
+_STORED = ("residual", "old_residual", "velocity", "old_velocity")
+
+
+def _arithmetic_dtype(grad_N: Tensor | None, stored: Sequence[Buffer | None]) -> torch.dtype:
+    """Return what a pass computes in: of the gradient, or without one of what is stored."""
+    if grad_N is not None:
+        return state_dtype(grad_N.dtype)
+    is_double = any(isinstance(b, Tensor) and b.dtype == torch.float64 for b in stored)
+    return torch.float64 if is_double else torch.float32
+
+
+def _check_in_place(
+    residual: Buffer,
+    old_residual: Buffer | None,
+    velocity: Buffer | None,
+    old_velocity: Buffer | None,
+    selection: Selection | None,
+) -> None:
+    for name, new, old in (
+        ("old_residual", residual, old_residual),
+        ("old_velocity", velocity, old_velocity),
+    ):
+        if old is not None and (new is None or tensors(new)[0] is not tensors(old)[0]):
+            raise ValueError(f"{name} is another buffer; allowed without a gradient: the same")
+    if selection is None:
+        raise ValueError("neither a gradient nor a selection; give one")
+
+
+def _nothing(dtype: torch.dtype, device: torch.device, selection: Selection | None) -> Found:
+    report = torch.zeros(2 + (BINS if selection else 0), dtype=torch.int32, device=device)
+    indices = torch.zeros(0, dtype=torch.int64, device=device)
+    return Found(report, indices, indices.to(dtype), None)
+
+
+def _check_buffer(
+    name: str,
+    buffer: Buffer,
+    n: int,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...],
+) -> None:
+    if isinstance(buffer, Blocks):
+        _check_part(f"{name}.codes", buffer.codes, (torch.int8,), n, device)
+        _check_part(f"{name}.scales", buffer.scales, (torch.float32,), -(-n // BLOCK), device)
+    else:
+        _check_part(name, buffer, dtypes, n, device)
+
+
+def _check_part(
+    name: str, part: Tensor, dtypes: tuple[torch.dtype, ...], size: int, device: torch.device
+) -> None:
+    check_tensor(name, part, device, dtypes, 1)
+    if part.numel() != size:
+        raise ValueError(f"{name} has {part.numel()} elements; allowed: {size}")

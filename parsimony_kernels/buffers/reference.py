@@ -1,0 +1,149 @@
+"""The passes of buffers.py in plain torch: the specification, and the version for any device.
+
+Tensors as large as the gradient come and go here. Arguments were checked by ops.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from parsimony_kernels.runtime.operands import (
+    BIN_SHIFT,
+    BINS,
+    BLOCK,
+    MIN_SCALE,
+    VELOCITY_KEY,
+    Blocks,
+    Buffer,
+    Correction,
+    Found,
+    Selection,
+    state_dtype,
+)
+from parsimony_kernels.step.reference import mix
+
+LEVELS = 127
+
+
+def random_bits(indices: Tensor, key: int) -> Tensor:
+    """Return 32 random bits for each element, as int64: common.h's function of that name."""
+    halves = (key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF)
+    low, high = (torch.tensor(half, dtype=torch.int64, device="cpu") for half in halves)
+    return mix((indices & 0xFFFFFFFF) ^ int(mix(low ^ mix(high))))
+
+
+def round_bfloat16(values: Tensor, indices: Tensor, key: int) -> Tensor:
+    """Round float32 to one of the two bfloat16 neighbours, towards 0 where the other is infinite.
+
+    The lower 16 bits, as a fraction of the step, are the odds of the one away from 0.
+    """
+    bits = values.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    away = (bits + (random_bits(indices, key) & 0xFFFF)) >> 16
+    down = bits >> 16
+    chosen = torch.where((away & 0x7F80) == 0x7F80, down, away)
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    chosen = torch.where(nan, down | 0x40, chosen)
+    return chosen.to(torch.uint16).view(torch.bfloat16)
+
+
+def round_codes(values: Tensor, scales: Tensor, indices: Tensor, key: int) -> Tensor:
+    """Round values / scales to one of the two neighbouring integers, within -127..127.
+
+    A value that is an integer times its scale, to the rounding of float32, becomes that integer
+    whatever the key: the odds are drawn from 15 bits, and never as close to 0 or 1 as 2^-16.
+    """
+    random = (random_bits(indices, key) >> 17).float() * 2.0**-15 + 2.0**-16
+    return (values / scales + random).floor().clamp(-LEVELS, LEVELS).to(torch.int8)
+
+
+def decode(buffer: Buffer) -> Tensor:
+    """Return all values (N,) float32, or float64 as stored; of such a buffer, the buffer itself."""
+    if not isinstance(buffer, Blocks):
+        return buffer.float() if buffer.dtype == torch.bfloat16 else buffer
+    return buffer.codes.float() * _spread(buffer.scales, buffer.codes.numel())
+
+
+def _spread(scales: Tensor, n: int) -> Tensor:
+    return scales.repeat_interleave(BLOCK)[:n]
+
+
+def _store(values: Tensor, buffer: Buffer, key: int) -> None:
+    if isinstance(buffer, Tensor) and buffer.dtype == values.dtype:
+        buffer.copy_(values)
+        return
+    n, values = values.numel(), values.float()
+    indices = torch.arange(n, dtype=torch.int64, device=values.device)
+    if isinstance(buffer, Blocks):
+        padded = values.new_zeros(buffer.scales.numel() * BLOCK)
+        padded[:n] = values.abs()
+        largest = padded.view(-1, BLOCK).amax(1)
+        buffer.scales.copy_((largest / LEVELS).clamp_min(MIN_SCALE))
+        buffer.codes.copy_(round_codes(values, _spread(buffer.scales, n), indices, key))
+    else:
+        buffer.copy_(round_bfloat16(values, indices, key))
+
+
+def accumulate(
+    grad_N: Tensor | None,
+    correction: Correction,
+    residual: Buffer,
+    old_residual: Buffer | None,
+    velocity: Buffer | None,
+    old_velocity: Buffer | None,
+    scale: Tensor | None,
+    key: int,
+    selection: Selection | None = None,
+) -> Found:
+    if grad_N is None:
+        u = None if velocity is None else decode(velocity)
+        v = decode(residual)
+        found = _find(v.new_zeros(1), v, u, selection)
+        _mask(found, residual, velocity)
+        return found
+    x = grad_N.to(state_dtype(grad_N.dtype))
+    if scale is not None:
+        x = x * scale
+    u_decay, u_gain, v_from_u, v_gain = correction.scalars(x.dtype)
+    change, u = x * v_gain, None
+    if velocity is not None:
+        before = torch.zeros_like(x) if old_velocity is None else decode(old_velocity).to(x.dtype)
+        u = before * u_decay + x * u_gain
+        change = u * v_from_u + change
+        _store(u, velocity, key ^ VELOCITY_KEY)
+    before = torch.zeros_like(x) if old_residual is None else decode(old_residual).to(x.dtype)
+    v = before + change
+    _store(v, residual, key)
+    found = _find(x, v, u, selection)
+    _mask(found, residual, velocity)
+    return found
+
+
+def _magnitude_bits(x: Tensor) -> Tensor:
+    """Return |x|, in float32, as integers, which order as the magnitudes do; infinity and NaN are
+    above all."""
+    return x.float().contiguous().view(torch.int32) & 0x7FFFFFFF
+
+
+def _find(x: Tensor, v: Tensor, u: Tensor | None, selection: Selection | None) -> Found:
+    largest = _magnitude_bits(x).amax().view(1)
+    if selection is None:
+        nothing = torch.zeros(0, dtype=torch.int64, device=v.device)
+        return Found(torch.cat([largest, largest.new_zeros(1)]), nothing, v.new_zeros(0), None)
+    is_above = (v.abs() >= v.new_tensor(selection.limit)) & (v != 0)
+    indices = is_above.nonzero().view(-1)
+    blocks = torch.arange(v.numel(), dtype=torch.int64, device=v.device) // BLOCK
+    sampled = v[blocks % selection.sample_every == selection.sample_first]
+    bins = (_magnitude_bits(sampled) >> BIN_SHIFT).bincount(minlength=BINS)
+    count = largest.new_tensor([indices.numel()])
+    indices = indices[: selection.capacity]
+    velocities = u[indices] if u is not None and selection.mask_velocity else None
+    return Found(torch.cat([largest, count, bins.int()]), indices, v[indices], velocities)
+
+
+def _mask(found: Found, residual: Buffer, velocity: Buffer | None) -> None:
+    """Write zeros where entries were taken out; scales stay, so that these can be put back."""
+    for buffer, taken in ((residual, found.values), (velocity, found.velocities)):
+        if taken is not None:
+            values = buffer.codes if isinstance(buffer, Blocks) else buffer
+            values[found.indices] = 0

@@ -1,0 +1,206 @@
+// The operations of parsimony_kernels/packing/ops.py on a GPU; parsimony_kernels/packing/device.py launches these kernels.
+//
+// To the bit what parsimony_kernels/packing/reference.py says, on the terms of device.cu, with which it is
+// one translation unit, so that all is compiled and launched alike.
+//
+// Mappings: "flat" is one thread an item, a word, an entry or a value; pack_values and round_values
+// have one warp for a group of values, a lane for each. Kernels stride over their work, so any grid
+// is correct. What is packed is gathered word by word and needs no atomics. The only atomics are a
+// sum of unsigned integers (the checksum) and an or (problems): thread order reaches no result.
+//
+// Whatever a message holds, only its own words are read, and only the `num_entries` positions and
+// `num_values` values that were laid out for it are written.
+#include "buffers/device.cu"
+#include "packing/layout.h"
+
+// ---- what device_packing.py fills in -----------------------------------------------------------
+
+struct Packing {
+    Sections parts;
+    u32 *words;
+    i64 *positions;   // with values: read to pack, written to unpack
+    float *values;
+    float *rounded;
+    int *counts;      // of set bits in each of Elias-Fano's upper words
+    const i64 *ends;  // running sums of counts
+    u32 *found;       // checksum, less the message's own; Problems
+};
+
+struct Merging {
+    i64 num_entries, dim;
+    const i64 *sorted, *order;  // all lists' positions, and which entry each is of; equal ones in order
+    const i64 *ranks;           // how many distinct positions there are up to each
+    const float *values;        // (num_entries, dim) of the joined lists
+    i64 *positions;
+    float *sums;                // (distinct positions, dim)
+};
+
+FN void report(const Packing &s, u32 problem) { atomicOr(s.found + 1, problem); }
+
+// ---- positions ---------------------------------------------------------------------------------
+
+FN i64 upper_bit(const Packing &s, i64 i) { return (s.positions[i] >> s.parts.low_bits) + i; }
+
+// Word `w` of Elias-Fano's upper bits, from the first position whose bit is not before it.
+FN u32 upper_word(const Packing &s, i64 w) {
+    i64 first = 0, last = s.parts.num_entries;
+    while (first < last) {
+        i64 middle = first + (last - first) / 2;
+        if (upper_bit(s, middle) < 32 * w) first = middle + 1;
+        else last = middle;
+    }
+    u32 word = 0;
+    for (; first < s.parts.num_entries; first++) {
+        u64 at = (u64)(upper_bit(s, first) - 32 * w);
+        if (at >= 32) break;
+        word |= 1u << at;
+    }
+    return word;
+}
+
+// Flat over the words of the positions. No atomics.
+KERNEL(pack_positions, Packing) {
+    const Sections &x = s.parts;
+    for (i64 i = x.indices + flat_start(); i < x.values; i += flat_stride()) {
+        i64 w = i - x.indices;
+        if (x.index_coding == INDEX_INT32) s.words[i] = (u32)s.positions[w];
+        else if (x.index_coding == INDEX_INT64)
+            s.words[i] = (u32)((u64)s.positions[w / 2] >> (w & 1 ? 32 : 0));
+        else s.words[i] = i < x.low ? upper_word(s, w) : low_word(x, s.positions, i - x.low);
+    }
+}
+
+// Flat over the upper words. No atomics.
+KERNEL(unpack_counts, Packing) {
+    for (i64 w = flat_start(); w < s.parts.low - s.parts.indices; w += flat_stride())
+        s.counts[w] = __popc(s.words[s.parts.indices + w]);
+}
+
+// Flat over the upper words: the positions whose bits are there.
+KERNEL(unpack_coded, Packing) {
+    const Sections &x = s.parts;
+    const i64 num_words = x.low - x.indices;
+    for (i64 w = flat_start(); w < num_words; w += flat_stride()) {
+        i64 rank = s.ends[w] - s.counts[w];
+        u32 bits = s.words[x.indices + w];
+        for (int bit = 0; bit < 32; bit++) {
+            if (!(bits >> bit & 1)) continue;
+            if (rank < x.num_entries)
+                s.positions[rank] = coded_position(x, s.words, 32 * w + bit, rank);
+            rank++;
+        }
+        if (w == num_words - 1 && rank != x.num_entries) report(s, WRONG_COUNT);
+    }
+}
+
+// Flat over entries. No atomics.
+KERNEL(unpack_plain, Packing) {
+    for (i64 i = flat_start(); i < s.parts.num_entries; i += flat_stride())
+        s.positions[i] = plain_position(s.parts, s.words, i);
+}
+
+// Flat over entries: they must ascend and lie within the universe.
+KERNEL(check_positions, Packing) {
+    for (i64 i = flat_start(); i < s.parts.num_entries; i += flat_stride()) {
+        i64 position = s.positions[i];
+        if (position < 0 || position >= s.parts.universe) report(s, OUTSIDE);
+        if (i > 0 && s.positions[i - 1] >= position) report(s, WRONG_ORDER);
+    }
+}
+
+// ---- values ------------------------------------------------------------------------------------
+
+// All of the warp must come here together.
+template <class E> FN u32 scale_of_group(float x) {
+    return scale_of<E>(max_over_lanes(as_bits(x) & 0x7fffffffu, GROUP));
+}
+
+template <class E> FN float rounded(float x) {
+    u32 scale = scale_of_group<E>(x);
+    return value_of<E>(code_of<E>(x, scale), scale);
+}
+
+// A warp for each group.
+KERNEL(round_values, Packing) {
+    for (i64 i = flat_start(); i / GROUP * GROUP < s.parts.num_values; i += flat_stride()) {
+        bool is_inside = i < s.parts.num_values;
+        float x = is_inside ? s.values[i] : 0.0f;
+        if (s.parts.value_coding == VALUE_FLOAT16) x = widen(narrow_within_range(x));
+        else x = s.parts.value_coding == VALUE_MXFP8 ? rounded<E4M3>(x) : rounded<E2M1>(x);
+        if (is_inside) s.rounded[i] = x;
+    }
+}
+
+// A group's codes and scale, as bytes; two codes of 4 bits make one.
+template <class E> FN void pack_group(const Packing &s, i64 i, float x) {
+    unsigned char *bytes = (unsigned char *)(s.words + s.parts.values);
+    u32 scale = scale_of_group<E>(x), code = code_of<E>(x, scale);
+    if (E::SIGN == 8) {
+        u32 next = __shfl_xor_sync(WHOLE_WARP, i < s.parts.num_values ? code : 0u, 1);
+        if (i % 2 == 0 && i < s.parts.num_values) bytes[i / 2] = (unsigned char)(code | next << 4);
+    } else if (i < s.parts.num_values) {
+        bytes[i] = (unsigned char)code;
+    }
+    if (i % GROUP == 0) ((unsigned char *)(s.words + s.parts.scales))[i / GROUP] = (unsigned char)scale;
+}
+
+// A warp for each group, of any type. Each byte is written by one thread; no atomics.
+KERNEL(pack_values, Packing) {
+    const Sections &x = s.parts;
+    for (i64 i = flat_start(); i / GROUP * GROUP < x.num_values; i += flat_stride()) {
+        float value = i < x.num_values ? s.values[i] : 0.0f;
+        if (x.value_coding == VALUE_MXFP8) pack_group<E4M3>(s, i, value);
+        else if (x.value_coding == VALUE_MXFP4) pack_group<E2M1>(s, i, value);
+        else if (i >= x.num_values) continue;
+        else if (x.value_coding == VALUE_FLOAT32) s.words[x.values + i] = as_bits(value);
+        else ((f16 *)(s.words + x.values))[i] = narrow_within_range(value);
+    }
+}
+
+FN float unpacked_value(const Packing &s, i64 i) {
+    const Sections &x = s.parts;
+    if (x.value_coding == VALUE_FLOAT32) return as_float(s.words[x.values + i]);
+    if (x.value_coding == VALUE_FLOAT16) return widen(((const f16 *)(s.words + x.values))[i]);
+    u32 scale = ((const unsigned char *)(s.words + x.scales))[i / GROUP];
+    const unsigned char *bytes = (const unsigned char *)(s.words + x.values);
+    if (x.value_coding == VALUE_MXFP8) return value_of<E4M3>(bytes[i], scale);
+    return value_of<E2M1>(bytes[i / 2] >> (4 * (i & 1)) & 15, scale);
+}
+
+// Flat over values; the first thread looks at all padding.
+KERNEL(unpack_values, Packing) {
+    for (i64 i = flat_start(); i < s.parts.num_values; i += flat_stride()) {
+        float value = unpacked_value(s, i);
+        if (!is_finite(value)) report(s, NOT_FINITE);
+        if (i == 0 && !is_padding_zero(s.parts, s.words)) report(s, WRONG_PADDING);
+        s.values[i] = value;
+    }
+}
+
+// ---- the checksum ------------------------------------------------------------------------------
+
+// Flat over all words: their sum, less the one that the message has. One atomic for each warp.
+KERNEL(message_checksum, Packing) {
+    u32 sum = 0;
+    for (i64 i = flat_start(); i < s.parts.end; i += flat_stride())
+        sum += i == CHECKSUM_WORD ? 0u - s.words[i] : checked(s.words[i], i);
+    for (int apart = 16; apart > 0; apart /= 2) sum += __shfl_xor_sync(WHOLE_WARP, sum, apart);
+    if (threadIdx.x % 32 == 0) atomicAdd(s.found, sum);
+}
+
+// ---- merge -------------------------------------------------------------------------------------
+
+// Flat over (sorted entries, dim): the thread at a position's first entry adds all values of that
+// position in order, from 0. No atomics; any thread order.
+KERNEL(merge_sums, Merging) {
+    for (i64 k = flat_start(); k < s.num_entries * s.dim; k += flat_stride()) {
+        i64 i = k / s.dim, column = k - i * s.dim, position = s.sorted[i];
+        if (i > 0 && s.sorted[i - 1] == position) continue;
+        float sum = 0.0f;
+        for (; i < s.num_entries && s.sorted[i] == position; i++)
+            sum += s.values[s.order[i] * s.dim + column];
+        i64 slot = s.ranks[k / s.dim] - 1;
+        s.sums[slot * s.dim + column] = sum;
+        if (column == 0) s.positions[slot] = position;
+    }
+}

@@ -1,0 +1,105 @@
+"""The operations of packing.py in CUDA, by device_packing.cu. Arguments were checked there.
+
+Work goes to torch's current stream of the tensors' device. `pack` and `round_values` do not wait
+for it; `unpack` waits for what was found, `merge` for how many positions there are. Temporaries:
+12 bytes for each 32 bits of Elias-Fano's upper part; to merge, a few times what comes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from parsimony_kernels.packing.message import CHECKSUM_WORD, GROUP, INDEX_CODINGS, Problem, Sections
+from parsimony_kernels.runtime.launch import THREADS
+from parsimony_kernels.step import device
+
+MAX_BLOCKS = 2**16  # kernels stride over what is more
+_ELIAS_FANO = INDEX_CODINGS.index("elias_fano")
+
+
+class Packing(device.Argument):
+    _fields_ = (
+        ("parts", Sections),
+        *((name, c_void_p) for name in ("words", "positions", "values", "rounded")),
+        *((name, c_void_p) for name in ("counts", "ends", "found")),
+    )
+
+
+class Merging(device.Argument):
+    _fields_ = (
+        *((name, c_int64) for name in ("num_entries", "dim")),
+        *((name, c_void_p) for name in ("sorted", "order", "ranks")),
+        *((name, c_void_p) for name in ("values", "positions", "sums")),
+    )
+
+
+def round_values(values_M: Tensor, coding: int) -> Tensor:
+    work = Packing(Sections(num_values=values_M.numel(), value_coding=coding))
+    rounded = torch.empty_like(values_M)
+    work.point(values=values_M, rounded=rounded)
+    _launch("round_values", work, _in_groups(work.parts), values_M.device)
+    return rounded
+
+
+def pack(words: Tensor, parts: Sections, positions_K: Tensor, values_M: Tensor) -> int:
+    """Write all but the header's other words and the flags."""
+    work, where = Packing(parts), words.device
+    found = torch.zeros(2, dtype=torch.int32, device=where)
+    work.point(words=words, positions=positions_K, values=values_M, found=found)
+    _launch("pack_positions", work, parts.values - parts.indices, where)
+    _launch("pack_values", work, _in_groups(parts), where)
+    _launch("message_checksum", work, parts.end, where)
+    words[CHECKSUM_WORD] = found[0]  # the device's own copy: the host does not wait
+    return 0
+
+
+def unpack(words: Tensor, parts: Sections) -> tuple[Tensor, Tensor, int]:
+    work, where = Packing(parts), words.device
+    found = torch.zeros(2, dtype=torch.int32, device=where)
+    positions_K = words.new_empty(parts.num_entries, dtype=torch.int64)
+    values_M = words.new_empty(parts.num_values, dtype=torch.float32)
+    work.point(words=words, positions=positions_K, values=values_M, found=found)
+    _launch("message_checksum", work, parts.end, where)
+    if parts.index_coding == _ELIAS_FANO and parts.num_entries > 0:
+        counts = words.new_empty(parts.low - parts.indices)
+        work.point(counts=counts)
+        _launch("unpack_counts", work, counts.numel(), where)
+        work.point(ends=counts.cumsum(0))
+        _launch("unpack_coded", work, counts.numel(), where)
+    else:
+        _launch("unpack_plain", work, parts.num_entries, where)
+    _launch("check_positions", work, parts.num_entries, where)
+    _launch("unpack_values", work, parts.num_values, where)
+    difference, problems = found.tolist()
+    return positions_K, values_M, problems | (Problem.CHECKSUM if difference else 0)
+
+
+def merge(positions: Sequence[Tensor], values: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
+    joined, values_M = torch.cat(list(positions)), torch.cat(list(values))
+    if joined.numel() == 0:
+        return joined, values_M
+    work = Merging(joined.numel(), dim)
+    in_order, order = joined.sort(stable=True)
+    is_first = torch.ones_like(in_order, dtype=torch.bool)
+    torch.ne(in_order[1:], in_order[:-1], out=is_first[1:])
+    ranks = is_first.cumsum(0)
+    count = int(ranks[-1])
+    positions_U, sums = joined.new_empty(count), values_M.new_empty(count * dim)
+    work.point(sorted=in_order, order=order, ranks=ranks, values=values_M)
+    work.point(positions=positions_U, sums=sums)
+    _launch("merge_sums", work, joined.numel() * dim, joined.device)
+    return positions_U, sums
+
+
+def _in_groups(parts: Sections) -> int:
+    """Return the threads that values need where a warp takes each group."""
+    return -(-parts.num_values // GROUP) * GROUP
+
+
+def _launch(name: str, work: Packing | Merging, num_items: int, where: torch.device) -> None:
+    if num_items > 0:
+        device.launcher.launch(name, min(-(-num_items // THREADS), MAX_BLOCKS), work, where)

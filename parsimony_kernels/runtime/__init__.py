@@ -1,0 +1,3 @@
+"""How the kernels are compiled and launched, and what all of them share: checks, operands,
+arithmetic.
+"""

@@ -1,0 +1,224 @@
+"""Compile the C++ once for this machine and load it, with torch's own OpenMP threads.
+
+The library is kept in ~/.cache/parsimony/kernels (XDG_CACHE_HOME moves it), under a name made of
+the sources, the options and the processor, and of the compiler: a change in any makes a new one.
+Where there is no compiler, any compiler's will do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+PACKAGE = Path(__file__).parents[1]
+SOURCES = ("step/host.cpp", "buffers/host.cpp", "packing/host.cpp", "packing/merge.cpp")
+HEADERS = ("runtime/arithmetic.h", "runtime/float_mode.h", "packing/layout.h")
+# No contraction: a product and a sum stay two roundings, as in the specification. What is allowed
+# (no errno, no traps) changes no result, and lets roots and quotients be vectorised.
+ARITHMETIC = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+# No unswitching: of the two versions of a loop that it makes, g++ vectorises but one.
+SPEED = ("-O3", "-march=native", "-fno-unswitch-loops", "-fopenmp")
+OPTIONS = ("-std=c++17", *SPEED, *ARITHMETIC, "-fPIC", "-shared", "-Wall")
+REMEDY = (
+    "Install g++ or clang++ (CXX names it), or choose the plain torch implementation with "
+    "PARSIMONY_KERNELS=reference"
+)
+PATIENCE = 300.0  # seconds for another process that compiles
+
+
+@functools.cache
+def host_library() -> ctypes.CDLL:
+    """Return the compiled SOURCES, compiling them if this machine has not yet.
+
+    Raises: RuntimeError with the compiler's words and the remedy.
+    """
+    _share_openmp()
+    for path in _libraries():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            failure = error
+    raise RuntimeError(
+        f"cannot load the compiled kernels: {failure}. Set XDG_CACHE_HOME to a folder from which "
+        "programs may run, or remove the file"
+    ) from failure
+
+
+def _libraries() -> list[Path]:
+    """Return the library to load, compiled now if need be; or those that may do in its place."""
+    key = _key()
+    found = sorted(cache_folder().glob(f"host-{key}-*.so"), key=lambda path: path.stat().st_mtime)
+    try:
+        command = compiler()
+        path = cache_folder() / f"host-{key}-{_version(command)}.so"
+    except RuntimeError as error:
+        if found:
+            return found[::-1]
+        where = f"{cache_folder()} has no library of these sources for this processor either"
+        raise RuntimeError(f"{error}; {where}") from None
+    if path.exists():
+        return [path]
+    if found and not os.access(cache_folder(), os.W_OK):
+        return found[::-1]
+    with _alone(path):
+        if not path.exists():
+            keep(path, functools.partial(_compile, command))
+    return [path]
+
+
+def compiler() -> list[str]:
+    """Return the command of the C++ compiler that would be used, by words, as "ccache g++" has two.
+
+    Raises: RuntimeError if there is none.
+    """
+    chosen = os.environ.get("CXX")
+    for words in _words(chosen) if chosen else (["g++"], ["c++"], ["clang++"]):
+        found = shutil.which(words[0]) if words else None
+        if found:
+            return [found, *words[1:]]
+    missing = f"CXX is {chosen!r}, which is no command" if chosen else "no C++ compiler found"
+    raise RuntimeError(f"{missing}: the native kernels need one. {REMEDY}")
+
+
+def _words(command: str) -> Iterator[list[str]]:
+    yield [command]  # a path may have spaces
+    with contextlib.suppress(ValueError):  # a quotation without an end
+        yield shlex.split(command)
+
+
+def cache_folder() -> Path:
+    """Return where compiled kernels are kept; it need not be there."""
+    chosen = os.environ.get("XDG_CACHE_HOME")
+    if chosen:
+        return Path(os.path.expanduser(chosen)) / "parsimony" / "kernels"
+    try:
+        return Path.home() / ".cache" / "parsimony" / "kernels"
+    except RuntimeError:  # neither HOME nor an entry in passwd, as in some containers
+        return _own_temporary_folder() / "kernels"
+
+
+def _own_temporary_folder() -> Path:
+    """Return this user's folder in /tmp, where others could lay libraries under any other name."""
+    folder = Path(tempfile.gettempdir()) / f"parsimony-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.lstat().st_uid != os.getuid():
+        raise RuntimeError(f"there is no HOME, and {folder} belongs to another user. Set HOME, or "
+                           "XDG_CACHE_HOME to a folder that can be written")  # fmt: skip
+    return folder
+
+
+def keep(path: Path, make: Callable[[Path], None]) -> None:
+    """Have `make` write a file of the cache: it is there whole or not at all, whoever else does so.
+
+    Raises: RuntimeError with the remedy, if the cache cannot be written; what `make` raises.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Its name is free on all hosts that share the folder; a process's number is not.
+        with tempfile.TemporaryDirectory(
+            prefix="new.", dir=path.parent, ignore_cleanup_errors=True
+        ) as folder:
+            new = Path(folder) / path.name
+            make(new)
+            with open(new, "rb") as written:
+                os.fsync(written.fileno())  # a name that outlives a crash is of all its bytes
+            new.replace(path)
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot keep the compiled kernels in {path.parent}: {error}. Set XDG_CACHE_HOME to a "
+            "folder that can be written"
+        ) from error
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Let one of a job's ranks, which start together, compile, and the others wait for it.
+
+    Where files cannot be locked, each compiles.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
+            deadline = time.monotonic() + PATIENCE
+            while not _has_locked(lock.fileno()) and time.monotonic() < deadline:
+                time.sleep(0.1)
+        yield
+
+
+def _has_locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _compile(command: list[str], path: Path) -> None:
+    sources = (str(PACKAGE / name) for name in SOURCES)
+    words = [*command, *OPTIONS, f"-I{PACKAGE}", "-o", str(path), *sources]
+    status, output = _run(words)
+    if status or not path.exists():
+        raise RuntimeError(f"{shlex.join(words)}\n{output[-2000:]}\n{REMEDY}")
+
+
+def _run(words: list[str]) -> tuple[int, str]:
+    try:
+        result = subprocess.run(words, capture_output=True, text=True)
+    except OSError as error:  # no program after all
+        return 1, str(error)
+    return result.returncode, result.stdout + result.stderr
+
+
+def _key() -> str:
+    sources = b"".join((PACKAGE / name).read_bytes() for name in (*HEADERS, *SOURCES))
+    return _digest(sources, " ".join(OPTIONS).encode(), _processor().encode())
+
+
+def _version(command: list[str]) -> str:
+    return _digest(_run([*command, "--version"])[1].encode(), repr(command[1:]).encode())
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+
+
+def _processor() -> str:
+    """Name what -march=native stands for: a cache in a shared home serves machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "Features", "CPU part")
+    seen = dict(line.split(":", 1) for line in lines if line.startswith(wanted))
+    return platform.machine() + repr(sorted(seen.items()))
+
+
+def _share_openmp() -> None:
+    """Let the library find the OpenMP that torch loaded, so that both use the same threads.
+
+    With a second OpenMP each would keep a team of its own, and the idle one spins where the other
+    works.
+    """
+    maps = Path("/proc/self/maps")
+    loaded = maps.read_text().split() if maps.exists() else []
+    names = {
+        path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp", "libomp"))
+    }
+    from_torch = sorted(name for name in names if str(Path(torch.__file__).parent) in name)
+    for name in from_torch or sorted(names):
+        ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)

@@ -1,0 +1,121 @@
+"""How the CUDA kernels are compiled and launched: by CuPy, when the first is launched.
+
+Compiled code is kept in ~/.cache/parsimony/kernels (XDG_CACHE_HOME moves it), under a name made of
+the sources, the options and the GPU's architecture, and of the compiler's version. Where NVRTC is
+not there, any version's will do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from parsimony_kernels.runtime.build import cache_folder, keep
+
+if TYPE_CHECKING:
+    import cupy
+
+THREADS = 256  # in a block
+COLUMNS = 4  # that a thread has of each of its rows
+DEFINES = (f"-DTHREADS={THREADS}", f"-DCOLUMNS={COLUMNS}")
+# No product may be fused with a sum, numbers close to 0 stay, and quotients and roots are IEEE's.
+ARITHMETIC = ("--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
+OPTIONS = ("--std=c++14", *DEFINES, *ARITHMETIC)
+
+# The first includes the second and the third, and so on: each is included once.
+SOURCES = (
+    "packing/device.cu", "packing/layout.h", "buffers/device.cu", "step/device.cu",
+    "runtime/arithmetic.h",
+)  # fmt: skip
+
+_PACKAGE = Path(__file__).parents[1]
+_REMEDY = (
+    "launch/setup.sh installs what is needed beside a GPU; PARSIMONY_KERNELS=reference runs plain "
+    "torch instead"
+)
+
+
+class Launcher(Protocol):
+    def launch(
+        self, name: str, num_blocks: int, argument: ctypes.Structure, device: torch.device
+    ) -> None:
+        """Run `name` in num_blocks blocks of THREADS threads; `argument` is passed by value."""
+
+
+class CuPyLauncher:
+    """Launches on torch's current stream of the device."""
+
+    def launch(
+        self, name: str, num_blocks: int, argument: ctypes.Structure, device: torch.device
+    ) -> None:
+        import numpy
+
+        # CuPy passes an array of one entry by value, whatever the entry's type.
+        value = numpy.ndarray((1,), dtype=f"V{ctypes.sizeof(argument)}", buffer=argument)
+        with torch.cuda.device(device):
+            kernel = _kernel(name, torch.cuda.current_device())
+            with _cupy().cuda.Stream.from_external(torch.cuda.current_stream()):
+                kernel((num_blocks,), (THREADS,), (value,))
+
+
+def source() -> str:
+    """Return SOURCES as one text, the others in the place of their #include."""
+    text, *included = ((_PACKAGE / name).read_text() for name in SOURCES)
+    for name, content in zip(SOURCES[1:], included, strict=True):
+        text = text.replace(f'#include "{name}"', content.replace("#pragma once", ""))
+    return text
+
+
+@functools.cache
+def _cupy():
+    try:
+        import cupy
+    except ImportError as error:
+        raise RuntimeError(f"CUDA kernels need cupy, which does not import: {_REMEDY}") from error
+    return cupy
+
+
+@functools.cache
+def _kernel(name: str, device_index: int) -> cupy.RawKernel:
+    return _module(device_index).get_function(name)
+
+
+@functools.cache
+def _module(device_index: int) -> cupy.RawModule:
+    """Load the kernels for the current device, which is the one of this index."""
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return _cupy().RawModule(path=str(_compiled(f"{major}.{minor}")))
+
+
+def _compiled(capability: str) -> Path:
+    """Return the file of compiled code for the current device, made at the first call.
+
+    Not RawModule's own compilation: it appends -ftz=true, and NVRTC obeys its last option.
+    """
+    cuda = _cupy().cuda
+    key = hashlib.sha256(repr((source(), OPTIONS, capability)).encode()).hexdigest()[:20]
+    try:
+        version = "-".join(map(str, cuda.nvrtc.getVersion()))
+    except Exception as error:  # CuPy's, of several kinds
+        found = sorted(cache_folder().glob(f"device-{key}-*.cubin"))
+        if found:
+            return found[-1]
+        raise RuntimeError(
+            f"NVRTC, which compiles the CUDA kernels, is not there: {error}. {_REMEDY}"
+        ) from error
+    path = cache_folder() / f"device-{key}-{version}.cubin"
+    if path.exists():
+        return path
+    try:
+        code, _ = cuda.compiler.compile_using_nvrtc(source(), options=OPTIONS)
+    except cuda.compiler.CompileException as error:
+        raise RuntimeError(
+            f"{SOURCES[0]} does not compile for capability {capability}: {error}\n{_REMEDY}"
+        ) from error
+    keep(path, lambda new: new.write_bytes(code))
+    return path

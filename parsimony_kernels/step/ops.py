@@ -1,0 +1,163 @@
+"""Operations on tensors and their compressed state: what each takes; checks.py checks it, once.
+
+What each means is written in reference.py, in plain torch; host.cpp and device.cu do the same.
+Which of them runs: see runtime/choice.py.
+
+State has one dtype, `operands.state_dtype` of the parameter's: float64 for float64, else float32.
+So has the arithmetic; "state's dtype" below is that.
+Shapes: n rows of m columns make the parameter's 2-D view; k of its rows, or elements, arrive.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from parsimony_kernels.runtime.checks import (
+    check_elements,
+    check_first,
+    check_num_rows,
+    check_parameter,
+    check_rows,
+    check_second,
+    check_shape,
+    check_table,
+    check_tensor,
+)
+from parsimony_kernels.runtime.choice import IMPLEMENTATIONS as IMPLEMENTATIONS
+from parsimony_kernels.runtime.choice import implementation as implementation
+from parsimony_kernels.runtime.choice import implementing_module
+from parsimony_kernels.runtime.choice import use as use
+from parsimony_kernels.runtime.operands import STATE_DTYPES, STEP_DTYPES, First, Rule, Second, Table
+from parsimony_kernels.step import reference
+
+
+def sketch_insert(table: Table, rows: Tensor, values: Tensor) -> None:
+    """Add values (k, m), in the table's dtype, to the buckets of rows (k,) int64, in order.
+
+    Rows may repeat.
+
+    A bucket's values are summed in the order of `rows` before they are added to it, so that the
+    result does not depend on threads or devices.
+    """
+    check_table(table, values.shape[-1], values.device)
+    check_rows(rows, values, table.values.dtype)
+    if values.numel() > 0:
+        _run(table.values).sketch_insert(table, rows, values)
+
+
+def sketch_query(table: Table, rows: Tensor) -> Tensor:
+    """Return the estimates (k, m), in the table's dtype, for rows (k,) int64."""
+    check_table(table, table.values.shape[-1], rows.device)
+    check_rows(rows, None)
+    return _run(table.values).sketch_query(table, rows)
+
+
+def sketch_query_elements(table: Table, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the estimates (k,) in columns (k,) int64 of rows (k,) int64.
+
+    Plain torch everywhere: for few elements.
+    """
+    check_table(table, table.values.shape[-1], rows.device)
+    check_rows(rows, None)
+    return reference.sketch_query_elements(table, rows, columns)
+
+
+def sketch_update(
+    table: Table, rows: Tensor, values: Tensor, *, gain: float = 1.0, decay: float = 0.0
+) -> None:
+    """Insert gain * values - decay * query(rows), every query being of the sketch as it was.
+
+    Source: Spring et al. 2019, Algorithms 2-4. Differs: rows that arrive together are queried
+    together; and where `count` of them share a bucket, it gives up no more than estimate / count
+    for each (2 estimate / count in a count-sketch) instead of decay * estimate. Without that, a
+    count-min bucket could fall below 0, which would make the next step infinite, and a momentum of
+    0.9 in a count-sketch of 5% of the size grows to infinity in a hundred steps.
+    """
+    check_table(table, values.shape[-1], values.device)
+    check_rows(rows, values, table.values.dtype)
+    if values.numel() > 0:
+        _run(table.values).sketch_update(table, rows, values, gain, decay)
+
+
+def step(
+    param: Tensor,
+    grad: Tensor,
+    rule: Rule,
+    *,
+    first: First = None,
+    second: Second = None,
+    rows: Tensor | None = None,
+) -> None:
+    """Update state and parameter (n, m) in place from a gradient: dense (n, m), or rows (k, m).
+
+    `rows` (k,) int64, ascending and unique, are the only ones that are read or written, with what
+    their state shares. `grad` has the parameter's dtype; state and arithmetic the state's dtype.
+
+    How a row-sparse gradient meets state that rows share: a Cover's estimate is that of the row
+    accumulator alone and its column accumulators can only rise (as in SM3's own code); Factored
+    columns change by what the arriving rows change, (1/n) sum (gain g^2 - decay nu); sketches
+    query, then insert.
+
+    What the update takes for a first moment in a sketch is not the median: see Rule. Where rows
+    collide, the median after the insertions is mostly the other rows' gradients. Where all rows
+    arrive, dense or as rows, such a sketch is scaled and fed, and is exactly that of the moment.
+    """
+    check_parameter(param, grad, rows)
+    if grad.dtype != param.dtype:
+        raise ValueError(f"grad is {grad.dtype}; allowed: the parameter's dtype, {param.dtype}")
+    check_first(first, param)
+    check_second(second, param)
+    if grad.numel() > 0:
+        _run(param).step(param, grad, rule.scalars(param.dtype), first, second, rows)
+
+
+def step_elements(
+    param: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    rule: Rule,
+    *,
+    first: First = None,
+    second: Second = None,
+) -> None:
+    """Update state and parameter (n, m) in place where elements of the gradient arrive.
+
+    `indices` (k,) int64 into the flattened parameter, ascending and unique; `values` (k,) in the
+    state's dtype.
+    A Cover's accumulators can only rise; Factored rows and columns change by what the arriving
+    elements change; a sketch is queried and fed in the columns that arrived.
+    """
+    check_tensor("param", param, param.device, STEP_DTYPES, 2)
+    check_num_rows(param)
+    check_elements(values, indices, param)
+    check_first(first, param)
+    check_second(second, param)
+    if values.numel() > 0:
+        _run(param).step_elements(param, values, indices, rule.scalars(param.dtype), first, second)
+
+
+def observe(grad: Tensor, rule: Rule, second: Second, *, scale: Tensor | None = None) -> None:
+    """Feed a second moment from a dense gradient (n, m), as a dense `step` would, and no more.
+
+    The rule's second_beta, second_gain and second_decay count, the rest does not. `scale` (1,)
+    multiplies the gradient; the product, rounded to the state's dtype, is what is fed. It is
+    float32; of a float64 gradient it may be float64.
+    """
+    check_tensor("grad", grad, grad.device, STEP_DTYPES, 2)
+    check_num_rows(grad)
+    if second is None:
+        raise ValueError("second is None; allowed: a second moment to feed")
+    check_second(second, grad)
+    if scale is not None:
+        is_double = grad.dtype == torch.float64
+        check_shape("scale", scale, (1,), grad.device, STATE_DTYPES[: 1 + is_double])
+    if grad.numel() > 0:
+        _run(grad).observe(grad, rule.scalars(grad.dtype), second, scale)
+
+
+def _run(tensor: Tensor) -> ModuleType:
+    """Return the module that implements the operations on this tensor's device, in its dtype."""
+    return implementing_module("step", tensor.device.type, tensor.dtype)

@@ -1,0 +1,342 @@
+"""The operations in plain torch: the specification, and the implementation for any device.
+
+Every product, sum, root and quotient is float32 and rounded by itself, sums over rows that share a
+bucket are taken in the order of the rows, and the means of Factored in float64; so the native
+implementations equal this one to the bit, except Factored, which they equal to rounding. Where the
+parameter is float64, which only this one steps, so is all else, the rule's scalars too. What is
+not finite is so in all of them: a gradient that is NaN or infinite reaches what it touches, and
+through shared state what it shares that with; nothing hides it. (NaNs may differ in their bits.)
+Tensors as large as the gradient come and go here; see ops.py for what each operation means.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from parsimony_kernels.runtime.operands import (
+    Cover,
+    Factored,
+    First,
+    Full,
+    Rule,
+    Second,
+    Table,
+    Velocity,
+    state_dtype,
+)
+
+# ---- sketches ------------------------------------------------------------------------------------
+
+
+def mix(x: Tensor) -> Tensor:
+    """common.h's `mix`, on 32-bit numbers held as int64."""
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & 0xFFFFFFFF
+    x = x ^ (x >> 15)
+    x = (x * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def hash_rows(table: Table, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's bucket (depth, k) int64, counted through all of the table, and its sign."""
+    width = table.values.shape[1]
+    buckets, signs = [], []
+    for j, seed in enumerate(table.seeds.tolist()):
+        low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+        hashed = mix(mix((rows & 0xFFFFFFFF) ^ low) ^ high)
+        buckets.append(j * width + ((hashed * width) >> 32))
+        signs.append(1.0 - 2.0 * (hashed & 1).to(table.values.dtype))
+    return torch.stack(buckets), torch.stack(signs)
+
+
+def _ordered_sum(slots: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum values (k, ...) that share a slot, one after another in their order, starting from 0.
+
+    Returns: the slots that occur, ascending; their sums; how many values each has.
+    """
+    unique, inverse, counts = slots.unique(return_inverse=True, return_counts=True)
+    order = inverse.argsort(stable=True)
+    starts = (counts.cumsum(0) - counts)[inverse[order]]
+    turn = torch.arange(len(order), device=order.device) - starts
+    sums = values.new_zeros(len(unique), *values.shape[1:])
+    for i in range(int(counts.max()) if len(counts) else 0):
+        items = order[turn == i]
+        sums[inverse[items]] += values[items]
+    return unique, sums, counts
+
+
+def _estimate(table: Table, candidates: Tensor) -> Tensor:
+    """Return the minimum over axis 0, or the median; of an even depth, the middle two's mean."""
+    if not table.signed:
+        return candidates.amin(0)
+    ordered, depth = candidates.sort(0).values, len(candidates)
+    median = ordered[depth // 2]
+    if depth % 2 == 0:
+        median = (ordered[depth // 2 - 1] + median) * 0.5
+    return torch.where(ordered[-1].isnan(), ordered[-1], median)  # where sorting puts any NaN
+
+
+class _Cells:
+    """The cells of a table that k rows, or k elements, hash to: (depth, k) numbers into `flat`."""
+
+    def __init__(self, table: Table, rows: Tensor, columns: Tensor | None = None) -> None:
+        self.table = table
+        self.cells, signs = hash_rows(table, rows)
+        dim = table.values.shape[2]
+        if columns is None:
+            self.flat = table.values.flatten(0, 1)
+            self.signs = signs[:, :, None] if table.signed else torch.ones_like(signs[:, :, None])
+        else:
+            self.cells = self.cells * dim + columns
+            self.flat = table.values.view(-1)
+            self.signs = signs if table.signed else torch.ones_like(signs)
+
+    def candidates(self) -> Tensor:
+        return self.flat[self.cells] * self.signs
+
+    def query(self) -> Tensor:
+        return _estimate(self.table, self.candidates())
+
+    def update(self, x: Tensor, gain: float, decay: float, keep: float = 1.0) -> None:
+        """Scale by `keep`, and insert gain * x - decay * query(), the query being from before."""
+        estimate = self.query() if decay else torch.zeros_like(x)
+        for cells, signs in zip(self.cells, self.signs, strict=True):
+            rate = self._bounded_decay(cells, decay)
+            change = (x * gain - estimate * (rate[:, None] if x.dim() == 2 else rate)) * signs
+            unique, sums, _ = _ordered_sum(cells, change)
+            new = self.flat[unique] * keep + sums
+            self.flat[unique] = new if self.table.signed else new.clamp_min(0)
+
+    def _bounded_decay(self, cells: Tensor, decay: float) -> Tensor:
+        _, inverse, counts = cells.unique(return_inverse=True, return_counts=True)
+        count, most = counts[inverse].to(self.flat.dtype), 2 if self.table.signed else 1
+        return torch.where(count * decay <= most, torch.full_like(count, decay), most / count)
+
+
+def sketch_insert(table: Table, rows: Tensor, values: Tensor) -> None:
+    _Cells(table, rows).update(values, 1.0, 0.0)
+
+
+def sketch_query(table: Table, rows: Tensor) -> Tensor:
+    return _Cells(table, rows).query()
+
+
+def sketch_query_elements(table: Table, rows: Tensor, columns: Tensor) -> Tensor:
+    return _Cells(table, rows, columns).query()
+
+
+def sketch_update(table: Table, rows: Tensor, values: Tensor, gain: float, decay: float) -> None:
+    _Cells(table, rows).update(values, gain, decay)
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+
+def step(
+    param: Tensor, grad: Tensor, rule: Rule, first: First, second: Second, rows: Tensor | None
+) -> None:
+    is_dense = rows is None
+    rows = torch.arange(len(param), device=param.device) if rows is None else rows
+    p = param[rows].to(state_dtype(param.dtype))
+    g = _oriented(grad.to(p.dtype), p, rule)
+    numerator = _first_moment(first, g, rows, rule, len(g) == len(param))
+    match second:
+        case Full():
+            nu = second.values[rows] = _average(second.values[rows], g, rule)
+        case Cover():
+            nu = _cover_rows(second, g, rows, is_dense, rule)
+        case Factored():
+            nu = _factored_rows(second, g, rows, is_dense, rule)
+        case Table():
+            nu = _sketched(_Cells(second, rows), g, rule)
+        case None:
+            nu = None
+    update = _velocity(first, _preconditioned(numerator, nu, rule), rows, rule)
+    param[rows] = (p * rule.decay - update * rule.lr).to(param.dtype)
+
+
+def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> None:
+    g = grad.to(state_dtype(grad.dtype))
+    if scale is not None:
+        g = g * scale
+    rows = torch.arange(len(g), device=g.device)
+    match second:
+        case Full():
+            second.values.copy_(_average(second.values, g, rule))
+        case Cover():
+            _cover_rows(second, g, rows, True, rule)
+        case Factored():
+            _factored_rows(second, g, rows, True, rule)
+        case Table():
+            _Cells(second, rows).update(_square(g, rule), 1.0, rule.second_decay)
+
+
+def step_elements(
+    param: Tensor, values: Tensor, indices: Tensor, rule: Rule, first: First, second: Second
+) -> None:
+    flat = param.view(-1)
+    i, j = indices // param.shape[1], indices % param.shape[1]
+    p = flat[indices].to(state_dtype(param.dtype))
+    g = _oriented(values, p, rule)
+    numerator = _first_moment(first, g, (i, j), rule, len(g) == param.numel())
+    match second:
+        case Full():
+            nu = second.values[i, j] = _average(second.values[i, j], g, rule)
+        case Cover():
+            nu = _cover_elements(second, g, i, j, rule)
+        case Factored():
+            nu = _factored_elements(second, g, i, j, rule)
+        case Table():
+            nu = _sketched(_Cells(second, i, j), g, rule)
+        case None:
+            nu = None
+    update = _velocity(first, _preconditioned(numerator, nu, rule), (i, j), rule)
+    flat[indices] = (p * rule.decay - update * rule.lr).to(param.dtype)
+
+
+def _oriented(g: Tensor, p: Tensor, rule: Rule) -> Tensor:
+    g = g * rule.sign
+    return g + p * rule.weight_decay if rule.weight_decay else g
+
+
+def _square(g: Tensor, rule: Rule) -> Tensor:
+    """Return what a gradient adds to its second moment; in torch's order, or g * g overflows."""
+    return (g * rule.second_gain) * g
+
+
+def _average(old: Tensor, g: Tensor, rule: Rule) -> Tensor:
+    return old * rule.second_beta + _square(g, rule)
+
+
+def _preconditioned(numerator: Tensor, nu: Tensor | None, rule: Rule) -> Tensor:
+    if nu is None:
+        return numerator
+    # sqrt(scale nu + eps_inside), of which the scaled moment could overflow; MKL's root is inexact
+    inside = (nu + rule.eps_inside / rule.second_scale).double().sqrt().to(nu.dtype)
+    root = inside * math.sqrt(rule.second_scale) + rule.eps_outside
+    quotient = numerator / root
+    bounded = quotient.clamp(-rule.largest_quotient, rule.largest_quotient)
+    bounded = torch.where(root == 0, torch.zeros_like(root), bounded)
+    return torch.where(numerator.isfinite(), bounded, quotient)
+
+
+def _first_moment(first: First, g: Tensor, at, rule: Rule, is_whole: bool) -> Tensor:
+    """Feed the gradient to its first moment and return what the update takes for that, scaled.
+
+    is_whole: all rows, or elements, have arrived.
+    """
+    match first:
+        case Full():
+            m = first.values[at] = first.values[at] * rule.first_beta + g * rule.first_gain
+            return m * rule.first_scale
+        case Table():
+            cells = _Cells(first, *at) if isinstance(at, tuple) else _Cells(first, at)
+            taken = _sketched_first(cells.candidates(), g, rule)
+            decay, keep = (0.0, rule.first_beta) if is_whole else (rule.first_decay, 1.0)
+            cells.update(g, rule.first_gain, decay, keep)
+            return taken
+        case _:
+            return g
+
+
+def _sketched_first(candidates: Tensor, g: Tensor, rule: Rule) -> Tensor:
+    """Return what the update takes for a first moment with these estimates before this step.
+
+    That which follows from their mean, as far as they agree, and for the rest the entry's own
+    gradient, with the weight that it gets in the long run. See Rule.
+    """
+    depth, first = len(candidates), candidates[0]
+    mean = first + sum(x - first for x in candidates[1:]) * (1 / depth)
+    squares = sum((x - mean) * (x - mean) for x in candidates)
+    doubt = squares * (1 / max(1, depth * (depth - 1))) * rule.first_doubt * (depth > 1)
+    square = mean * mean
+    known = (1 - doubt / square).nan_to_num(0.0).clamp_min(0)
+    known = torch.where(square > 0, known, (~(doubt > 0)).to(g.dtype))
+    moment = (mean * rule.first_beta + g * rule.first_gain) * rule.first_scale
+    own = g * (rule.first_gain / rule.first_decay if rule.first_decay else rule.first_gain)
+    return known * moment + (1 - known) * own
+
+
+def _velocity(first: First, update: Tensor, at, rule: Rule) -> Tensor:
+    if not isinstance(first, Velocity):
+        return update
+    u = first.values[at] = first.values[at] * rule.first_beta + update * rule.first_gain
+    return u
+
+
+def _sketched(cells: _Cells, g: Tensor, rule: Rule) -> Tensor:
+    cells.update(_square(g, rule), 1.0, rule.second_decay)
+    return cells.query()
+
+
+# ---- covers --------------------------------------------------------------------------------------
+
+
+def _cover_rows(cover: Cover, g: Tensor, rows: Tensor, is_dense: bool, rule: Rule) -> Tensor:
+    row, col = cover.row[rows], cover.col
+    if cover.variant == "I":
+        square = _square(g, rule)
+        row = row * rule.second_beta + square.amax(1)
+        new_col = col * rule.second_beta + square.amax(0)
+    else:
+        prior = torch.minimum(row[:, None], col) if is_dense else row[:, None]
+        nu = _average(prior, g, rule)
+        row, new_col = nu.amax(1), nu.amax(0)
+    cover.row[rows] = row
+    cover.col.copy_(new_col if is_dense else torch.maximum(col, new_col))
+    if cover.variant == "II":
+        return nu
+    return torch.minimum(row[:, None], cover.col) if is_dense else row[:, None].expand_as(g)
+
+
+def _cover_elements(cover: Cover, g: Tensor, i: Tensor, j: Tensor, rule: Rule) -> Tensor:
+    if cover.variant == "I":
+        for accumulator, at in ((cover.row, i), (cover.col, j)):
+            accumulator.scatter_reduce_(0, at, _average(accumulator[at], g, rule), "amax")
+        return torch.minimum(cover.row[i], cover.col[j])
+    nu = _average(torch.minimum(cover.row[i], cover.col[j]), g, rule)
+    cover.row.scatter_reduce_(0, i, nu, "amax")
+    cover.col.scatter_reduce_(0, j, nu, "amax")
+    return nu
+
+
+# ---- factored means ------------------------------------------------------------------------------
+
+
+def relative(col: Tensor) -> Tensor:
+    """Return the columns as multiples of their mean, which is also the mean of the rows.
+
+    0 before the first gradient; NaN where the mean is not finite, as it says nothing of any entry.
+    """
+    mean = col.double().mean().to(col.dtype)
+    return torch.where(mean <= 0, torch.zeros_like(col), col / mean + (mean - mean))
+
+
+def _factored_rows(
+    factored: Factored, g: Tensor, rows: Tensor, is_dense: bool, rule: Rule
+) -> Tensor:
+    row, col, square = factored.row[rows], factored.col, _square(g, rule).double()
+    mean = square.mean(1).to(g.dtype)
+    if is_dense:
+        new_col = col * rule.second_beta + square.mean(0).to(g.dtype)
+    else:
+        estimate = row[:, None] * relative(col)
+        change = (square - estimate.double() * rule.second_decay).sum(0)
+        new_col = (col + (change / len(factored.row)).to(col.dtype)).clamp_min(0)
+    row = row * rule.second_beta + mean
+    factored.row[rows] = row
+    factored.col.copy_(new_col)
+    return row[:, None] * relative(new_col)
+
+
+def _factored_elements(factored: Factored, g: Tensor, i: Tensor, j: Tensor, rule: Rule) -> Tensor:
+    row, col = factored.row, factored.col
+    estimate = row[i] * relative(col)[j]
+    change = _square(g, rule).double() - estimate.double() * rule.second_decay
+    for means, at, share in ((row, i, len(col)), (col, j, len(row))):
+        unique, sums, _ = _ordered_sum(at, change)
+        means[unique] = (means[unique] + (sums / share).to(means.dtype)).clamp_min(0)
+    return row[i] * relative(col)[j]
