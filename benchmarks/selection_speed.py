@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import tables
 from benchmarks.contenders import milliseconds
-from dgc.selection.selector import plan_sparsity
+from dgc.selection.plan import plan_sparsity
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.runtime.operands import Correction, Selection
 from parsimony_kernels.step import ops

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import tables
 from benchmarks.simulated import Words
-from dgc.selection.selector import Selector, plan_sparsity
+from dgc.selection.plan import plan_sparsity
+from dgc.selection.selector import Selector
 from dgc.wire.codec import Codec, to_share
 from dgc.worker.residual import Compensation
 from parsimony_kernels.buffers import ops as buffers
@@ -98,8 +99,8 @@ class Worker:
             (report,) = buffers.read_reports([found])
             taken = selector.settle(found, report, self.compensation, name)
             chosen.append((taken.indices_K, taken.values_K))
-            selector.commit()
-        self.compensation.commit()
+            selector.end_step(stands=True)
+        self.compensation.end_step(stands=True)
         return self.layout.codec.join(chosen)[0]
 
 

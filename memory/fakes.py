@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import dgc.exchange.outgoing
-import dgc.exchange.protocols
+import dgc.exchange.sparse_all_reduce
 import dgc.selection.selector
 from dgc.optimizer.replicas import Replicas
 from dgc.selection.selector import Selector
@@ -51,7 +51,7 @@ def without_data() -> Iterator[None]:
         *((module, "implementing_module", _implementing_module) for module in
           (step, buffers, packing)),
         *((module, "largest_indices", _largest_indices) for module in
-          (dgc.selection.selector, dgc.exchange.outgoing, dgc.exchange.protocols)),
+          (dgc.selection.selector, dgc.exchange.outgoing, dgc.exchange.sparse_all_reduce)),
         (buffers, "read_reports", _read_reports),
         (Selector, "selection", _selection),
         (Selector, "settle", _settle),
@@ -59,7 +59,7 @@ def without_data() -> Iterator[None]:
         (Codec, "decode_any", _decode_one),
         (Codec, "split_messages", _split_messages),
         (Codec, "split", _split),
-        (dgc.exchange.protocols, "_pack_shares", _pack_shares),
+        (dgc.exchange.sparse_all_reduce, "_pack_for_owners", _pack_for_owners),
         (Replicas, "check", lambda *_: None),
         (FakeTensor, "data_ptr", _data_ptr),
         (FakeTensor, "__deepcopy__", _copy),
@@ -223,12 +223,12 @@ def _split(codec: Codec, positions_K: Tensor, values_M: Tensor) -> list[tuple[Te
     return parts
 
 
-def _pack_shares(exchange: Any, bucket: Any, outgoing: Any) -> tuple[list[Tensor], Tensor]:
-    num_owners = exchange.group.world_size
-    sent_K, parts = torch.empty_like(outgoing.divided_K), []
-    order = torch.empty_like(outgoing.positions_K), torch.empty_like(outgoing.positions_K)
+def _pack_for_owners(bucket: Any, outgoing: Any, num_owners: int) -> tuple[list[Tensor], Tensor]:
+    entries = outgoing.entries
+    sent_K, parts = torch.empty_like(entries.values_M), []
+    order = torch.empty_like(entries.positions_K), torch.empty_like(entries.positions_K)
     for owner, chosen in enumerate(order[0].chunk(num_owners)):
-        share = bucket.codec.share(owner, num_owners)
-        values = share.round_values(torch.empty(chosen.shape, device=chosen.device))
-        parts.append(share.encode(chosen, values, outgoing.bad))
+        codec = bucket.codec.of_owner(owner, num_owners)
+        values = codec.round_values(torch.empty(chosen.shape, device=chosen.device))
+        parts.append(codec.encode(chosen, values, entries.bad))
     return parts, sent_K

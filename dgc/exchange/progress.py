@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 from dgc.comm.interface import Handle
-from dgc.exchange.protocols import Update, Way
+from dgc.exchange.update import Update
 
 
 class Travelling:
     """A bucket on its way: the collective that it waits for, or what came of it."""
 
-    def __init__(self, way: Way) -> None:
+    def __init__(self, way: Generator[Handle, Any, Update]) -> None:
         self._way = way
         self.handle: Handle | None = None
         self.update: Update | None = None

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from dgc.exchange.protocols import Update
-from dgc.selection.selector import SparseGrad
-from dgc.worker.elements import gradient_of, row_gradient_of
+from dgc.exchange.update import Update
+from dgc.wire.codec import Entries
+from dgc.worker.elements import gradient_of, num_elements, row_gradient_of
 from parsimony_kernels.runtime.operands import STEP_DTYPES
 from parsimony_kernels.step import ops
 
-Elements = dict[Tensor, tuple[Tensor, Tensor]]
 
-
-def hand_over(optimizer: Optimizer, named: Mapping[str, Tensor], update: Update) -> Elements:
+def hand_over(
+    optimizer: Optimizer, named: Mapping[str, Tensor], update: Update
+) -> dict[Tensor, tuple[Tensor, Tensor]]:
     """Put what must be dense into `p.grad`; return parameter -> (indices, values) of the rest."""
-    elements: Elements = {}
+    elements = {}
     wants_entries = _wants_entries(optimizer)
     for name in named.keys() - update.dense.keys() - update.rows.keys():
         named[name].grad = None  # of an earlier step, if it was not set to none
@@ -36,13 +36,13 @@ def hand_over(optimizer: Optimizer, named: Mapping[str, Tensor], update: Update)
     for name, mean in update.sparse.items():
         parameter = named[name]
         if wants_entries and parameter.dtype in STEP_DTYPES:
-            elements[parameter] = (mean.indices, mean.values)
+            elements[parameter] = (mean.positions_K, mean.values_M)
         else:
-            parameter.grad = gradient_of(parameter, _densify(mean))
+            parameter.grad = gradient_of(parameter, _densify(mean, num_elements(parameter)))
     return elements
 
 
-def step(optimizer: Optimizer, elements: Elements) -> None:
+def step(optimizer: Optimizer, elements: Mapping[Tensor, tuple[Tensor, Tensor]]) -> None:
     """Step the optimizer on the `p.grad`s that are there and on the elements."""
     if takes_elements(optimizer):
         optimizer.step(elements=elements)
@@ -81,7 +81,7 @@ def _step_sgd(
     torch.autograd.graph.increment_version(parameter)  # kernels write behind autograd's back
 
 
-def _densify(mean: SparseGrad) -> Tensor:
-    dense_N = torch.zeros(mean.numel, dtype=mean.values.dtype, device=mean.values.device)
-    dense_N[mean.indices] = mean.values
+def _densify(mean: Entries, numel: int) -> Tensor:
+    dense_N = torch.zeros(numel, dtype=mean.values_M.dtype, device=mean.values_M.device)
+    dense_N[mean.positions_K] = mean.values_M
     return dense_N

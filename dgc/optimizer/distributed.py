@@ -153,7 +153,7 @@ class DistributedOptimizer(View):
         self._undone = Undone(comm.rank)
         self._is_synchronized = self._has_stepped = self._is_closed = False
         self._saved = Saved(comm.rank)
-        self._elements: apply.Elements = {}
+        self._elements: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self._scaling = Scaling(
             self.compression, grad_scaler, world_size=comm.world_size,
             num_tensors=len(self._named),
@@ -196,10 +196,10 @@ class DistributedOptimizer(View):
             return
         self._is_closed = True
         self._saved.tell()
-        self._exchange.commit()
+        self._exchange.end_step(stands=True)
         self._intake.close()
         let_go(self, self._named)
-        names = self._exchange.statistics.preconditioners.keys()
+        names = self._exchange.kept.statistics.preconditioners.keys()
         for name in names:
             self.inner.reclaim_second_moment(self._named[name])
         if names and self._has_stepped and self.comm.rank == 0:
@@ -290,7 +290,7 @@ class DistributedOptimizer(View):
                 "meanwhile, backward(inputs=...) or torch.autograd.grad"
             )
         if self._is_synchronized:
-            self._exchange.roll_back()
+            self._exchange.end_step(stands=False)
             self._begin_anew()
         self._intake.drop_all()
         self.inner.zero_grad(set_to_none)
@@ -330,7 +330,7 @@ class DistributedOptimizer(View):
         """Let tensors of which nobody knew it be row-sparse from now on. On all ranks alike."""
         if not names:
             return
-        for name in names & self._exchange.statistics.preconditioners.keys():
+        for name in names & self._exchange.kept.statistics.preconditioners.keys():
             self.inner.reclaim_second_moment(self._named[name])
         self._layout.take_as_rows(names)
         self._intake.row_sparse = self._layout.row_sparse
@@ -419,7 +419,7 @@ class DistributedOptimizer(View):
             self._replicas.check_new(self._settings())
             drop_zeros(self.inner)
         self.synchronize()
-        self._exchange.commit()
+        self._exchange.end_step(stands=True)
         self._layout.refresh()
         self._begin_anew()
         check_groups(self.inner, self.compression, self._layout.rows)

@@ -9,7 +9,7 @@ from torch import Tensor
 from dgc.exchange.exchange import Exchange
 from dgc.optimizer.setup.checks import check_row_sparse
 from dgc.optimizer.setup.statistics import make_specs
-from dgc.wire.buckets import TensorSpec
+from dgc.worker.elements import TensorSpec
 
 
 class Layout:
@@ -40,7 +40,7 @@ class Layout:
         """Lay out buckets for a density. Between steps only."""
         if not 0 < density <= 1:
             raise ValueError(f"density is {density}; allowed: above 0 and at most 1")
-        self._exchange.plan(self._specs(), density, self._bucket_bytes)
+        self._exchange.lay_out(self._specs(), density, self._bucket_bytes)
         self.density, self._is_old = density, False
 
     def learn(self, order: Sequence[str]) -> None:
@@ -58,5 +58,7 @@ class Layout:
         self._exchange.take_as_rows([spec for spec in self._specs() if spec.name in names])
 
     def _specs(self) -> list[TensorSpec]:
-        share_numel, compression = self._exchange.share_numel, self._exchange.compression
-        return make_specs(self._named, compression, self.row_sparse, share_numel, self.order)
+        compression, route = self._exchange.kept.compression, self._exchange.route
+        return make_specs(
+            self._named, compression, self.row_sparse, route.slice_numel, self.order
+        )

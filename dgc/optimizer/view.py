@@ -79,7 +79,7 @@ class View(Optimizer):
 
     def worker_state_bytes(self) -> dict[str, int]:
         """Bytes that this rank keeps between steps: `residual`, `velocity`, `statistics`."""
-        return self._exchange.state_bytes()
+        return self._exchange.kept.num_bytes()
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -88,7 +88,7 @@ class View(Optimizer):
 
     def explain(self) -> str:
         """Return a table of what leaves by which protocol, and of what the cost model says."""
-        return explain(self.buckets, self._exchange.group.world_size)
+        return explain(self.buckets, self._exchange.route.group.world_size)
 
     @property
     def stats(self) -> StepStats:
@@ -98,4 +98,4 @@ class View(Optimizer):
     @property
     def compensation(self) -> Compensation:
         """This rank's velocities and residuals."""
-        return self._exchange.compensation
+        return self._exchange.kept.compensation

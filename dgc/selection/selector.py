@@ -12,87 +12,25 @@ Shapes: N elements of one flattened tensor, K selected of them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dgc.selection.histogram import Tail
+from dgc.selection.plan import SparsityPlan
 from dgc.selection.steering import Steering
-from dgc.worker.residual import Compensation
-from dgc.worker.residual import Taken as Taken
+from dgc.worker.residual import Compensation, Taken
 from parsimony_kernels.buffers import ops as buffers
-from parsimony_kernels.runtime.operands import BLOCK, Found, Report, Selection
+from parsimony_kernels.runtime.operands import Found, Report, Selection
 
 MAX_TRIES = 5  # passes over a residual in a step, before it is ranked
-_LEAST_CAPACITY = 1024
-_SAMPLED_ABOVE = 128  # entries above the threshold that are wanted in the sampled blocks
-# Of counting: three standard deviations of a count whose mean is k are let pass whatever the
-# tolerance, as the next steps make up for them.
-_DEVIATIONS = 3
-
-
-@dataclass(frozen=True)
-class SparseGrad:
-    """Some entries of one flattened tensor of `numel` elements.
-
-    values (K,) floating point; indices (K,) int64, ascending and unique, each below numel.
-    """
-
-    values: Tensor
-    indices: Tensor
-    numel: int
-
-
-@dataclass(frozen=True)
-class SparsityPlan:
-    """How to select from a tensor of `numel` elements.
-
-    k: entries aimed at. is_exact: the k largest, by ranking. Else by threshold: k_bounds: counts
-    between these are sent as they are; capacity: the most that a pass lists; sample_every: one
-    block in so many enters the histogram.
-    """
-
-    numel: int
-    k: int
-    is_exact: bool
-    k_bounds: tuple[int, int]
-    capacity: int
-    sample_every: int
-
-
-def plan_sparsity(
-    numel: int,
-    density: float,
-    *,
-    k_tolerance: tuple[float, float] = (0.8, 1.3),
-    exact_below: int = 8192,
-) -> SparsityPlan:
-    """Plan the selection of `density * numel` entries, at least one.
-
-    Exact for tensors of fewer than `exact_below` elements, and where a quarter or more is sent.
-    Example: numel=10_000_000, density=0.001 -> k=10_000, bounds 8_000 to 13_000, room for 80_000,
-        one block in 78 sampled.
-    """
-    k = max(1, math.ceil(numel * density))
-    noise = math.ceil(_DEVIATIONS * math.sqrt(k))
-    fewest = max(1, min(math.ceil(k * k_tolerance[0]), k - noise))
-    most = min(numel, max(math.floor(k * k_tolerance[1]), k + noise))
-    return SparsityPlan(
-        numel=numel,
-        k=k,
-        is_exact=numel < exact_below or 4 * k >= numel,
-        k_bounds=(fewest, most),
-        capacity=min(numel, max(_LEAST_CAPACITY, most, 2 * k, min(8 * k, numel // 16))),
-        sample_every=max(1, min(k // _SAMPLED_ABOVE, numel // BLOCK)),
-    )
 
 
 class Selector:
     """Chooses one tensor's entries, step by step.
 
     A step is: `begin`, the pass over the gradient with the selection that it returns, `settle`,
-    then `commit` or `roll_back`. Counts average to the plan's k: what one step sent beyond it, or
+    then `end_step`. Counts average to the plan's k: what one step sent beyond it, or
     less, the next ones make up for.
     """
 
@@ -158,13 +96,10 @@ class Selector:
         magnitude_N = buffers.decode(compensation.residual[name]).abs()
         return compensation.take_exactly(name, largest_indices(magnitude_N, self.plan.k))
 
-    def commit(self) -> None:
-        """Make the step's changes final."""
-        self._steering = self._next or self._steering
-        self._next = None
-
-    def roll_back(self) -> None:
-        """Forget the step."""
+    def end_step(self, stands: bool) -> None:
+        """Go on with the next threshold if the step stands; else forget it."""
+        if stands:
+            self._steering = self._next or self._steering
         self._next = None
 
     def state(self) -> Tensor:

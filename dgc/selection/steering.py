@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dgc.selection.histogram import Tail
-
-if TYPE_CHECKING:
-    from dgc.selection.selector import SparsityPlan
+from dgc.selection.plan import SparsityPlan
 
 MOST_EXCESS = 0.5  # of k: ten steps then average to within 10%
-_MADE_UP = 0.5  # share of the excess that the next step aims to make up for
+_MADE_UP = 0.5  # the part of the excess that the next step aims to make up for
 # Estimates are off by some factor, whose logarithm is averaged. A count that is too small costs a
 # pass and one that is too large little: the aim is so many times that above the least allowed.
 _SPREAD_GAIN, _SPREADS = 0.2, 3.5

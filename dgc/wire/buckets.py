@@ -12,34 +12,12 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from dgc.compression import Compression
-from dgc.selection.selector import SparsityPlan, plan_sparsity
+from dgc.selection.plan import SparsityPlan, plan_sparsity
 from dgc.wire.codec import Codec
 from dgc.wire.cost import Cost, cheapest, dense_cost, gather_cost, sparse_all_reduce_cost
+from dgc.worker.elements import TensorSpec
 
 ENTRIES_A_MESSAGE = 64  # with a header of some ten entries
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One tensor to exchange.
-
-    numel: the elements whose exchange is this rank's affair: all, or in two levels its share of
-    them, of which the last is padded. whole: all. compressible: it may be sent sparsely.
-    row_size: elements of a row if its gradient is row-sparse, else 0.
-    dtype: of the elements as they are accumulated and exchanged, float32 or float64. A complex
-    tensor's are its real and imaginary parts in turn: two to one of its own.
-    """
-
-    name: str
-    numel: int
-    device: torch.device
-    compressible: bool
-    whole: int = 0
-    row_size: int = 0
-    dtype: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "whole", self.whole or self.numel)
 
 
 @dataclass(frozen=True)
@@ -72,7 +50,7 @@ class Bucket:
         return sum(plan.k for plan in self.plans)
 
 
-def plan_buckets(
+def make_buckets(
     specs: Sequence[TensorSpec],
     compression: Compression,
     density: float,
@@ -142,7 +120,7 @@ def _plan_bucket(
     num_entries = sum(plan.k for plan in plans)
     costs["gather"] = gather_cost(codec.message_bytes(num_entries), world_size, compression.network)
     costs["sparse_all_reduce"] = sparse_all_reduce_cost(
-        numel, num_entries, compression.merged_factor, codec.share(0, world_size).message_bytes,
+        numel, num_entries, compression.merged_factor, codec.of_owner(0, world_size).message_bytes,
         world_size, compression.network,
     )  # fmt: skip
     protocol = compression.protocol

@@ -6,7 +6,7 @@ values: 1, or a whole row of a row-sparse gradient. Positions ascend; values fol
 Message, version 3: little-endian words of 32 bits, each part starting at a word, unused bits 0.
     0           magic: 0x50444703, "PDG" and the version
     1           total bytes, a multiple of 4 below 2**31
-    2           layout: CRC-32 of the bucket's tensors, its types and which share of it this is, so
+    2           layout: CRC-32 of the bucket's tensors, its types and which owner's part this is, so
                 that a message of another bucket or configuration is refused
     3           K, the number of entries
     4           checksum: sum mod 2**32, over all words w but this one at places i from 0, of
@@ -66,43 +66,45 @@ from parsimony_kernels.packing.message import (
 )
 
 __all__ = [
-    "INDEX_CODINGS", "VALUE_DTYPES", "Codec", "Entries", "MessageError", "entry_bits", "from_share",
-    "to_share",
+    "INDEX_CODINGS", "VALUE_DTYPES", "Codec", "Entries", "MessageError", "entry_bits", "from_owner",
+    "to_owner",
 ]  # fmt: skip
 
-SHARE_BLOCK = 256  # consecutive positions that one owner has
+OWNER_BLOCK = 256  # consecutive positions that one owner has
 
 
 class Entries(NamedTuple):
-    """What a message holds: positions (K,) int64, values (K * dim,) in the codec's dtype.
+    """Some entries of a bucket, or of one flattened tensor.
 
-    bad: the numbers of the tensors whose gradient is not finite. resting: of those that rest.
+    positions (K,) int64, ascending and unique; values (K * dim,) in the dtype of the bucket.
+    bad: the numbers, in the bucket, of the tensors whose gradient is not finite. resting: of those
+        that rest.
     """
 
     positions_K: Tensor
     values_M: Tensor
-    bad: tuple[int, ...]
+    bad: tuple[int, ...] = ()
     resting: tuple[int, ...] = ()
 
 
-def to_share(positions_K: Tensor, num_owners: int) -> tuple[Tensor, Tensor]:
-    """Return each position's owner, and its place in the owner's share; the blocks go in turn.
+def to_owner(positions_K: Tensor, num_owners: int) -> tuple[Tensor, Tensor]:
+    """Return each position's owner, and its position among the owner's own; blocks go in turn.
 
-    Within an owner the places ascend as the positions do.
+    Within an owner they ascend as the positions do.
     """
-    block_K = positions_K // SHARE_BLOCK
-    local_K = block_K // num_owners * SHARE_BLOCK + positions_K % SHARE_BLOCK
+    block_K = positions_K // OWNER_BLOCK
+    local_K = block_K // num_owners * OWNER_BLOCK + positions_K % OWNER_BLOCK
     return block_K % num_owners, local_K
 
 
-def from_share(local_K: Tensor, owner: int, num_owners: int) -> Tensor:
-    """Return the positions in the bucket of places in an owner's share."""
-    block_K = local_K // SHARE_BLOCK * num_owners + owner
-    return block_K * SHARE_BLOCK + local_K % SHARE_BLOCK
+def from_owner(local_K: Tensor, owner: int, num_owners: int) -> Tensor:
+    """Return the positions in the bucket of positions among an owner's own."""
+    block_K = local_K // OWNER_BLOCK * num_owners + owner
+    return block_K * OWNER_BLOCK + local_K % OWNER_BLOCK
 
 
 def entry_bits(density: float, value_dtype: str, index_coding: str, dim: int = 1) -> float:
-    """Estimate the bits of an entry with its share of scales, without the header.
+    """Estimate the bits of an entry with its part of the scales, without the header.
 
     Example: at density 0.001 in mxfp8 and elias_fano 20.2, in mxfp4 16.2.
     """
@@ -117,12 +119,12 @@ def entry_bits(density: float, value_dtype: str, index_coding: str, dim: int = 1
 
 @dataclass(frozen=True)
 class Codec:
-    """The coding of one bucket, or of one owner's share of it.
+    """The coding of one bucket, or of the part of it that one rank owns.
 
     names, numels: its tensors, in order; of a row-sparse one, the number of rows.
     dim: values of an entry. value_dtype: as which they travel, one of VALUE_DTYPES. dtype: what
     they are before and after, float32 or float64; then "float32" means exactly, in 8 bytes, and the
-    others are rounded to by way of float32. owner, num_owners: which share, of how many; 0 of 1 is
+    others are rounded to by way of float32. owner, num_owners: whose part, of how many; 0 of 1 is
     all.
     """
 
@@ -152,11 +154,11 @@ class Codec:
 
     @functools.cached_property
     def universe(self) -> int:
-        """How many positions there are here: in the bucket, or in the owner's share."""
-        num_blocks = -(-sum(self.numels) // SHARE_BLOCK)
-        mine = len(range(self.owner, num_blocks, self.num_owners)) * SHARE_BLOCK
+        """How many positions there are here: in the bucket, or in the owner's part."""
+        num_blocks = -(-sum(self.numels) // OWNER_BLOCK)
+        mine = len(range(self.owner, num_blocks, self.num_owners)) * OWNER_BLOCK
         has_last = num_blocks > 0 and (num_blocks - 1) % self.num_owners == self.owner
-        return mine - (num_blocks * SHARE_BLOCK - sum(self.numels) if has_last else 0)
+        return mine - (num_blocks * OWNER_BLOCK - sum(self.numels) if has_last else 0)
 
     @functools.cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -172,8 +174,8 @@ class Codec:
     @functools.cached_property
     def layout(self) -> int:
         """The 32 bits by which messages of this codec are known; see the module's text."""
-        share = (self.owner, self.num_owners)
-        what = (self.names, self.numels, self.dim, self.wire_dtype, self.index_coding, share)
+        part = (self.owner, self.num_owners)
+        what = (self.names, self.numels, self.dim, self.wire_dtype, self.index_coding, part)
         return zlib.crc32(repr(what).encode())
 
     @functools.cached_property
@@ -181,9 +183,9 @@ class Codec:
         """Return the codec of the same entries with values as they are."""
         return dataclasses.replace(self, value_dtype="float32")
 
-    def share(self, owner: int, num_owners: int) -> Codec:
-        """Return the codec of an owner's share: see `to_share`. Messages of others are refused."""
-        return _share(self, owner, num_owners)
+    def of_owner(self, owner: int, num_owners: int) -> Codec:
+        """Return the codec of an owner's part: see `to_owner`. It refuses messages of others."""
+        return _of_owner(self, owner, num_owners)
 
     def message_bytes(self, num_entries: int) -> int:
         """Return the exact length of a message of this many entries."""
@@ -295,10 +297,10 @@ class Codec:
 
 
 @functools.lru_cache(maxsize=4096)
-def _share(codec: Codec, owner: int, num_owners: int) -> Codec:
+def _of_owner(codec: Codec, owner: int, num_owners: int) -> Codec:
     """Kept, because steps ask for the same ones, and their layout is a checksum of all names."""
     if codec.num_owners != 1:
-        raise ValueError("a share cannot be shared again")
+        raise ValueError("an owner's part has no owners of its own")
     values = (codec.names, codec.numels, codec.dim, codec.value_dtype, codec.index_coding)
     return Codec(*values, owner, num_owners, codec.dtype)
 

@@ -8,6 +8,7 @@ parts in turn. Refuses dtypes that none of this would keep.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +17,29 @@ from parsimony_kernels.runtime.operands import STEP_DTYPES, state_dtype
 
 DTYPES = (*STEP_DTYPES, torch.complex64, torch.complex128)
 _LARGEST_FLOAT16 = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor to exchange.
+
+    numel: the elements whose exchange is this rank's affair: all, or in two levels its share of
+    them, of which the last is padded. whole: all. compressible: it may be sent sparsely.
+    row_size: elements of a row if its gradient is row-sparse, else 0.
+    dtype: of the elements as they are accumulated and exchanged, float32 or float64. A complex
+    tensor's are its real and imaginary parts in turn: two to one of its own.
+    """
+
+    name: str
+    numel: int
+    device: torch.device
+    compressible: bool
+    whole: int = 0
+    row_size: int = 0
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "whole", self.whole or self.numel)
 
 
 def check_dtype(name: str, parameter: Tensor) -> None:

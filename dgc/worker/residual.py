@@ -1,8 +1,8 @@
 """What a worker has not sent yet: velocity and residual, one pair a tensor, never shared.
 
 Owns: momentum correction, momentum factor masking, what is taken out and put back, and a step's
-way back: until `commit`, what was there before the step is kept beside what it made, so that
-`roll_back` leaves no trace of it. The state is per rank and stays out of `optimizer.state`, which
+way back: until `end_step`, what was there before the step is kept beside what it made, so that a
+step that is undone leaves no trace. The state is per rank and stays out of `optimizer.state`, which
 Horovod would overwrite with rank 0's.
 Source: Lin et al. 2018 (arXiv:1712.01887), momentum correction and momentum factor masking.
 """
@@ -177,17 +177,15 @@ class Compensation:
         buffers.accumulate(momentum_N, Correction(), residual=buffer, old_residual=None, key=key)
         self.velocity[name] = buffer
 
-    def commit(self) -> None:
-        """Make the step's changes final."""
-        self.num_steps += 1
-        self._last_momentum = self.momentum or self._last_momentum
-        self._end_step()
-
-    def roll_back(self) -> None:
-        """Undo the step, to the bit."""
-        for name in {name for _, name in self._before}:
-            self.drop(name)
-        self._end_step()
+    def end_step(self, stands: bool) -> None:
+        """Make the step's changes final if it stands; else undo them, to the bit."""
+        if stands:
+            self.num_steps += 1
+            self._last_momentum = self.momentum or self._last_momentum
+        else:
+            for name in {name for _, name in self._before}:
+                self.drop(name)
+        self._forget_before()
 
     def drop(self, name: str) -> None:
         """Undo what a tensor's gradients did in this step, to the bit."""
@@ -200,7 +198,7 @@ class Compensation:
         self._keys.pop(name, None)
         self._num_writes.pop(name, None)
 
-    def _end_step(self) -> None:
+    def _forget_before(self) -> None:
         self._before.clear()
         self._keys.clear()
         self._num_writes.clear()
@@ -327,7 +325,7 @@ class Compensation:
         self.velocity, self.residual = loaded["velocity"], loaded["residual"]
         self.num_steps = int(state.get("num_steps", 0))
         self._last_momentum = float(state.get("momentum", self.momentum))
-        self._end_step()
+        self._forget_before()
 
 
 def _exact(dtype: torch.dtype) -> str:

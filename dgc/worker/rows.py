@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dgc.wire.buckets import TensorSpec
-from dgc.worker.elements import rows_of
+from dgc.worker.elements import TensorSpec, rows_of
 from dgc.worker.scaling import scaled
 
 

@@ -96,14 +96,11 @@ class Statistics:
                 found.setdefault(tensor.dtype, []).append(tensor)
         return list(found.values())
 
-    def commit(self) -> None:
-        """Make the step's changes final."""
-        self._before.clear()
-
-    def roll_back(self) -> None:
-        """Undo the step, to the bit."""
-        for name in list(self._before):
+    def end_step(self, stands: bool) -> None:
+        """Make the step's changes final if it stands; else undo them, to the bit."""
+        for name in () if stands else list(self._before):
             self.drop(name)
+        self._before.clear()
 
     def drop(self, name: str) -> None:
         """Undo what a tensor's gradients did in this step, to the bit."""

@@ -65,7 +65,7 @@ class TorchGroup:
         check_sendable(tensor, name)
         flat = tensor.detach().to("cpu").contiguous().view(-1)
         is_own = flat.data_ptr() == tensor.data_ptr()
-        start = self._sum_all if flat.nbytes <= SMALL_BYTES else self._sum_shares
+        start = self._sum_all if flat.nbytes <= SMALL_BYTES else self._sum_parts
         return start(flat, name, lambda: tensor if is_own else _copied(tensor, flat))
 
     def all_gather_async(self, tensor: Tensor, name: str) -> Handle:
@@ -133,12 +133,12 @@ class TorchGroup:
 
         return self._exchange([flat] * self.world_size, name, add_up)
 
-    def _sum_shares(self, flat: Tensor, name: str, finish: Callable[[], Tensor]) -> MailHandle:
-        """Each rank sums a share of the tensor, when its parts are there, and sends that to all."""
+    def _sum_parts(self, flat: Tensor, name: str, finish: Callable[[], Tensor]) -> MailHandle:
+        """Each rank sums its part of the tensor when all have sent it, and sends the sum to all."""
         mail, key = self._mail, self._key(name)
         parts_key, sums_key = f"{key}.parts", f"{key}.sums"
-        shares = dict(zip(self._members, flat.tensor_split(self.world_size), strict=True))
-        mine = shares.pop(mail.rank)
+        slots = dict(zip(self._members, flat.tensor_split(self.world_size), strict=True))
+        mine = slots.pop(mail.rank)
 
         def pass_on(post: Post) -> None:
             total = self._sum(post.values, name, mine.numel())
@@ -149,9 +149,9 @@ class TorchGroup:
             mail.add(sums_key, mine)
 
         parts = mail.expect(parts_key, self._members, then=pass_on)
-        sums = mail.expect(sums_key, self._members, into=shares, after=parts)
-        for member, share in shares.items():
-            mail.send(member, parts_key, share)
+        sums = mail.expect(sums_key, self._members, into=slots, after=parts)
+        for member, part in slots.items():
+            mail.send(member, parts_key, part)
         mail.add(parts_key, mine)
         return MailHandle(mail, sums, [parts_key, sums_key], name, lambda _: finish())
 

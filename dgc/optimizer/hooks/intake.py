@@ -85,8 +85,8 @@ class Intake:
                 self._take_all()
             else:
                 self._take_by_hand()
-            for name in self._exchange.open_names():
-                self._exchange.close(name, rests=not self._named[name].requires_grad)
+            for name in self._exchange.incomplete_names():
+                self._exchange.complete(name, rests=not self._named[name].requires_grad)
             self.count_anew()
             self._is_open = False
 
@@ -152,7 +152,7 @@ class Intake:
             self._take(name, self._scale(parameter.grad, parts), parts, count == parts)
             self._stand_in(name, parameter)
             if count == parts:
-                self._exchange.close(name)
+                self._exchange.complete(name)
 
     def _stand_in(self, name: str, parameter: Tensor) -> None:
         stand_in = self._stand_ins.get(name)

@@ -19,6 +19,7 @@ from torch.optim import SGD, Optimizer
 
 from dgc.compression import Compression
 from dgc.exchange.exchange import Exchange
+from dgc.exchange.route import Route
 from dgc.worker.elements import flattened
 
 Group = dict[str, Any]
@@ -80,13 +81,13 @@ class Momentum:
         Momentum buffers that a checkpoint of dense SGD brought become velocities: they are equal on
         all ranks, and so is, in the mean over ranks, what then leaves.
         """
-        compensation = exchange.compensation
+        compensation = exchange.kept.compensation
         compensation.momentum, compensation.nesterov = self.now()
         if self.is_sgds and compensation.momentum and self._optimizer.state:
             for name, parameter in self._named.items():
                 buffer = self._take_buffer(parameter)
                 if buffer is not None and buffer.any():  # what is 0 is as good as none
-                    compensation.start_velocity(name, _share(buffer, exchange))
+                    compensation.start_velocity(name, _slice(buffer, exchange.route))
 
     def _take_buffer(self, parameter: Tensor) -> Tensor | None:
         state = self._optimizer.state
@@ -200,15 +201,15 @@ def _of_sgd(groups: list[Group], row_sparse: Sequence[Tensor]) -> tuple[float, b
     return float(momentum), bool(nesterov)
 
 
-def _share(buffer: Tensor, exchange: Exchange) -> Tensor:
-    """Return this rank's share (N,) of a velocity whose mean over ranks is the momentum buffer."""
+def _slice(buffer: Tensor, route: Route) -> Tensor:
+    """Return this rank's slice (N,) of a velocity whose mean over ranks is the momentum buffer."""
     whole = buffer.to_dense() if buffer.is_sparse else buffer
     whole_N = flattened(whole.detach())
-    numel = exchange.share_numel(whole_N.numel())
-    padding = numel * exchange.num_shares - whole_N.numel()
+    numel = route.slice_numel(whole_N.numel())
+    padding = numel * route.num_slices - whole_N.numel()
     padded = torch.nn.functional.pad(whole_N, (0, padding))
-    share_N = padded[exchange.place * numel :][:numel]
-    return share_N * exchange.num_shares  # of an island's sum
+    slice_N = padded[route.slice_index * numel :][:numel]
+    return slice_N * route.num_slices  # of an island's sum
 
 
 def _is_taken_over(mine: Group, theirs: Group) -> bool:

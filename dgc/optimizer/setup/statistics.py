@@ -15,8 +15,7 @@ from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 from dgc.compression import Compression
 from dgc.optimizer.apply import takes_elements
 from dgc.optimizer.setup.momentum import holds
-from dgc.wire.buckets import TensorSpec
-from dgc.worker.elements import element_dtype, num_elements
+from dgc.worker.elements import TensorSpec, element_dtype, num_elements
 from dgc.worker.statistics import Preconditioner, Statistics
 
 
@@ -131,7 +130,7 @@ def make_specs(
     named: Mapping[str, Tensor],
     compression: Compression,
     row_sparse: Collection[str],
-    share_numel: Callable[[int], int],
+    slice_numel: Callable[[int], int],
     order: Iterable[str] = (),
 ) -> list[TensorSpec]:
     """Describe the tensors in the order in which backward finishes them.
@@ -143,7 +142,7 @@ def make_specs(
     return [
         TensorSpec(
             name,
-            share_numel(num_elements(p)),
+            slice_numel(num_elements(p)),
             p.device,
             is_compressible(p, compression) and name not in row_sparse,
             num_elements(p),

@@ -151,7 +151,7 @@ def test_a_workers_sketch_is_cleaned():
         )
         for _ in range(3):
             give(optimizer, weight, torch.ones(N, M))
-        (name,) = optimizer._exchange.statistics.preconditioners["w"].shared_names
+        (name,) = optimizer._exchange.kept.statistics.preconditioners["w"].shared_names
         return optimizer.worker_state_dict()["statistics"]["w"][name]
 
     never = run_local(1, lambda comm: work(comm))[0]

@@ -8,7 +8,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dgc.selection import selector as sparsify
-from dgc.selection.selector import Selector, plan_sparsity
+from dgc.selection.plan import plan_sparsity
+from dgc.selection.selector import Selector
 from dgc.wire.codec import Codec
 from dgc.worker.residual import Compensation
 from memory.fakes import without_data

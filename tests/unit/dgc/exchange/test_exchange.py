@@ -9,7 +9,8 @@ import torch
 from dgc import Compression
 from dgc.comm.local import run_local
 from dgc.exchange.exchange import Exchange
-from dgc.wire.buckets import TensorSpec, explain, plan_buckets
+from dgc.wire.buckets import explain, make_buckets
+from dgc.worker.elements import TensorSpec
 from dgc.worker.residual import Compensation
 from dgc.worker.statistics import Statistics
 from tests.unit.dgc.method import CHOICES, assert_equal, run_jobs
@@ -35,14 +36,15 @@ def step(comm, exchange, seed=0):
 def give(exchange, grads):
     for name, grad in grads.items():
         exchange.add(name, grad.clone())
-        exchange.close(name)
+        exchange.complete(name)
 
 
 def means_of(update):
     """Every tensor's mean in full."""
     means = dict(update.dense)
-    for name, grad in update.sparse.items():
-        means[name] = torch.zeros(grad.numel).index_put((grad.indices,), grad.values)
+    numels = {s.name: s.numel for s in SPECS}
+    for name, mean in update.sparse.items():
+        means[name] = torch.zeros(numels[name]).index_put((mean.positions_K,), mean.values_M)
     return means
 
 
@@ -51,13 +53,13 @@ def make_exchange(comm, density=0.01, bucket_bytes=1, compensation=None, **setti
         comm, Compression(density=density, **settings), compensation or Compensation(),
         Statistics(),
     )  # fmt: skip
-    exchange.plan(SPECS, density, bucket_bytes)
+    exchange.lay_out(SPECS, density, bucket_bytes)
     return exchange
 
 
 def test_buckets_hold_every_tensor_once_and_never_mix_kinds():
     for bucket_bytes in (1, 20_000, 10**9):
-        buckets = plan_buckets(SPECS, Compression(), 0.01, 2, bucket_bytes)
+        buckets = make_buckets(SPECS, Compression(), 0.01, 2, bucket_bytes)
         names = [s.name for bucket in buckets for s in bucket.specs]
         assert sorted(names) == sorted(s.name for s in SPECS)
         for bucket in buckets:
@@ -66,23 +68,23 @@ def test_buckets_hold_every_tensor_once_and_never_mix_kinds():
 
 
 def test_density_one_is_the_dense_path():
-    assert not any(b.is_sparse for b in plan_buckets(SPECS, Compression(), 1.0, 2, 1))
+    assert not any(b.is_sparse for b in make_buckets(SPECS, Compression(), 1.0, 2, 1))
 
 
 def test_the_protocol_is_the_settings_or_the_cheapest():
     for protocol in ("gather", "sparse_all_reduce", "dense"):
-        buckets = plan_buckets(SPECS, Compression(protocol=protocol), 0.01, 64, 10**9)
+        buckets = make_buckets(SPECS, Compression(protocol=protocol), 0.01, 64, 10**9)
         assert {b.protocol for b in buckets if b.specs[0].compressible} == {protocol}
         assert {b.protocol for b in buckets if not b.specs[0].compressible} == {"dense"}
-    for bucket in plan_buckets(SPECS, Compression(link_latency_us=0), 0.01, 64, 10**9):
+    for bucket in make_buckets(SPECS, Compression(link_latency_us=0), 0.01, 64, 10**9):
         assert bucket.protocol == min(bucket.costs, key=lambda name: bucket.costs[name].seconds)
     # on a ring of 4, halves of entries of 8 bytes are 1.5 times what all entries of 4 bytes are
-    half = plan_buckets(SPECS, Compression(link_latency_us=0), 0.5, 4, 10**9)
+    half = make_buckets(SPECS, Compression(link_latency_us=0), 0.5, 4, 10**9)
     assert {b.protocol for b in half} == {"dense"}
 
 
 def test_the_plan_is_told_with_all_ways_and_the_one_that_is_taken():
-    text = explain(plan_buckets(SPECS, Compression(), 0.01, 4, 10**9), 4)
+    text = explain(make_buckets(SPECS, Compression(), 0.01, 4, 10**9), 4)
     assert "*gather" in text and " sparse_all_reduce" in text and "*dense" in text
     assert "4 ranks" in text and "48,000" in text
 
@@ -111,7 +113,7 @@ def test_sum_of_sent_and_left_is_what_was_added_and_ranks_agree(value_dtype):
             for name in added:
                 added[name] += grads[name]
                 applied[name] += means[name]
-        return added, applied, exchange.compensation.residual
+        return added, applied, exchange.kept.compensation.residual
 
     results = run_local(3, work)
     for s in SPECS:
@@ -207,7 +209,7 @@ def test_buckets_leave_in_order_whatever_comes_first():
 
     first, second = run_local(2, work)
     assert first == second
-    buckets = plan_buckets(SPECS, Compression(), 0.01, 2, 1)
+    buckets = make_buckets(SPECS, Compression(), 0.01, 2, 1)
     assert first == [f"exchange0.{bucket.name}" for bucket in buckets]
 
 
@@ -241,9 +243,9 @@ def test_a_gradient_given_twice_in_a_step_is_refused():
         exchange = make_exchange(comm)
         give(exchange, {"w1": torch.ones(5000)})
         with pytest.raises(RuntimeError, match="w1 has already given its gradient"):
-            exchange.close("w1")
+            exchange.complete("w1")
         with pytest.raises(RuntimeError, match="only between steps"):
-            exchange.plan(SPECS, 0.1, 1)
+            exchange.lay_out(SPECS, 0.1, 1)
 
     run_local(1, work)
 

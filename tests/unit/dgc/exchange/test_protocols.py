@@ -9,7 +9,7 @@ from dgc import Compression, DistributedOptimizer
 from dgc.comm.local import run_local
 from dgc.comm.topology import choose_islands
 from dgc.exchange.exchange import Exchange
-from dgc.wire.buckets import TensorSpec
+from dgc.worker.elements import TensorSpec
 from dgc.worker.residual import Compensation
 from dgc.worker.statistics import Statistics
 from optim import FactoredAdam
@@ -32,12 +32,12 @@ def make(comm, momentum=0.0, bucket_bytes=10**9, rows=None, **settings):
         Statistics(), islands,
     )  # fmt: skip
     specs = [
-        TensorSpec(name, exchange.share_numel(numel), CPU, name != "bias", numel)
+        TensorSpec(name, exchange.route.slice_numel(numel), CPU, name != "bias", numel)
         for name, numel in SHAPES.items()
     ]
     if rows:
         specs.append(TensorSpec("embedding", 30 * 4, CPU, False, 30 * 4, row_size=4))
-    exchange.plan(specs, compression.density, bucket_bytes)
+    exchange.lay_out(specs, compression.density, bucket_bytes)
     return exchange
 
 
@@ -50,14 +50,14 @@ def go(exchange, grads):
     """Exchange; return each tensor's mean in full, or None."""
     for name, grad in grads.items():
         exchange.add(name, grad.clone())
-        exchange.close(name)
+        exchange.complete(name)
     update = exchange.finish()
     if update is None:
         return None
     means = dict(update.dense)
-    for name, grad in update.sparse.items():
-        assert grad.indices.diff().gt(0).all() and grad.numel == SHAPES[name]
-        means[name] = torch.zeros(grad.numel).index_put((grad.indices,), grad.values)
+    for name, mean in update.sparse.items():
+        assert mean.positions_K.diff().gt(0).all()
+        means[name] = torch.zeros(SHAPES[name]).index_put((mean.positions_K,), mean.values_M)
     return means
 
 
@@ -65,11 +65,10 @@ def left_on(exchange):
     """What this rank's residuals hold, by tensor, each at its place in the whole."""
     found = {}
     for name, numel in SHAPES.items():
-        whole = torch.zeros(exchange.num_shares, exchange.share_numel(numel))
-        residual = exchange.compensation.residual.get(name)
+        whole = torch.zeros(exchange.route.num_slices, exchange.route.slice_numel(numel))
+        residual = exchange.kept.compensation.residual.get(name)
         if residual is not None:
-            place = 0 if exchange.island is None else exchange.island.rank
-            whole[place] = residual
+            whole[exchange.route.slice_index] = residual
         assert not whole.view(-1)[numel:].any(), "something in the padding"
         found[name] = whole.view(-1)[:numel].double()
     return found
@@ -122,13 +121,12 @@ def test_what_does_not_arrive_stays_to_the_bit(residual_dtype):
         grads = gradients(comm.rank, 0)
         means = go(exchange, grads)
         for name, grad in grads.items():
-            never.compensation.accumulate(name, grad)
+            never.kept.compensation.accumulate(name, grad)
         for name in ("w1", "w2"):
             stays = means[name] == 0
-            mine = [
-                exchange.compensation.state_dict()[kind][name] for kind in ("residual", "velocity")
-            ]
-            whole = [never.compensation.state_dict()[k][name] for k in ("residual", "velocity")]
+            kinds = ("residual", "velocity")
+            mine = [exchange.kept.compensation.state_dict()[kind][name] for kind in kinds]
+            whole = [never.kept.compensation.state_dict()[kind][name] for kind in kinds]
             for one, other in zip(mine, whole, strict=True):
                 one, other = (t["codes"] if isinstance(t, dict) else t for t in (one, other))
                 assert torch.equal(one[stays], other[stays])
@@ -201,10 +199,10 @@ def test_rows_travel_as_rows_and_are_summed_in_rank_order():
         values = torch.randn(rows.numel(), 4, generator=generator)
         for half in (slice(0, 6), slice(6, None)):  # two micro-batches
             exchange.add_rows("embedding", row_sparse(rows[half], values[half]))
-        exchange.close("embedding")
+        exchange.complete("embedding")
         for name, grad in gradients(comm.rank, 0).items():
             exchange.add(name, grad)
-            exchange.close(name)
+            exchange.complete(name)
         update = exchange.finish()
         dense = torch.zeros(30, 4).index_add(0, rows, values)
         return update.rows["embedding"], dense, rows, exchange.stats.row_bytes
@@ -225,7 +223,7 @@ def test_rows_that_are_not_finite_undo_the_step():
         values = torch.full((2, 4), float("nan") if comm.rank == 1 else 1.0)
         exchange.add_rows("embedding", row_sparse(torch.tensor([3, 3]), values))
         for name in ("embedding", *SHAPES):
-            exchange.close(name)
+            exchange.complete(name)
         assert exchange.finish() is None
         return exchange.stats.skipped
 
@@ -257,7 +255,7 @@ def test_the_same_bits_whenever_messages_arrive():
         grads = gradients(comm.rank, 0)
         for name, grad in grads.items():
             exchange.add(name, grad.clone())
-            exchange.close(name)
+            exchange.complete(name)
             comm.barrier()
         if not early:
             del exchange._go_on
@@ -291,7 +289,7 @@ def test_a_sum_whose_owner_has_no_statistic_there_is_not_rounded(value_dtype):
         )  # fmt: skip
         for name in ("w1", "w2"):
             half = Half(SHAPES[name], first=comm.rank == 0)
-            exchange.statistics.preconditioners[name] = half
+            exchange.kept.statistics.preconditioners[name] = half
         grads = gradients(comm.rank, 0)
         return go(exchange, grads), grads, left_on(exchange)
 

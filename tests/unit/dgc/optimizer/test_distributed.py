@@ -303,7 +303,7 @@ def test_two_optimizers_exchange_at_the_same_time():
             DistributedOptimizer(torch.optim.SGD([w], lr=1.0), [("w", w)], comm=comm)
             for w in weights
         ]
-        names = {optimizer._exchange._scope for optimizer in optimizers}
+        names = {optimizer._exchange.route.scope for optimizer in optimizers}
         (weights[0].sum() + 2 * weights[1].sum()).backward()
         for optimizer in optimizers:
             optimizer.step()

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from dgc.selection.selector import MAX_TRIES, Selector, largest_indices, plan_sparsity
+from dgc.selection.plan import plan_sparsity
+from dgc.selection.selector import MAX_TRIES, Selector, largest_indices
 from dgc.worker.residual import Compensation
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.step import ops
@@ -35,7 +36,7 @@ class Worker:
 
     def finish(self, keep=True):
         for part in (self.compensation, self.selector):
-            part.commit() if keep else part.roll_back()
+            part.end_step(stands=True) if keep else part.end_step(stands=False)
 
     def step(self, grad):
         taken = self.take(grad)

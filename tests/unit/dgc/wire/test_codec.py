@@ -10,8 +10,8 @@ from dgc.wire.codec import (
     Codec,
     MessageError,
     entry_bits,
-    from_share,
-    to_share,
+    from_owner,
+    to_owner,
 )
 
 NAMES, NUMELS = ("a", "b", "c"), (1000, 33, 70_000)
@@ -89,7 +89,7 @@ def test_entry_bits_are_near_what_a_message_has(value_dtype, index_coding):
         assert bits == pytest.approx(entry_bits(density, value_dtype, index_coding), rel=0.01)
 
 
-# ---- shares --------------------------------------------------------------------------------------
+# ---- owners --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("universe", [1, 255, 256, 257, 5000, 71_033])
@@ -97,29 +97,29 @@ def test_entry_bits_are_near_what_a_message_has(value_dtype, index_coding):
 def test_owners_divide_the_positions_among_them(universe, num_owners):
     codec = Codec(("a",), (universe,), index_coding="elias_fano")
     positions = torch.arange(universe)
-    owner, local = to_share(positions, num_owners)
+    owner, local = to_owner(positions, num_owners)
     assert torch.equal(owner, positions // 256 % num_owners)
-    shares = [codec.share(number, num_owners) for number in range(num_owners)]
-    assert sum(share.universe for share in shares) == universe
-    for number, share in enumerate(shares):
+    parts = [codec.of_owner(number, num_owners) for number in range(num_owners)]
+    assert sum(part.universe for part in parts) == universe
+    for number, part in enumerate(parts):
         mine = positions[owner == number]
-        assert torch.equal(local[owner == number], torch.arange(share.universe))
-        assert torch.equal(from_share(local[owner == number], number, num_owners), mine)
+        assert torch.equal(local[owner == number], torch.arange(part.universe))
+        assert torch.equal(from_owner(local[owner == number], number, num_owners), mine)
         some = local[owner == number][::3].contiguous()
-        text = share.encode(some, torch.ones(some.numel()))
-        assert torch.equal(share.decode_one(text).positions_K, some)
+        text = part.encode(some, torch.ones(some.numel()))
+        assert torch.equal(part.decode_one(text).positions_K, some)
 
 
-def test_messages_of_another_share_are_refused():
+def test_messages_of_another_owners_part_are_refused():
     codec = Codec(NAMES, NUMELS, index_coding="elias_fano")
-    text = codec.share(1, 4).encode(torch.tensor([5]), torch.ones(1))
-    assert codec.share(1, 4).decode_one(text).positions_K.tolist() == [5]
-    for other in (codec, codec.share(0, 4), codec.share(1, 5), codec.share(1, 2)):
+    text = codec.of_owner(1, 4).encode(torch.tensor([5]), torch.ones(1))
+    assert codec.of_owner(1, 4).decode_one(text).positions_K.tolist() == [5]
+    for other in (codec, codec.of_owner(0, 4), codec.of_owner(1, 5), codec.of_owner(1, 2)):
         with pytest.raises(MessageError, match="written for other tensors"):
             other.decode_one(text)
-    for share in (lambda: codec.share(4, 4), lambda: codec.share(0, 2).share(0, 2)):
-        with pytest.raises(ValueError, match="owner 4|shared again"):
-            share()
+    for make in (lambda: codec.of_owner(4, 4), lambda: codec.of_owner(0, 2).of_owner(0, 2)):
+        with pytest.raises(ValueError, match="owner 4|no owners of its own"):
+            make()
 
 
 # ---- what is refused -----------------------------------------------------------------------------

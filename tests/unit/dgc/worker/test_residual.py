@@ -12,14 +12,14 @@ def accumulate(compensation, grad, name="w", indices=None):
     compensation.accumulate(name, grad)
     if indices is not None:
         compensation.take_exactly(name, indices)
-    compensation.commit()
+    compensation.end_step(stands=True)
     return buffers.decode(compensation.residual[name])
 
 
 def drain(compensation, grad):
     compensation.accumulate("w", grad, is_sent_whole=True)
     whole = compensation.drain("w")
-    compensation.commit()
+    compensation.end_step(stands=True)
     return whole
 
 
@@ -110,7 +110,7 @@ def test_a_step_that_took_entries_is_undone_to_the_bit(dtype):
     velocity = buffers.decode(compensation.velocity["w"]).clone()
     compensation.accumulate("w", second, selection=Selection(1.0, 3000))
     compensation.select_again("w", Selection(0.5, 3000))
-    compensation.roll_back()
+    compensation.end_step(stands=False)
     assert torch.equal(buffers.decode(compensation.residual["w"]), before)
     assert torch.equal(buffers.decode(compensation.velocity["w"]), velocity)
 
@@ -140,7 +140,7 @@ def test_what_was_sent_and_what_is_left_make_up_what_was_added():
             compensation.add("w", taken.indices_K, values)
         else:
             sent = sent.index_add(0, taken.indices_K, values.double())
-        compensation.commit()
+        compensation.end_step(stands=True)
     torch.testing.assert_close(sent + compensation.residual["w"], added, atol=1e-5, rtol=0)
 
 
