@@ -5,14 +5,11 @@ Source: Lin et al. 2018 (arXiv:1712.01887). The defaults are the predecessors', 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-from dgc.wire.codec import INDEX_CODINGS, VALUE_DTYPES, entry_bits
-from dgc.wire.cost import PROTOCOLS, Network
-from parsimony_kernels.buffers import ops as buffers
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +76,16 @@ class Compression:
     index_coding: Literal["int32", "int64", "elias_fano"] = "int32"
     """How positions are sent: 32 or 64 bits, or about 2 + log2(1 / density), 12 at 0.1%."""
     protocol: Literal["auto", "gather", "sparse_all_reduce", "dense"] = "auto"
-    """How entries reach the others: as they are, at all ranks (gather); summed by owners of slices,
-    so that what a rank sends does not grow with their number (sparse_all_reduce); or with all
-    others (dense). auto: what the cost model (dgc.wire.cost) finds fastest, bucket by bucket."""
+    """How entries reach the others: as they are, at all ranks (gather); summed by the owners of
+    their positions, so that what a rank sends does not grow with the number of ranks
+    (sparse_all_reduce); or with all others (dense). auto: what the cost model (wire/cost.py) finds
+    fastest, bucket by bucket."""
     merged_factor: float = 4.0
     """A sparse all-reduce returns at most this many times the entries that one rank selects: those
     of largest sums. The others stay with who selected them."""
     two_level: bool | None = None
     """Sum densely within each node, and exchange sparsely between nodes, each local rank carrying
-    its share of the tensors. None: yes, if there are several nodes of several ranks."""
+    its slice of every tensor. None: yes, if there are several nodes of several ranks."""
     ranks_per_island: int | None = None
     """Ranks that count as one node in two levels; None: those of a node."""
     link_gbit_per_s: float = 1.0
@@ -96,70 +94,22 @@ class Compression:
     """For the cost model: microseconds until a message arrives, however short."""
 
     def __post_init__(self) -> None:
-        low, high = self.k_tolerance
-        warmup = self.density_warmup
-        for name, allowed, ok in (
-            ("density", "above 0 and at most 1", 0 < self.density <= 1),
-            ("density_warmup_epochs", "0 or more", self.density_warmup_epochs >= 0),
-            (
+        for name, allowed in _choices().items():
+            if getattr(self, name) not in allowed:
+                self._refuse(name, ", ".join(map(str, allowed)))
+        for name, (allowed, is_allowed) in _RANGES.items():
+            if not is_allowed(getattr(self, name)):
+                self._refuse(name, allowed)
+        warmup, num_epochs = self.density_warmup, self.density_warmup_epochs
+        if warmup is not None and not (len(warmup) == num_epochs and all(map(_is_part, warmup))):
+            self._refuse(
                 "density_warmup",
-                f"None, or {self.density_warmup_epochs} densities (density_warmup_epochs), "
-                f"each above 0 and at most 1",
-                warmup is None
-                or (
-                    len(warmup) == self.density_warmup_epochs
-                    and all(0 < density <= 1 for density in warmup)
-                ),
-            ),
-            (
-                "momentum",
-                "None, or from 0 to below 1",
-                self.momentum is None or 0 <= self.momentum < 1,
-            ),
-            *(
-                (name, ", ".join(buffers.DTYPES), getattr(self, name) in buffers.DTYPES)
-                for name in ("residual_dtype", "velocity_dtype")
-            ),
-            (
-                "preconditioning",
-                "late, early, after, None",
-                self.preconditioning in ("late", "early", "after", None),
-            ),
-            ("update_scale", "above 0", 0 < self.update_scale < math.inf),
-            ("select_by", "raw, preconditioned", self.select_by in ("raw", "preconditioned")),
-            ("share_statistics", "0 or more", self.share_statistics >= 0),
-            ("clip_norm", "None or above 0", self.clip_norm is None or self.clip_norm > 0),
-            ("clip_scope", "global, tensor", self.clip_scope in ("global", "tensor")),
-            ("min_numel", "1 or more", self.min_numel >= 1),
-            ("exact_below", "0 or more", self.exact_below >= 0),
-            ("k_tolerance", "two multiples around 1", 0 < low <= 1 <= high),
-            ("value_dtype", ", ".join(VALUE_DTYPES), self.value_dtype in VALUE_DTYPES),
-            ("index_coding", ", ".join(INDEX_CODINGS), self.index_coding in INDEX_CODINGS),
-            (
-                "protocol",
-                ", ".join(("auto", *PROTOCOLS)),
-                self.protocol in ("auto", *PROTOCOLS),
-            ),
-            ("merged_factor", "1 or more", 1 <= self.merged_factor < math.inf),
-            (
-                "ranks_per_island",
-                "None or 1 or more",
-                self.ranks_per_island is None or self.ranks_per_island >= 1,
-            ),
-            ("link_gbit_per_s", "above 0", self.link_gbit_per_s > 0),
-            ("link_latency_us", "0 or more", self.link_latency_us >= 0),
-        ):
-            if not ok:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
+                f"None, or {num_epochs} densities (density_warmup_epochs), each above 0 and at "
+                f"most 1",
+            )
 
-    @property
-    def entry_bytes(self) -> float:
-        """Bytes of one entry on the wire, about."""
-        return entry_bits(self.density, self.value_dtype, self.index_coding) / 8
-
-    @property
-    def network(self) -> Network:
-        return Network(self.link_latency_us, self.link_gbit_per_s)
+    def _refuse(self, name: str, allowed: str) -> NoReturn:
+        raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
 
     def density_at(self, epoch: int) -> float:
         """Return the density of an epoch, counted from 0.
@@ -172,3 +122,36 @@ class Compression:
         if self.density_warmup is not None:
             return self.density_warmup[epoch]
         return self.density ** ((epoch + 1) / (self.density_warmup_epochs + 1))
+
+
+def _is_part(value: float) -> bool:
+    return 0 < value <= 1
+
+
+_RANGES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "density": ("above 0 and at most 1", _is_part),
+    "density_warmup_epochs": ("0 or more", lambda epochs: epochs >= 0),
+    "momentum": ("None, or from 0 to below 1", lambda m: m is None or 0 <= m < 1),
+    "update_scale": ("above 0", lambda scale: 0 < scale < math.inf),
+    "share_statistics": ("0 or more", lambda part: part >= 0),
+    "clip_norm": ("None or above 0", lambda norm: norm is None or norm > 0),
+    "min_numel": ("1 or more", lambda numel: numel >= 1),
+    "exact_below": ("0 or more", lambda numel: numel >= 0),
+    "k_tolerance": ("two multiples around 1", lambda pair: 0 < pair[0] <= 1 <= pair[1]),
+    "merged_factor": ("1 or more", lambda factor: 1 <= factor < math.inf),
+    "ranks_per_island": ("None or 1 or more", lambda ranks: ranks is None or ranks >= 1),
+    "link_gbit_per_s": ("above 0", lambda speed: speed > 0),
+    "link_latency_us": ("0 or more", lambda latency: latency >= 0),
+}
+
+
+@functools.cache
+def _choices() -> dict[str, tuple[Any, ...]]:
+    """Return what is allowed for each setting whose type is a Literal, or one or None."""
+    found = {}
+    for name, hint in get_type_hints(Compression).items():
+        values = [value for part in (hint, *get_args(hint)) for value in get_args(part)]
+        values = [value for value in values if isinstance(value, str)]
+        if values:
+            found[name] = (*values, None) if type(None) in get_args(hint) else tuple(values)
+    return found

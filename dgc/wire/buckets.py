@@ -14,7 +14,7 @@ import torch
 from dgc.compression import Compression
 from dgc.selection.plan import SparsityPlan, plan_sparsity
 from dgc.wire.codec import Codec
-from dgc.wire.cost import Cost, cheapest, dense_cost, gather_cost, sparse_all_reduce_cost
+from dgc.wire.cost import Cost, Network, cheapest, dense_cost, gather_cost, sparse_all_reduce_cost
 from dgc.worker.elements import TensorSpec
 
 ENTRIES_A_MESSAGE = 64  # with a header of some ten entries
@@ -106,7 +106,8 @@ def _plan_bucket(
                       value_dtype="float32", index_coding=compression.index_coding)  # fmt: skip
         return Bucket(f"{name}.rows", specs, "rows", codec)
     numel = sum(spec.numel for spec in specs)
-    costs = {"dense": dense_cost(numel, world_size, compression.network, dtype.itemsize)}
+    network = Network(compression.link_latency_us, compression.link_gbit_per_s)
+    costs = {"dense": dense_cost(numel, world_size, network, dtype.itemsize)}
     if density >= 1 or not specs[0].compressible:
         return Bucket(f"{name}.dense", specs, "dense", costs=costs)
     plans = tuple(
@@ -118,10 +119,10 @@ def _plan_bucket(
     )  # fmt: skip
     codec = _codec(specs, compression)
     num_entries = sum(plan.k for plan in plans)
-    costs["gather"] = gather_cost(codec.message_bytes(num_entries), world_size, compression.network)
+    costs["gather"] = gather_cost(codec.message_bytes(num_entries), world_size, network)
     costs["sparse_all_reduce"] = sparse_all_reduce_cost(
         numel, num_entries, compression.merged_factor, codec.of_owner(0, world_size).message_bytes,
-        world_size, compression.network,
+        world_size, network,
     )  # fmt: skip
     protocol = compression.protocol
     if protocol == "auto":

@@ -4,7 +4,7 @@ The volumes are exact for ring collectives and messages of the expected size; th
     seconds = messages in a row x latency + bytes sent by one rank / bandwidth
 (Hockney 1994). A model and not a measurement, so that all ranks decide alike.
 Source: of the sparse all-reduce, Li & Hoefler 2022 (Ok-Topk, arXiv:2201.07598), whose bound of 6k
-words, an entry being two, is that of `merged_factor` 2. See protocols.sparse_all_reduce.
+words, an entry being two, is that of `merged_factor` 2. See exchange/sparse_all_reduce.py.
 """
 
 from __future__ import annotations
@@ -57,18 +57,19 @@ def sparse_all_reduce_cost(
     numel: int,
     num_entries: int,
     merged_factor: float,
-    share_bytes: Callable[[int], int],
+    part_bytes: Callable[[int], int],
     world_size: int,
     network: Network,
 ) -> Cost:
-    """Return the cost of sending each owner its share, and a ring all-gather of the owners' sums.
+    """Return the cost of sending each owner its entries, and a ring all-gather of the owners' sums.
 
-    share_bytes: of a message of so many entries of one owner's share, of `numel` / world_size.
+    part_bytes: of a message of so many entries of one owner, which has `numel` / world_size
+        positions.
     """
     rounds = world_size - 1
-    given = share_bytes(math.ceil(num_entries / world_size))
+    given = part_bytes(math.ceil(num_entries / world_size))
     merged = min(min(merged_factor, world_size) * num_entries, numel) / world_size
-    num_bytes = rounds * (given + share_bytes(math.ceil(merged)))
+    num_bytes = rounds * (given + part_bytes(math.ceil(merged)))
     return Cost(num_bytes, 2 * rounds, network.seconds(2 * rounds, num_bytes))
 
 

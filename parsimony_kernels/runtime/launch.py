@@ -11,14 +11,11 @@ import ctypes
 import functools
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from parsimony_kernels.runtime.build import cache_folder, keep
-
-if TYPE_CHECKING:
-    import cupy
 
 THREADS = 256  # in a block
 COLUMNS = 4  # that a thread has of each of its rows
@@ -81,12 +78,12 @@ def _cupy():
 
 
 @functools.cache
-def _kernel(name: str, device_index: int) -> cupy.RawKernel:
+def _kernel(name: str, device_index: int) -> Any:
     return _module(device_index).get_function(name)
 
 
 @functools.cache
-def _module(device_index: int) -> cupy.RawModule:
+def _module(device_index: int) -> Any:
     """Load the kernels for the current device, which is the one of this index."""
     major, minor = torch.cuda.get_device_capability(device_index)
     return _cupy().RawModule(path=str(_compiled(f"{major}.{minor}")))

@@ -15,6 +15,7 @@ from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 from dgc.compression import Compression
 from dgc.optimizer.apply import takes_elements
 from dgc.optimizer.setup.momentum import holds
+from dgc.wire.codec import entry_bits
 from dgc.worker.elements import TensorSpec, element_dtype, num_elements
 from dgc.worker.statistics import Preconditioner, Statistics
 
@@ -159,5 +160,6 @@ def _share_interval(
     """Return after how many steps sharing adds no more than it may to the bytes of the entries."""
     num_bytes = sum(preconditioner.tensors[name].nbytes for name in preconditioner.shared_names)
     num_entries = math.ceil(parameter.numel() * compression.density)
-    allowed = compression.share_statistics * num_entries * compression.entry_bytes
+    bits = entry_bits(compression.density, compression.value_dtype, compression.index_coding)
+    allowed = compression.share_statistics * num_entries * bits / 8
     return max(1, math.ceil(min(num_bytes / allowed, 2**31)))

@@ -278,9 +278,9 @@ def test_an_update_that_was_left_in_p_grad_is_no_gradient_until_it_is_changed(
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_backward_in_two_threads_is_that_of_one_to_the_bit(world_size, monkeypatch):
+    """Autograd has a thread for each device. Buckets started twice, or generators collided."""
     give_way(monkeypatch, Step, "accumulate", "read", "bad_tensors")
     give_way(monkeypatch, Route, "name")
-    """Autograd has a thread for each device. Buckets started twice, or generators collided."""
 
     def train(comm, in_threads):
         generator = torch.Generator().manual_seed(comm.rank)
