@@ -10,7 +10,7 @@ import dgc.comm.job as job
 import dgc.comm.torch_distributed.comm as torch_comm
 from dgc.compression import Compression
 from dgc.optimizer.distributed import DistributedOptimizer
-from dgc.optimizer.setup.statistics import row_sparse_names
+from dgc.optimizer.layout import row_sparse_names
 
 __all__ = ["Compression", "DistributedOptimizer", "row_sparse_names"]
 

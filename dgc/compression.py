@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
+from torch import Tensor
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compression:
@@ -110,6 +112,10 @@ class Compression:
 
     def _refuse(self, name: str, allowed: str) -> NoReturn:
         raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
+
+    def is_compressible(self, parameter: Tensor) -> bool:
+        """Tell whether a parameter's gradient may be sent sparsely, by its shape."""
+        return parameter.dim() > 1 and parameter.numel() >= self.min_numel
 
     def density_at(self, epoch: int) -> float:
         """Return the density of an epoch, counted from 0.

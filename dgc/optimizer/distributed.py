@@ -24,7 +24,7 @@ from dgc.compression import Compression
 from dgc.exchange.exchange import Exchange
 from dgc.optimizer import apply
 from dgc.optimizer.clipping import clip_grad_norm
-from dgc.optimizer.hooks.holding import check_free, hold, let_go
+from dgc.optimizer.hooks.holding import hold, let_go
 from dgc.optimizer.hooks.intake import FirstStep, Intake
 from dgc.optimizer.layout import Layout
 from dgc.optimizer.replicas import Replicas
@@ -34,25 +34,18 @@ from dgc.optimizer.setup.checks import (
     at_least_one,
     check_all_exchanged,
     check_comm,
-    check_compression,
-    check_optimizer,
-    check_row_sparse,
     check_same_everywhere,
-    match_parameters,
     refuse_capture,
 )
 from dgc.optimizer.setup.fresh_state import drop_zeros, fill_in
-from dgc.optimizer.setup.horovod_names import check_arguments, take_backward_passes
+from dgc.optimizer.setup.given import Given, check_given
 from dgc.optimizer.setup.momentum import MARK, Momentum
-from dgc.optimizer.setup.statistics import check_groups, delegate_statistics, resolve
+from dgc.optimizer.setup.options import check_groups
+from dgc.optimizer.setup.statistics import delegate_statistics
 from dgc.optimizer.undone import Undone
 from dgc.optimizer.view import View
 from dgc.worker.residual import Compensation
 from dgc.worker.scaling import Scaling
-
-DENSE = Compression(
-    density=1.0, momentum_correction=False, preconditioning="after", two_level=False
-)
 
 _log = logging.getLogger(__name__)
 
@@ -134,50 +127,58 @@ class DistributedOptimizer(View):
         **horovods: Any,
     ) -> None:
         super().__init__(optimizer)
-        self.comm = comm = check_comm(comm)
-        micro_batches_per_step = take_backward_passes(horovods, micro_batches_per_step)
-        check_arguments(horovods)
-        check_optimizer(optimizer)
-        self._named = match_parameters(optimizer, named_parameters)
-        check_free(self._named)
+        self.comm = check_comm(comm)
+        given = check_given(
+            optimizer, named_parameters, compression, micro_batches_per_step, row_sparse, horovods
+        )
+        self._named, self.compression = given.named, given.compression
         self._exchanged = {id(parameter) for parameter in self._named.values()}
-        self.compression = resolve(check_compression(compression) or DENSE, optimizer)
-        row_sparse = check_row_sparse(row_sparse, self._named)
-        has_scaler = grad_scaler is not None and grad_scaler.is_enabled()
-        rows = sorted(row_sparse)
-        settings = (self.compression, at_least_one(micro_batches_per_step), bucket_bytes, rows,
-                    has_scaler)  # fmt: skip
-        check_same_everywhere(comm, self._named, settings)
-        for name, parameter in self._named.items():
-            comm.broadcast(parameter.detach(), f"initial.{name}")
-        self._undone = Undone(comm.rank)
-        self._is_synchronized = self._has_stepped = self._is_closed = False
-        self._saved = Saved(comm.rank)
-        self._elements: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self._scaling = Scaling(
-            self.compression, grad_scaler, world_size=comm.world_size,
+            self.compression, grad_scaler, world_size=self.comm.world_size,
             num_tensors=len(self._named),
         )  # fmt: skip
-        optimizer.state.pop(MARK, None)
-        self._momentum = Momentum(optimizer, self.compression, self._named, row_sparse)
-        compensation = Compensation(
-            *self._momentum.now(), self.compression.mask_velocity, self.compression.residual_dtype,
-            self.compression.velocity_dtype, seed + comm.rank, self._momentum.is_sgds,
-        )  # fmt: skip
-        check_groups(optimizer, self.compression, [self._named[name] for name in rows])
-        dense = {n: p for n, p in self._named.items() if n not in row_sparse}
-        islands = choose_islands(comm, self.compression)
-        statistics = delegate_statistics(optimizer, dense, self.compression)
-        self._exchange = Exchange(comm, self.compression, compensation, statistics, islands)
-        self._exchange.before_step = partial(_begin_step, self._momentum, self._exchange)
-        self._replicas = Replicas(comm, optimizer, self._named)
+        self._make_alike_everywhere(given, bucket_bytes)
+        self._undone, self._saved = Undone(self.comm.rank), Saved(self.comm.rank)
+        self._is_synchronized = self._has_stepped = self._is_closed = False
+        self._elements: dict[Tensor, tuple[Tensor, Tensor]] = {}
+        self._momentum, self._exchange = self._make_exchange(given.row_sparse, seed)
+        self._replicas = Replicas(self.comm, optimizer, self._named)
+        density = self.compression.density_at(0)
         self._layout = Layout(
-            self._named, row_sparse, self._exchange, bucket_bytes, self.compression.density_at(0)
+            self._named, given.row_sparse, self._exchange, bucket_bytes, density
         )
         self._intake = Intake(
-            self._named, row_sparse, self._exchange, self._scaling, micro_batches_per_step
-        )
+            self._named, given.row_sparse, self._exchange, self._scaling,
+            given.micro_batches_per_step,
+        )  # fmt: skip
         hold(self, self._intake, self._named)
+
+    def _make_alike_everywhere(self, given: Given, bucket_bytes: int) -> None:
+        """Refuse ranks that were given something else; give rank 0's parameters to all."""
+        settings = (given.compression, given.micro_batches_per_step, bucket_bytes,
+                    sorted(given.row_sparse), self._scaling.has_scaler)  # fmt: skip
+        check_same_everywhere(self.comm, self._named, settings)
+        for name, parameter in self._named.items():
+            self.comm.broadcast(parameter.detach(), f"initial.{name}")
+
+    def _make_exchange(
+        self, row_sparse: Collection[str], seed: int
+    ) -> tuple[Momentum, Exchange]:
+        """Take momentum and second moments over from the inner optimizer; make what uses them."""
+        self.inner.state.pop(MARK, None)
+        momentum = Momentum(self.inner, self.compression, self._named, row_sparse)
+        compensation = Compensation(
+            *momentum.now(), self.compression.mask_velocity, self.compression.residual_dtype,
+            self.compression.velocity_dtype, seed + self.comm.rank, momentum.is_sgds,
+        )  # fmt: skip
+        rows = [self._named[name] for name in sorted(row_sparse)]
+        check_groups(self.inner, self.compression, rows)
+        dense = {n: p for n, p in self._named.items() if n not in row_sparse}
+        islands = choose_islands(self.comm, self.compression)
+        statistics = delegate_statistics(self.inner, dense, self.compression)
+        exchange = Exchange(self.comm, self.compression, compensation, statistics, islands)
+        exchange.before_step = partial(_begin_step, momentum, exchange)
+        return momentum, exchange
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         raise NotImplementedError(

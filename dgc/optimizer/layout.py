@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from dgc.compression import Compression
 from dgc.exchange.exchange import Exchange
 from dgc.optimizer.setup.checks import check_row_sparse
-from dgc.optimizer.setup.statistics import make_specs
-from dgc.worker.elements import TensorSpec
+from dgc.worker.elements import TensorSpec, element_dtype, num_elements
 
 
 class Layout:
@@ -62,3 +62,40 @@ class Layout:
         return make_specs(
             self._named, compression, self.row_sparse, route.slice_numel, self.order
         )
+
+
+def row_sparse_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters whose gradients will be sparse tensors."""
+    found: dict[int, bool] = {}
+    for module in model.modules():
+        is_sparse = getattr(module, "sparse", False) is True
+        for parameter in module.parameters(recurse=False):  # a tied weight's gradient is dense
+            found[id(parameter)] = found.get(id(parameter), True) and is_sparse
+    return [n for n, p in model.named_parameters() if found.get(id(p)) and p.requires_grad]
+
+
+def make_specs(
+    named: Mapping[str, Tensor],
+    compression: Compression,
+    row_sparse: Collection[str],
+    slice_numel: Callable[[int], int],
+    order: Iterable[str] = (),
+) -> list[TensorSpec]:
+    """Describe the tensors in the order in which backward finishes them.
+
+    order: names, as far as that is known. Of others it is taken to be that of `named`, reversed.
+    """
+    known = {name: None for name in order if name in named}
+    names = [*known, *(name for name in reversed(named) if name not in known)]
+    return [
+        TensorSpec(
+            name,
+            slice_numel(num_elements(p)),
+            p.device,
+            compression.is_compressible(p) and name not in row_sparse,
+            num_elements(p),
+            num_elements(p[0]) if name in row_sparse else 0,
+            element_dtype(p),
+        )
+        for name, p in ((name, named[name]) for name in names)
+    ]

@@ -44,6 +44,11 @@ class Scaling:
         self._factors: list[Tensor] = []
 
     @property
+    def has_scaler(self) -> bool:
+        """Whether losses are scaled."""
+        return self._scaler is not None
+
+    @property
     def scales(self) -> bool:
         """Whether gradients may be multiplied with anything at all."""
         return self._clip_norm is not None or self._scaler is not None

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from dgc.optimizer.setup.statistics import row_sparse_names
+from dgc import row_sparse_names
 from tests.tolerances import assert_close
 from tests.unit.workloads.activations import Made
 from workloads.language_models import LSTMLanguageModel, TransformerLanguageModel

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dgc.optimizer.setup.statistics import row_sparse_names
+from dgc import row_sparse_names
 from tests.unit.workloads.activations import Made
 from workloads.softmax import SampledSoftmax
 
