@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import tables
 from benchmarks.contenders import milliseconds
-from dgc.wire.codec import INDEX_CODINGS, VALUE_DTYPES, Codec
+from dgc.wire.codec import Codec
 from parsimony_kernels.packing import ops as packing
+from parsimony_kernels.packing.message import INDEX_CODINGS, VALUE_DTYPES
 from parsimony_kernels.step import ops
 
 COPY = "copy of the tensor"

@@ -29,7 +29,8 @@ from benchmarks import tables
 from benchmarks.simulated import Words
 from dgc.selection.plan import plan_sparsity
 from dgc.selection.selector import Selector
-from dgc.wire.codec import Codec, to_share
+from dgc.wire.codec import Codec
+from dgc.wire.entries import to_owner
 from dgc.worker.residual import Compensation
 from parsimony_kernels.buffers import ops as buffers
 
@@ -224,13 +225,13 @@ def sparse_all_reduce_bytes(positions: Any, layout: Layout, options: argparse.Na
     shares = [codec.share(owner, num_ranks) for owner in range(num_ranks)]
     given = 0
     for rank, mine in enumerate(positions):
-        counts = torch.bincount(to_share(mine, num_ranks)[0], minlength=num_ranks)
+        counts = torch.bincount(to_owner(mine, num_ranks)[0], minlength=num_ranks)
         given += sum(
             shares[owner].message_bytes(k) for owner, k in enumerate(counts.tolist())
             if owner != rank
         )  # fmt: skip
     union = torch.cat(list(positions)).unique()
-    summed = torch.bincount(to_share(union, num_ranks)[0], minlength=num_ranks).tolist()
+    summed = torch.bincount(to_owner(union, num_ranks)[0], minlength=num_ranks).tolist()
     k = sum(len(p) for p in positions) / num_ranks
     quota = math.ceil(options.merged_factor * k / num_ranks)
     if options.merged_factor < num_ranks:

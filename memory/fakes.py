@@ -28,7 +28,8 @@ import dgc.exchange.sparse_all_reduce
 import dgc.selection.selector
 from dgc.optimizer.replicas import Replicas
 from dgc.selection.selector import Selector
-from dgc.wire.codec import Codec, Entries
+from dgc.wire.codec import Codec
+from dgc.wire.entries import Entries
 from dgc.worker.residual import Taken
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.packing import ops as packing

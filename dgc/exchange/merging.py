@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dgc.wire.codec import Entries
+from dgc.wire.entries import Entries
 from parsimony_kernels.packing import ops as packing
 
 

@@ -17,7 +17,7 @@ from dgc.exchange.kept import Kept
 from dgc.exchange.step import Step
 from dgc.selection.selector import largest_indices
 from dgc.wire.buckets import Bucket
-from dgc.wire.codec import Entries
+from dgc.wire.entries import Entries
 from dgc.worker.elements import TensorSpec
 from dgc.worker.residual import Taken
 from dgc.worker.statistics import divide

@@ -27,7 +27,7 @@ from dgc.exchange.sparse_all_reduce import join_owners, sparse_all_reduce
 from dgc.exchange.step import Step
 from dgc.exchange.update import Update
 from dgc.wire.buckets import Bucket
-from dgc.wire.codec import Entries
+from dgc.wire.entries import Entries
 from dgc.worker.elements import TensorSpec
 from dgc.worker.magnitudes import is_finite, is_usable
 from dgc.worker.statistics import divide

@@ -21,7 +21,8 @@ from dgc.exchange.route import Route
 from dgc.exchange.step import Step
 from dgc.selection.selector import largest_indices
 from dgc.wire.buckets import Bucket
-from dgc.wire.codec import Codec, Entries, from_owner, to_owner
+from dgc.wire.codec import Codec
+from dgc.wire.entries import Entries, from_owner, to_owner
 
 
 def sparse_all_reduce(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dgc.wire.codec import Entries
+from dgc.wire.entries import Entries
 
 
 @dataclass

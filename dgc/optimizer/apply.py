@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from dgc.exchange.update import Update
-from dgc.wire.codec import Entries
+from dgc.wire.entries import Entries
 from dgc.worker.elements import gradient_of, num_elements, row_gradient_of
 from parsimony_kernels.runtime.operands import STEP_DTYPES
 from parsimony_kernels.step import ops

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgc.worker.rounding import RoundingKeys
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers.ops import tensors
 from parsimony_kernels.runtime.operands import (
@@ -90,8 +91,7 @@ class Compensation:
         self.residual: dict[str, Buffer] = {}
         self.num_steps = 0
         self._last_momentum = 0.0  # of a step that stood: Nesterov's velocities have it in them
-        self._seed = seed
-        self._num_writes: dict[str, int] = {}  # of each tensor in this step
+        self._rounding = RoundingKeys(seed)
         self._before: dict[tuple[str, str], Buffer | None] = {}
         self._keys: dict[str, int] = {}  # of this step's last gradient: what puts entries back
 
@@ -118,7 +118,7 @@ class Compensation:
         old_velocity, velocity = None, None
         if self.momentum:
             old_velocity, velocity = self._renew("velocity", name, grad_N)
-        self._keys[name] = self._key(name)
+        self._keys[name] = self._rounding.key(name, self.num_steps)
         return buffers.accumulate(
             grad_N, self._correction(is_first),
             residual=residual, old_residual=old_residual,
@@ -154,11 +154,13 @@ class Compensation:
 
     def keep_lost(self, name: str, indices_K: Tensor, lost_K: Tensor) -> None:
         """Leave in the residual what coding lost of entries that were taken out and sent."""
-        buffers.put(self.residual[name], indices_K, lost_K, self._key(name))
+        key = self._rounding.key(name, self.num_steps)
+        buffers.put(self.residual[name], indices_K, lost_K, key)
 
     def add(self, name: str, indices_K: Tensor, values_K: Tensor) -> None:
         """Add to entries of the residual: what is to be sent another time. Indices are unique."""
-        buffers.add(self.residual[name], indices_K, values_K, self._key(name))
+        key = self._rounding.key(name, self.num_steps)
+        buffers.add(self.residual[name], indices_K, values_K, key)
 
     def drain(self, name: str) -> Tensor:
         """Return all there is to send, (N,), leaving no residual. The velocity stays.
@@ -196,12 +198,12 @@ class Compensation:
                 if buffer is not None:
                     kept[name] = buffer
         self._keys.pop(name, None)
-        self._num_writes.pop(name, None)
+        self._rounding.drop(name)
 
     def _forget_before(self) -> None:
         self._before.clear()
         self._keys.clear()
-        self._num_writes.clear()
+        self._rounding.begin_step()
 
     def _renew(
         self,
@@ -252,17 +254,6 @@ class Compensation:
                 "between accumulate and the end of its step"
             )
         return self._keys[name]
-
-    def _key(self, name: str) -> int:
-        """Return 64 bits that differ in every write to a tensor, every step and every rank.
-
-        They do not depend on when what is said of other tensors arrives.
-        """
-        self._num_writes[name] = number = self._num_writes.get(name, 0) + 1
-        key = self._seed
-        for part in (self.num_steps, number, zlib.crc32(name.encode())):
-            key = _mix((key ^ part) & _64_BITS)
-        return key
 
     def norm(self) -> float:
         """Return the 2-norm of the residual, of all tensors together."""
@@ -331,17 +322,6 @@ class Compensation:
 def _exact(dtype: torch.dtype) -> str:
     """Return as what gradients of this dtype are stored without loss."""
     return "float64" if dtype == torch.float64 else "float32"
-
-
-_64_BITS = 2**64 - 1
-
-
-def _mix(x: int) -> int:
-    """Splitmix64's step: a change of one bit changes half of the others."""
-    x = (x + 0x9E3779B97F4A7C15) & _64_BITS
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _64_BITS
-    return x ^ (x >> 31)
 
 
 def _to_state(buffer: Buffer) -> Tensor | dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dgc.compression import Compression
-from dgc.wire.codec import entry_bits
+from dgc.wire.entries import entry_bits
 from dgc.worker.statistics import Preconditioner, Statistics
 
 

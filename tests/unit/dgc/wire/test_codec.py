@@ -4,15 +4,9 @@ import pytest
 import torch
 
 from dgc.wire import codec as codec_module
-from dgc.wire.codec import (
-    INDEX_CODINGS,
-    VALUE_DTYPES,
-    Codec,
-    MessageError,
-    entry_bits,
-    from_owner,
-    to_owner,
-)
+from dgc.wire.codec import Codec
+from dgc.wire.entries import entry_bits, from_owner, to_owner
+from parsimony_kernels.packing.message import INDEX_CODINGS, VALUE_DTYPES, MessageError
 
 NAMES, NUMELS = ("a", "b", "c"), (1000, 33, 70_000)
 CODINGS = [(value, index) for value in VALUE_DTYPES for index in INDEX_CODINGS]
