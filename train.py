@@ -6,11 +6,11 @@ With compression:          ... --configs configs/digits/resnet20.py configs/dgc/
 Change any setting:        ... --configs.train.num_epochs 500 --suffix .e500
 Several machines:          mpirun -H server0:8,server1:8 ... python train.py --configs ...
 Score the best epoch:      ... --evaluate
-What it takes of memory:   ... --report memory --memory-gib 16
-Set-up and start in one:   launch/train.sh -np 2 --configs ...
+Predict its memory:        ... --report memory --memory-gib 16
+Set up and start in one:   launch/train.sh -np 2 --configs ...
 
-The run's folder is runs/<configs>.np<ranks><suffix>/. Started again, a run takes up its newest
-checkpoint. Config files are Python: run only those that you trust.
+The run's folder is runs/<configs>.np<ranks><suffix>/. The same command again resumes the run from
+its newest checkpoint. Config files are Python: run only those that you trust.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from assembly.agreement import check_job
 from assembly.memory_report import report_memory
-from assembly.parts import build_trainer, refuse_differences
+from assembly.parts import build_trainer
 from configs import load
 from dgc.comm import Comm
 from dgc.comm.job import job
@@ -38,14 +38,14 @@ from engine.run_folder import RunFolderError, held
 
 def main() -> None:
     arguments, overrides = parse_arguments(sys.argv[1:])
-    if arguments.report:  # others wait while one rank predicts
+    if arguments.report:  # the other ranks wait while rank 0 predicts; Horovod must not end the job
         os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "0")
     try:
         with job(None if arguments.comm == "auto" else arguments.comm) as comm:
             try:
                 run_job(arguments, overrides, comm)
             except (load.ConfigError, CheckpointError, ReplicaError, RunFolderError) as error:
-                raise SystemExit(str(error)) from error  # the person's to mend: no trace
+                raise SystemExit(str(error)) from error  # a mistake of the user: no traceback
     except LaunchError as error:
         raise SystemExit(str(error)) from error
 
@@ -53,7 +53,7 @@ def main() -> None:
 def run_job(arguments: argparse.Namespace, overrides: dict[str, str], comm: Comm) -> None:
     config = load.compose(arguments.configs, overrides)
     flat_config = load.flatten(config)
-    check_same_everywhere(comm, flat_config, arguments)
+    check_job(comm, flat_config, vars(arguments))
     run = load.build(config)
     device = choose_device(arguments.devices, comm)
     name = load.run_name(arguments.configs, comm.world_size, arguments.suffix)
@@ -74,7 +74,7 @@ def run_job(arguments: argparse.Namespace, overrides: dict[str, str], comm: Comm
 
 
 def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
-    """Return the options, and the overrides: dotted path below `configs` -> text."""
+    """Return the options, and the overrides of settings: dotted path below `configs` -> text."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
@@ -113,28 +113,19 @@ def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, dict[str, str
     return arguments, overrides
 
 
-def check_same_everywhere(
-    comm: Comm, flat_config: dict[str, Any], arguments: argparse.Namespace
-) -> None:
-    """Stop, on every rank, where ranks were given different settings, options or versions."""
-    options = {f"--{option}": value for option, value in vars(arguments).items()}
-    versions = {f"version of {name}": value for name, value in report.versions().items()}
-    refuse_differences(comm, {**flat_config, **options, **versions})
-
-
 def choose_device(wanted: str, comm: Comm) -> torch.device:
-    """Return this rank's device, and share the machine's cores among its ranks."""
+    """Return this rank's device; set it up, and divide the machine's cores among its ranks."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.local_size))
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        torch.set_flush_denormal(True)  # tiny gradients of a saturated LSTM take 20 times as long
+        torch.set_flush_denormal(True)  # or a saturated LSTM's tiny gradients take 20 times as long
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise SystemExit(
             "--devices gpu: torch sees no GPU; see launch/doctor, or use --devices cpu"
         )
-    torch.backends.cudnn.deterministic = True  # a resumed run must repeat what it would have done
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # likewise, of an LSTM
+    torch.backends.cudnn.deterministic = True  # so that a resumed run repeats itself
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same, for LSTMs
     device = torch.device("cuda", comm.local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

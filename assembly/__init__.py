@@ -1,5 +1,6 @@
-"""What lies between a run's description and the rooms that carry it out.
+"""Put a run together: build the parts that its description names, and hand them to each other.
 
-parts.py builds a run's parts from its config; memory_report.py makes a job of it whose memory is
-foretold. The one room that knows all others; only train.py imports it.
+parts.py builds the trainer, data.py its data, agreement.py refuses ranks that were given different
+things; memory_report.py has the memory of the run predicted. This is the one room that imports all
+others, and only train.py imports it.
 """

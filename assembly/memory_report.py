@@ -1,6 +1,6 @@
-"""--report memory: what a run takes, before it trains; a few real steps beside it; its rivals.
+"""train.py --report memory: predict the memory of a run, and measure a few real steps beside it.
 
-Owns: how a run's description becomes a job of the memory room.
+Turns the description of a run into a Job of the memory room, which predicts and compares.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import memory
-from assembly import parts
+from assembly import data, parts
 from configs.schema import Run
 from dgc.comm import Comm
 from engine.interfaces import Batch
@@ -33,14 +33,14 @@ def report_memory(
     memory_gib: float | None,
     num_steps: int,
 ) -> None:
-    """Tell what the run takes of memory, in tables, memory.json and memory.png. A collective.
+    """Report the memory that the run takes, in tables, memory.json and memory.png. A collective.
 
-    Args: memory_gib: for which the largest batches are looked for; None: not.
-        num_steps: real steps to measure, 2 or more; 0: predict only, without the memory of a run.
+    Args: memory_gib: report the largest batches that fit in so much; None: do not.
+        num_steps: real steps to measure, 2 or more; 0: only predict, which needs little memory.
     """
-    splits = parts.build_splits(run, comm)
+    splits = data.build_splits(run, comm)
     job = describe(run, comm, device, splits)
-    if comm.rank == 0 and num_steps:  # told first, in case the real steps do not fit
+    if comm.rank == 0 and num_steps:  # the prediction first, in case the real steps do not fit
         reporter.say(run_table(memory.predict(job), None))
     measured = None
     if num_steps:
@@ -54,14 +54,12 @@ def report_memory(
 
 
 def describe(run: Run, comm: Comm, device: torch.device, splits: Mapping[str, Any]) -> memory.Job:
-    """Return the run as the memory room sees it."""
+    """Return the run as a Job of the memory room."""
     train = run.train
 
     def make_batch(batch_size: int) -> Sequence[Tensor]:
         sized = dataclasses.replace(train, batch_size_per_rank=batch_size)
-        batches = parts.build_batches(
-            dataclasses.replace(run, train=sized), splits, comm, device
-        )
+        batches = data.build_batches(dataclasses.replace(run, train=sized), splits, comm, device)
         return next(batches["train"].start(0, 0, {}))
 
     return memory.Job(
@@ -83,7 +81,8 @@ def describe(run: Run, comm: Comm, device: torch.device, splits: Mapping[str, An
 
 
 def measure(trainer: Trainer, num_steps: int) -> memory.Measured:
-    """Run real steps, at the density after warm-up; nothing of them is kept. A collective."""
+    """Measure real steps at the density after warm-up; their results are thrown away. A collective.
+    """
     state, batches = trainer.state, endless(trainer)
     state.optimizer.set_epoch(trainer.run.train.num_epochs)
     others = () if state.averaged is None else tuple(state.averaged.parameters())
@@ -98,6 +97,7 @@ def measure(trainer: Trainer, num_steps: int) -> memory.Measured:
 
 
 def endless(trainer: Trainer) -> Iterator[Batch]:
+    """Yield the training batches of one epoch after another."""
     epoch = 0
     while True:
         yield from trainer.batches["train"].start(epoch, 0, {})

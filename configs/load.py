@@ -1,8 +1,7 @@
-"""Files + overrides -> one validated description of a run.
+"""Turn config files and overrides from the command line into one checked description of a run.
 
-Owns: the command line's `--configs`, the order in which files apply, the checks of names and types,
-the flat form of a configuration that is printed, compared between ranks, and stored.
-Config files are Python and run as such: use only files you trust.
+Also makes the flat form of a configuration, which is printed, compared between ranks and stored in
+checkpoints. Config files are Python and are executed: use only files that you trust.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ import hashlib
 import inspect
 import os
 import re
-import types
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,16 +19,18 @@ from typing import Any
 import fiddle as fdl
 import numpy
 import torch
-import typeguard
 
 from configs import modules
+from configs.checks import check_node
+from configs.errors import ConfigError
 from configs.schema import Run, default_run
 
 _PREFIX = "configs"
-# A run goes on the same if these change: where data lies, who loads it, how often state is saved.
+# Settings that do not change a run's numbers; a resumed run may have other values of them.
 _HARMLESS = ("configs.data.num_workers_per_rank", "configs.dataset.root", "configs.checkpoint.")
-# What a run did before there was the setting, where that is not None: older checkpoints lack it.
-_BEFORE = {
+# Settings that older checkpoints lack, with the value by which the runs of that time behave. Where
+# that value is None, the setting need not be listed.
+_IF_ABSENT = {
     "configs.train.precision": "float32",
     "configs.dgc.residual_dtype": "float32",
     "configs.dgc.velocity_dtype": "float32",
@@ -42,17 +41,13 @@ _BEFORE = {
 }
 
 
-class ConfigError(Exception):
-    """A configuration that cannot be run; the message names the setting and what is allowed."""
-
-
 def compose(files: Sequence[str | Path], overrides: Mapping[str, str]) -> fdl.Config[Run]:
     """Apply config files left to right, then overrides, to `default_run()`; check names and types.
 
-    A folder's own settings (`configure` in its `__init__.py`) come before its files', once.
-    Args:    overrides: dotted path below `configs` -> the value's text, read as a Python literal,
-             as true, false, none, or else as text.
-    Raises:  ConfigError.
+    `configure` of a folder's `__init__.py` is applied once, before that of the folder's first file.
+    Args:   overrides: dotted path below `configs` -> text of the value. The text is read as a
+                Python literal or as true, false or none; any other text stands for itself.
+    Raises: ConfigError.
     """
     modules.forget_labels()
     run = default_run()
@@ -67,12 +62,12 @@ def compose(files: Sequence[str | Path], overrides: Mapping[str, str]) -> fdl.Co
     for path, node in _buildables(run):
         for name, value in node.__arguments__.items():
             node.__arguments__[name] = _plain(value)
-        _check_node(path, node)
+        check_node(path, node)
     return run
 
 
 def build(run: fdl.Config[Run]) -> Run:
-    """Build the description; what its parts refuse becomes a ConfigError that names the setting."""
+    """Build the description, inner parts first; what a part refuses becomes a ConfigError."""
     built: dict[int, Any] = {}
     for path, node in reversed(list(_buildables(run))):
         if isinstance(node, fdl.Partial):
@@ -87,9 +82,9 @@ def build(run: fdl.Config[Run]) -> Run:
 
 
 def flatten(run: fdl.Config[Run]) -> dict[str, Any]:
-    """Return dotted path -> plain value for every setting, defaults too; a callable as its name.
+    """Return dotted path -> plain value for every setting, including defaults.
 
-    Two runs are configured alike if and only if their flat forms are equal.
+    Callables become their names. Two configurations are equal exactly if their flat forms are.
     """
     return {
         path: value if isinstance(value, (bool, int, float, str, type(None))) else _text(value)
@@ -98,13 +93,15 @@ def flatten(run: fdl.Config[Run]) -> dict[str, Any]:
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return a line for each setting that would change a run's numbers if it went on with it."""
+    """Return a line for each changed setting that would change the numbers of a resumed run.
+
+    A setting that is absent and one that is None are the same here.
+    """
 
     def matters(flat: Mapping[str, Any]) -> dict[str, Any]:
-        # None is also what a setting was before there was such a setting.
         return {
             path: value
-            for path, value in (_BEFORE | dict(flat)).items()
+            for path, value in (_IF_ABSENT | dict(flat)).items()
             if value is not None and not path.startswith(_HARMLESS)
         }
 
@@ -137,7 +134,10 @@ def run_name(files: Sequence[str | Path], world_size: int, suffix: str = "") -> 
 
 
 def _with_folders(file: Path) -> list[Path]:
-    """Return the `__init__.py` of each folder above a file that is part of a package, then it."""
+    """Return the `__init__.py` of each package that a file lies in, outermost first, then the file.
+
+    For a folder: only the `__init__.py` files, its own last.
+    """
     if file.is_dir():
         file = file / "__init__.py"
     if not file.is_file():
@@ -157,7 +157,7 @@ def _apply(path: Path, run: fdl.Config[Run]) -> None:
         raise ConfigError(f"{path} defines no function configure(run)")
     try:
         configure(run)
-    except AttributeError as error:  # Fiddle's message names the parameters that exist
+    except AttributeError as error:  # Fiddle's message names the unknown or unset parameter
         unknown = re.search(r"No parameter named '(\w+)'", str(error))
         names = [name for _, node in _buildables(run) for name in _parameter_names(node)]
         near = _nearest(unknown[1], names) if unknown else ""
@@ -204,40 +204,12 @@ def _parse(text: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return a setting with numpy's scalars as the Python values that they equal."""
+    """Return a setting in which numpy scalars are replaced by the Python values that they equal."""
     if isinstance(value, (numpy.generic, numpy.ndarray)) and value.ndim == 0:
         return value.item()
     if type(value) in (list, tuple):
         return type(value)(_plain(item) for item in value)
     return {_plain(k): _plain(v) for k, v in value.items()} if type(value) is dict else value
-
-
-def _check_node(path: str, node: fdl.Buildable) -> None:
-    """Check the arguments of one callable: each of its type, and those without a default there."""
-    target = fdl.get_callable(node)
-    hints = _type_hints(target)
-    for name, value in node.__arguments__.items():
-        if isinstance(value, fdl.Buildable) or name not in hints:
-            continue
-        allowed = _annotation_text(hints[name])
-        try:
-            if isinstance(value, bool) and hints[name] in (int, float):
-                raise typeguard.TypeCheckError("is a bool")
-            typeguard.check_type(value, hints[name])
-        except typeguard.TypeCheckError as error:
-            raise ConfigError(
-                f"{path}.{name} is {value!r} ({type(value).__name__}); allowed: {allowed}"
-            ) from error
-    if isinstance(node, fdl.Partial):
-        return
-    for name, parameter in inspect.signature(target).parameters.items():
-        variadic = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-        unset = name not in node.__arguments__
-        if parameter.default is inspect.Parameter.empty and unset and not variadic:
-            raise ConfigError(
-                f"{path}.{name} is not set ({_annotation_text(hints.get(name, Any))}); "
-                f"list a config file that sets it, such as configs/digits/resnet20.py"
-            )
 
 
 def _buildables(node: Any, path: str = _PREFIX) -> Iterator[tuple[str, fdl.Buildable]]:
@@ -264,12 +236,12 @@ def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _text(value: Any) -> str:
-    """Return a value as text that is the same in every process."""
+    """Return a text for a value; it is the same in every process."""
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{modules.label(value.__module__)}.{value.__qualname__}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_text(item) for item in value)}]"
-    if isinstance(value, (torch.Tensor, numpy.ndarray)):  # repr rounds, and leaves out
+    if isinstance(value, (torch.Tensor, numpy.ndarray)):  # repr would round, and omit elements
         items = repr(value.tolist())
         if len(items) > 200:
             items = f"SHA-256 {hashlib.sha256(items.encode()).hexdigest()[:16]}"
@@ -288,21 +260,6 @@ def _parameter_names(node: fdl.Buildable) -> list[str]:
     parameters = inspect.signature(fdl.get_callable(node)).parameters.values()
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     return [*named, *(name for name in node.__arguments__ if name not in named)]
-
-
-def _type_hints(target: Any) -> dict[str, Any]:
-    """Return a callable's parameter types; none where its annotations cannot be read."""
-    function = target.__init__ if isinstance(target, type) else target
-    if isinstance(function, types.WrapperDescriptorType):
-        return {}
-    try:
-        return typing.get_type_hints(function)
-    except (NameError, TypeError):
-        return {}
-
-
-def _annotation_text(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

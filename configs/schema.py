@@ -1,8 +1,9 @@
-"""The typed description of a run: every setting, its type, its unit and why it is there.
+"""The typed description of a run: every setting, with its type, its unit and its purpose.
 
-A config file fills in a tree of these with Fiddle (`fdl.Config`), and `fdl.Partial`s where a
-callable of torch or torchvision goes; `configs.load` checks the tree and builds a `Run` from it.
-Values only: importing this touches neither Horovod nor a GPU.
+A config file sets values in a tree of these classes, as `fdl.Config` of Fiddle. Where a setting is
+a callable, such as an optimizer, it is a `fdl.Partial` with the callable's own settings.
+`configs.load` checks the tree and builds a `Run` from it. The description holds values only:
+importing this module touches neither Horovod nor a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from dgc.compression import Compression
 
 
 def _require(owner: object, **conditions: tuple[bool, str]) -> None:
-    """Raise ValueError for the first setting whose condition is false, with what is allowed."""
+    """Raise ValueError for the first setting whose condition is false.
+
+    Types, and the values of a Literal, are checked by typeguard (configs.checks); ranges are
+    checked here, because its messages would not say what is allowed.
+    Args: conditions: name of the setting -> (whether its value is allowed, what is allowed).
+    """
     for name, (holds, allowed) in conditions.items():
         if not holds:
             raise ValueError(f"{name} is {getattr(owner, name)!r}; allowed: {allowed}")
@@ -26,13 +32,13 @@ def _require(owner: object, **conditions: tuple[bool, str]) -> None:
 
 @dataclass(kw_only=True)
 class Data:
-    """How samples reach a rank."""
+    """How a rank's samples are loaded."""
 
     num_workers_per_rank: int = 2
-    """Loader processes beside each rank; 0 loads in the rank itself."""
+    """Loader processes for each rank; with 0 the rank loads its samples itself."""
     samples_per_epoch: int | None = None
-    """Train on this many samples an epoch, drawn anew each time, over all ranks; None: on all.
-    For a look at a large set."""
+    """Samples of an epoch, over all ranks, drawn anew for each epoch; None: the whole data set.
+    Useful for a first look at a large data set."""
 
     def __post_init__(self) -> None:
         _require(
@@ -47,52 +53,53 @@ class Data:
 
 @dataclass(kw_only=True)
 class Train:
-    """What is optimized, how, and for how long."""
+    """How the model is trained, and for how long."""
 
     num_epochs: int
     batch_size_per_rank: int
     """Samples of one micro-batch on one rank."""
     optimizer: Callable[..., torch.optim.Optimizer]
-    """Any torch optimizer, as fdl.Partial; its lr is that of one micro-batch on one rank."""
+    """Any torch optimizer, as fdl.Partial. Its lr is the rate for one micro-batch on one rank."""
     micro_batches_per_step: int = 1
-    """Gradients are accumulated over this many; the global batch is
+    """Micro-batches whose gradients are accumulated for a step; the global batch is
     batch_size_per_rank * micro_batches_per_step * world_size."""
     eval_batch_size_per_rank: int = 256
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of forward and loss, by torch.autocast; parameters stay in float32. float16 scales the loss,
-    and skips a step where it overflows. Evaluation likewise."""
+    """Of forward and loss, by torch.autocast, in training and evaluation; parameters stay in
+    float32. With float16 the loss is scaled, and a step whose gradients overflow is undone."""
     loss: Callable[..., torch.nn.Module] = torch.nn.CrossEntropyLoss
-    """Of classification; other tasks have theirs."""
+    """The loss of a classification. Other tasks have their own."""
     scheduler: Callable[..., torch.optim.lr_scheduler.LRScheduler] | None = None
-    """Any torch scheduler, as fdl.Partial; it starts when the warm-up ends. A length that it asks
-    for (T_max, total_iters, total_steps) and that is not set is filled in with the rest of the
-    run. A ReduceLROnPlateau looks at best_metric after each epoch."""
+    """Any torch scheduler, as fdl.Partial; it starts when the warm-up ends. If it takes a length
+    (T_max, total_iters, total_steps) and none is set, the length of the rest of the run is filled
+    in. A ReduceLROnPlateau is given best_metric after each epoch."""
     schedule_lr_per: Literal["epoch", "step"] = "epoch"
     """How often the scheduler moves."""
     lr_warmup_epochs: float = 5
-    """The rate rises linearly, step by step, from lr to its scaled value."""
+    """Epochs in which the rate rises linearly, step by step, from lr to its scaled value."""
     scale_lr_by_workers: bool = True
     """Multiply lr by world_size * micro_batches_per_step (Goyal et al. 2017, arXiv:1706.02677)."""
     polyak_decay: float | None = None
-    """Evaluate an average of the parameters in which, each step, the old has this weight (less in
-    the first steps; torch's AveragedModel). None: no average."""
+    """If set, an average of the parameters is evaluated: in each step, average <- polyak_decay *
+    average + (1 - polyak_decay) * parameters (in the first steps the average has less weight)."""
     clip_norm: float | None = None
-    """Bound of the 2-norm of the mean gradient, all tensors together. In a sparse exchange each
-    worker clips its own instead, as dgc.clip_norm says, which this sets if it is None. None: no
-    clipping."""
+    """Bound of the 2-norm of the mean gradient, over all tensors; None: no clipping. In a sparse
+    exchange each worker clips its own gradient instead, by dgc.clip_norm, which takes the value
+    given here if it is None itself."""
     weight_decay_on_batch_norm: bool = True
-    """False: the scales and shifts of normalization layers are not decayed."""
+    """False: the scales and shifts of normalization layers have no weight decay."""
     param_groups: Mapping[str, Mapping[str, Any]] | None = None
-    """Settings of the optimizer for parameters by pattern of their names, e.g.
-    {"recurrent.*": {"second_moment": "full"}}; a parameter belongs to the first that matches."""
+    """Settings of the optimizer for some parameters: pattern of their names -> settings, e.g.
+    {"recurrent.*": {"second_moment": "full"}}. The first pattern that matches a name counts."""
     top_k: Sequence[int] = (1, 5)
-    """Accuracies reported of a classification: the label is among the k best."""
+    """The values of k for which a classification reports how often the label is among the k best
+    classes."""
     best_metric: str = "acc/test_top1"
-    """The metric whose best epoch is kept for --evaluate: of losses and perplexities the smallest,
-    of others the largest."""
+    """The checkpoint of the epoch that is best by this metric is kept for --evaluate. Of losses and
+    perplexities the smallest value is best, of other metrics the largest."""
     bucket_mib: float = 16.0
-    """MiB of float32 gradient that leave together, at least: smaller starts earlier, larger makes
-    fewer messages."""
+    """Least size of a bucket, in MiB of float32 gradient; a bucket is sent as one message. Small
+    buckets are sent earlier, large ones make fewer messages."""
 
     def __post_init__(self) -> None:
         _require(
@@ -101,11 +108,7 @@ class Train:
             batch_size_per_rank=(self.batch_size_per_rank >= 1, "1 or more"),
             eval_batch_size_per_rank=(self.eval_batch_size_per_rank >= 1, "1 or more"),
             micro_batches_per_step=(self.micro_batches_per_step >= 1, "1 or more"),
-            precision=(
-                self.precision in ("float32", "bfloat16", "float16"),
-                "float32, bfloat16, float16",
-            ),
-            schedule_lr_per=(self.schedule_lr_per in ("epoch", "step"), "epoch, step"),
+
             polyak_decay=(
                 self.polyak_decay is None or 0 <= self.polyak_decay < 1,
                 "None or from 0 to below 1",
@@ -119,13 +122,14 @@ class Train:
 
 @dataclass(kw_only=True)
 class Checkpoint:
-    """How often the whole state is saved, and how much of it is kept."""
+    """How often a checkpoint is written, and how many are kept."""
 
     every_epochs: int = 1
     every_steps: int | None = None
-    """Also within an epoch, after so many steps; None: not. For epochs that take hours."""
+    """Write one also within an epoch, after every so many steps of the run, for epochs that take
+    hours; None: only at the ends of epochs."""
     keep: int = 2
-    """Checkpoints kept beside the best one."""
+    """Newest checkpoints that are kept, besides the best one."""
 
     def __post_init__(self) -> None:
         _require(
@@ -138,14 +142,14 @@ class Checkpoint:
 
 @dataclass(kw_only=True)
 class Run:
-    """One run. The callables are built when the job has started, so that a config stays values."""
+    """One run. Its callables are first called when the job has started."""
 
     model: Callable[..., torch.nn.Module]
-    """Arguments that it takes and that are not set are filled in with what the dataset knows of
-    itself (num_words, word_counts)."""
+    """Makes the model. Arguments that it takes and that are not set, such as num_words, are filled
+    in from the `facts` of the dataset, if it has them."""
     dataset: Callable[[], Mapping[str, Any]]
     """Returns {"train": ..., "valid" or "test" or both: ...}: datasets of (input, label) samples,
-    or splits that cut their batches themselves (workloads.text)."""
+    or splits that make their own batches (workloads.text)."""
     train: Train
     data: Data
     checkpoint: Checkpoint
@@ -155,11 +159,12 @@ class Run:
     dgc: Compression | None = None
     """Deep Gradient Compression; None: a dense all-reduce."""
     seed: int = 42
-    """Of the initial parameters, the order of samples, their augmentation, and the selection."""
+    """Seeds the initial parameters, the order of samples, their augmentation, and the stochastic
+    rounding of the exchange."""
 
 
 def default_run() -> fdl.Config[Run]:
-    """Return the tree that config files start from: everything that has a default."""
+    """Return the tree that config files start from, in which the defaults are set."""
     optimizer = fdl.Partial(torch.optim.SGD, momentum=0.9)
     return fdl.Config(
         Run,

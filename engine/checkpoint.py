@@ -5,12 +5,12 @@
     checkpoints/step-00000440.json                 names, sizes and SHA-256 of the above, and of
                                                    the shared part of the best step so far
 
-Every file is written under a temporary name, hashed on the way, flushed to disk and renamed; the
-manifest comes last, so a checkpoint is either whole or not there. Neither writing nor reading a
-part copies its tensors, or passes over the file twice. Parts hold tensors and plain values only and
-load with `weights_only=True`; what this would refuse is refused before a file is written. Each rank
-reads and writes its own part where it runs: hosts need not share a disk, as long as a rank comes
-back to its own.
+Every file is written under a temporary name, hashed while it is written, flushed to disk and then
+renamed. The manifest comes last, so a checkpoint is either complete or does not exist. Writing or
+reading a part neither copies its tensors nor passes over the file twice. Parts hold tensors and
+plain values only, so that `torch.load(weights_only=True)` reads them; a value that it would refuse
+is refused before any file is written. Each rank reads and writes its own part on the host where it
+runs. Hosts need not share a disk, as long as a resumed rank runs on the host that it ran on before.
 """
 
 from __future__ import annotations
@@ -22,20 +22,23 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from engine import hashed_files
-from engine.interfaces import Comm
+from engine.interfaces import Collectives
 from engine.plain import plain
 
 _MANIFEST_KEYS = {"step", "world_size", "parts", "best"}
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be used; the message says which, why, and what to do."""
+    """A checkpoint cannot be used; the message says which one, why, and what to do."""
 
 
 class CheckpointFolder:
-    """The checkpoints of one run, as one rank sees them. All methods are collectives but `read`."""
+    """The checkpoints of one run, as one rank sees them.
 
-    def __init__(self, folder: Path, comm: Comm, keep: int = 2) -> None:
+    All methods except `read` are collectives: every rank must call them.
+    """
+
+    def __init__(self, folder: Path, comm: Collectives, keep: int = 2) -> None:
         self._folder, self._comm, self._keep = folder, comm, keep
         self._best: dict[str, Any] = {}  # file name -> size and checksum of the best shared part
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,9 +46,9 @@ class CheckpointFolder:
     def save(
         self, step: int, shared: dict[str, Any], worker: dict[str, Any], *, is_best: bool
     ) -> None:
-        """Write a checkpoint of `step`, then drop the oldest ones beyond `keep` and the best.
+        """Write a checkpoint of `step`, then delete all but the newest `keep` and the best one.
 
-        Raises: CheckpointError, before any file changes, for what could not be read again.
+        Raises: CheckpointError, before any file changes, if a value could not be read back.
         """
         name = f"step-{step:08d}"
         shared, worker = readable(shared, "shared"), readable(worker, "worker")
@@ -67,12 +70,14 @@ class CheckpointFolder:
         self._remove_old()
 
     def load_latest(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """Return the newest whole checkpoint's shared part and this rank's, or None if none is.
+        """Return the shared part and this rank's part of the newest checkpoint that is complete.
 
-        Rank 0 names the candidates, newest first; the first that every rank can read is taken. Of
-        it rank 0 sends the shared part, tensor by tensor: beside what is returned a rank needs
-        memory for 64 MiB, or for what in the part is not a tensor.
-        Raises: CheckpointError if it was written by another number of ranks, or none can be read.
+        Rank 0 names the candidates, newest first, and the first one that every rank can read is
+        taken. Rank 0 then sends its shared part tensor by tensor, so that a rank needs little
+        memory beyond the result: 64 MiB, or as much as the values that are not tensors.
+        Returns: None if the folder has no checkpoint.
+        Raises: CheckpointError if the checkpoint was written by another number of ranks, or if
+            there are checkpoints and none of them can be read.
         """
         manifests = self._comm.broadcast_object(self._list_manifests())
         complaints = []
@@ -96,7 +101,7 @@ class CheckpointFolder:
         return None
 
     def load_best(self, without: Collection[str] = ()) -> dict[str, Any]:
-        """Return the shared part of the best checkpoint, rank 0's, but for keys `without`."""
+        """Return the shared part of rank 0's best checkpoint, except for the keys in `without`."""
         result: Any = None
         if self._comm.rank == 0:
             try:
@@ -114,7 +119,7 @@ class CheckpointFolder:
         return result
 
     def read(self, name: str, part: dict[str, Any]) -> dict[str, Any]:
-        """Read one part, whose size and checksum must be those of the manifest."""
+        """Read one part; its size and checksum must be those that the manifest gives."""
         path = self._folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is not there")
@@ -123,7 +128,7 @@ class CheckpointFolder:
             raise CheckpointError(f"{path} has {size} bytes, not {part['bytes']}")
         try:
             content, error, sha256 = hashed_files.load(path)
-        except OSError as broken:  # a disk that does not give it back
+        except OSError as broken:  # the disk fails
             raise CheckpointError(f"{path} cannot be read ({broken})") from broken
         if sha256 != part["sha256"]:
             raise CheckpointError(f"{path} is not what was written: its SHA-256 differs")
@@ -133,7 +138,10 @@ class CheckpointFolder:
         return content
 
     def _try(self, manifest: dict[str, Any]) -> tuple[list[Any], str | None]:
-        """Read this rank's parts, rank 0's shared one first; return them, or what is wrong."""
+        """Read this rank's parts (on rank 0 the shared one first).
+
+        Returns: the parts and None, or no parts and what is wrong.
+        """
         name, rank, world_size = (
             f"step-{manifest['step']:08d}",
             self._comm.rank,
@@ -159,7 +167,7 @@ class CheckpointFolder:
             )
 
     def _list_manifests(self) -> list[dict[str, Any]]:
-        """Return the manifests that can be read, newest first."""
+        """Return the manifests that can be read, newest first; print which ones cannot."""
         manifests = []
         for path in sorted(self._folder.glob("step-*.json"), reverse=True):
             try:
@@ -177,7 +185,7 @@ class CheckpointFolder:
         return {"bytes": path.stat().st_size, "sha256": sha256}
 
     def _remove_old(self) -> None:
-        """Rank 0 drops old manifests; then each rank drops its parts that none names any more."""
+        """Delete old manifests (rank 0), then this rank's files that no manifest names any more."""
         if self._comm.rank == 0:
             for path in sorted(self._folder.glob("step-*.json"))[: -self._keep]:
                 path.unlink()
@@ -200,9 +208,9 @@ class CheckpointFolder:
 
 
 def readable(content: dict[str, Any], part: str) -> dict[str, Any]:
-    """Return a part of a checkpoint as it will be read; see engine.plain.
+    """Return a part of a checkpoint in the form in which it will be read; see engine.plain.
 
-    Raises: CheckpointError for what could not be read.
+    Raises: CheckpointError if it holds a value that could not be read.
     """
     try:
         return plain(content, part)
@@ -211,8 +219,9 @@ def readable(content: dict[str, Any], part: str) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> Any:
-    """Write a file so that, whenever the machine stops, the old one or the new one is there.
+    """Replace a file so that, whenever the machine stops, either the old or the new one is there.
 
+    Args:    write: writes the new content to the open file that it is given.
     Returns: what `write` returned.
     """
     temporary = path.with_name(f"{path.name}.tmp")

@@ -1,4 +1,4 @@
-"""Arguments that a callable asks for by name, and that nobody has set."""
+"""Fill in arguments that a callable takes and that the config has not set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def fill_in(make: Callable[..., Any], offered: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return `make` with those of the offered arguments that it takes and that it was not given."""
+    """Return `make` with every offered argument that it takes and has not been given yet."""
     given = getattr(make, "keywords", {})
     asked = inspect.signature(getattr(make, "func", make)).parameters
     return functools.partial(

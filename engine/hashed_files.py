@@ -1,7 +1,8 @@
-"""torch.save and torch.load that hash the file's bytes as these pass, each once.
+"""torch.save and torch.load that compute the SHA-256 of the file in the same pass over its bytes.
 
-Hashing goes on beside writing and reading, on a thread of its own, and copies nothing. SHA-256 does
-1.7 GiB/s on a core that has instructions for it: less than some disks.
+A second thread hashes while the first writes or reads, and nothing is copied for it. The thread is
+worth having because SHA-256 reaches only 1.7 GiB/s on a core that has instructions for it, which is
+less than some disks.
 """
 
 from __future__ import annotations
@@ -18,39 +19,40 @@ import numpy
 import torch
 from torch.utils._pytree import tree_leaves
 
-_PIECE_BYTES = 2**18  # is worth another thread
-_LARGEST_GAP_BYTES = 2**16  # between two tensors of a file there are some hundred
+_PIECE_BYTES = 2**18  # smaller pieces are gathered: handing them to the thread would cost more
+_LARGEST_GAP_BYTES = 2**16  # torch leaves some hundred bytes between two tensors of a file
 
 
 def save(content: Any, file: BinaryIO) -> str:
-    """Write content as torch.save does; return the SHA-256 of what was written, as hex digits."""
+    """Write content as torch.save does; return the SHA-256 of the bytes written, in hex digits."""
     with closing(_HashedWriter(content, file)) as hashed:
         torch.save(content, hashed)
         return hashed.hash.hexdigest()
 
 
 def load(path: Path) -> tuple[Any, Exception | None, str]:
-    """Read a file of `save`, tensors to the CPU, by torch.load(weights_only=True).
+    """Read a file that `save` wrote, with torch.load(weights_only=True), tensors to the CPU.
 
-    Returns: the content, or None and what torch.load raised; the SHA-256 of the whole file.
+    Returns: (content, None, hash), or (None, the exception of torch.load, hash); the hash is the
+        SHA-256 of the whole file.
     """
     with closing(_HashedReader(path)) as hashed:
         try:
             content, error = torch.load(hashed, map_location="cpu", weights_only=True), None
-        except Exception as raised:  # of many kinds
+        except Exception as raised:  # a damaged file makes torch.load raise many kinds
             content, error = None, raised
         return content, error, hashed.hexdigest()
 
 
 class _Hash:
-    """SHA-256 of pieces in order, on a thread of its own."""
+    """SHA-256 of pieces in the order in which they are added, computed on a thread of its own."""
 
     def __init__(self) -> None:
         self._sha256, self._thread = hashlib.sha256(), ThreadPoolExecutor(1)
         self._small, self._last = bytearray(), None
 
     def add(self, piece: memoryview) -> None:
-        """Hash a piece, which must stay as it is until `wait` has returned."""
+        """Hash a piece; the caller must not change its memory until `wait` has returned."""
         if piece.nbytes < _PIECE_BYTES:
             self._small += piece
         if len(self._small) >= _PIECE_BYTES or piece.nbytes >= _PIECE_BYTES:
@@ -75,10 +77,11 @@ class _Hash:
 
 
 class _HashedWriter:
-    """What torch.save writes to; it never seeks.
+    """The file that torch.save writes to (it never seeks).
 
-    The hash may lag behind in what is the content's own memory, and so stays until all is written;
-    copies of what is on a device, and the zip file's directory, do not.
+    Pieces that lie in the content's own CPU tensors stay unchanged until everything is written, so
+    the hash may lag behind the writing. Other pieces (copies of tensors on a device, the directory
+    of the zip file) are freed after `write`, so `write` waits until they are hashed.
     """
 
     def __init__(self, content: Any, file: BinaryIO) -> None:
@@ -105,9 +108,10 @@ class _HashedWriter:
 
 
 class _HashedReader(io.RawIOBase):
-    """What torch.load reads from: the file's end first, then one tensor after the other.
+    """The file that torch.load reads from: first the file's end, then one tensor after another.
 
-    What is read where the hash has come to is hashed; whatever is left then is read for that alone.
+    A piece is hashed while it is read if it continues where the hash has arrived. `hexdigest` then
+    reads what has not been hashed yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -148,12 +152,12 @@ class _HashedReader(io.RawIOBase):
         self._file.close()
         super().close()
 
-    def _take(self, piece: memoryview, place: int) -> None:
-        """Hash what of a piece of the file is next, and the few bytes before it."""
-        ahead = place - self._num_hashed
+    def _take(self, piece: memoryview, offset: int) -> None:
+        """Hash the unhashed part of a piece at an offset of the file, and a small gap before it."""
+        ahead = offset - self._num_hashed
         if ahead > _LARGEST_GAP_BYTES or ahead + len(piece) <= 0:
             return
         if ahead > 0:
             self._hash.add(memoryview(os.pread(self._file.fileno(), ahead, self._num_hashed)))
         self._hash.add(piece[max(0, -ahead) :])
-        self._num_hashed = place + len(piece)
+        self._num_hashed = offset + len(piece)

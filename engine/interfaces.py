@@ -1,4 +1,7 @@
-"""What the engine asks of what it is handed: a task, its batches, collectives, an optimizer."""
+"""What the engine asks of the parts that it is handed, as protocols.
+
+The parts are a run's settings, its task, its batches, the collectives and the optimizer.
+"""
 
 from __future__ import annotations
 
@@ -9,52 +12,86 @@ from torch import Tensor, nn
 
 Batch = Sequence[Tensor]
 Carried = Any
-"""What the next batch's forward goes on from (a recurrent network's state): tensors in tuples,
-without gradients; None at the start of an epoch, and for tasks that carry nothing."""
+"""State that the forward pass of one batch hands to that of the next, such as the state of a
+recurrent network: tensors in tuples, without gradients. None at the start of an epoch, and for
+tasks that carry no state."""
+
+
+class TrainSettings(Protocol):
+    """The engine's part of configs.schema.Train, which says what each setting means."""
+
+    num_epochs: int
+    micro_batches_per_step: int
+    precision: str
+    clip_norm: float | None
+    best_metric: str
+
+
+class CheckpointSettings(Protocol):
+    """See configs.schema.Checkpoint."""
+
+    every_epochs: int
+    every_steps: int | None
+    keep: int
+
+
+class RunSettings(Protocol):
+    """The engine's part of configs.schema.Run."""
+
+    train: TrainSettings
+    checkpoint: CheckpointSettings
+    seed: int
+    dgc: Any
+    """None: gradients are exchanged densely."""
 
 
 class Task(Protocol):
-    """What a model is trained for: what a batch costs, and what is told of many."""
+    """What a model is trained for: the loss of a batch, and the metrics of many batches."""
 
     num_sums: int
 
     def __call__(
         self, model: nn.Module, batch: Batch, carried: Carried
     ) -> tuple[Tensor, Tensor, Carried]:
-        """Return the mean loss, (num_sums,) float64 sums over the batch, and what goes on.
+        """Return the mean loss, (num_sums,) float64 sums over the batch, and the carried state.
 
-        Sums of several batches, and of all ranks, are added; they carry no gradient.
+        The sums carry no gradient. The engine adds up those of several batches, and of all ranks.
         """
 
     def metrics(self, sums: Sequence[float], split: str) -> dict[str, float]:
-        """Return metrics of a split ("train", "valid", "test") by name. Those whose names begin
-        with "loss" or "perplexity" are better the smaller, others the larger."""
+        """Return the metrics of a split ("train", "valid", "test") by name.
+
+        Of metrics whose names begin with "loss" or "perplexity" the smaller value is better, of
+        others the larger.
+        """
 
 
 class Batches(Protocol):
-    """One rank's batches of one split, the same number on all ranks."""
+    """One rank's batches of one split; all ranks have the same number of them."""
 
     num_batches: int
-    """Of an epoch."""
+    """Batches of an epoch."""
     samples_per_batch: int
-    """On this rank; what a sample is, the split says: an image, or a text of so many words."""
+    """On this rank. A sample is what the split says: an image, or a text of so many words."""
 
     def start(self, epoch: int, first: int, position: Mapping[str, Any]) -> Iterator[Batch]:
-        """Yield the batches of an epoch from number `first` on.
+        """Yield the batches of an epoch, beginning with number `first`.
 
-        position: what `position` was when batch first - 1 had been handed out; {} if first is 0.
+        Args: position: what `position()` returned after batch first - 1; {} if first is 0.
         """
 
     def position(self) -> dict[str, Any]:
-        """Return, as tensors and plain values, where the next batch begins; {} where that follows
-        from the epoch and the number of the batch."""
+        """Return where the next batch begins, as tensors and plain values.
+
+        {} if that follows from the epoch and the number of the batch.
+        """
 
 
 class Split(Protocol):
-    """A data set that cuts its batches itself; others are loaded sample by sample."""
+    """A data set that makes its own batches. Other data sets are loaded sample by sample."""
 
     facts: Mapping[str, Any]
-    """What a model may ask for by the names of its arguments, e.g. num_words."""
+    """Values for arguments of the model that have these names, e.g. num_words."""
 
     def batches(
         self,
@@ -66,19 +103,18 @@ class Split(Protocol):
         is_training: bool,
         samples_per_epoch: int | None,
     ) -> Batches:
-        """Return a rank's batches. Raises: ValueError if an epoch holds less than one."""
+        """Return a rank's batches. Raises: ValueError if an epoch has less than one batch."""
 
 
 class Handle(Protocol):
     def wait(self) -> Tensor: ...
 
 
-class Comm(Protocol):
-    """Collectives of one rank; all ranks call them alike. See dgc.comm."""
+class Collectives(Protocol):
+    """The collectives that the engine calls, on all ranks in the same order. See dgc.comm."""
 
     rank: int
     world_size: int
-    local_rank: int
 
     def all_reduce_async(self, tensor: Tensor, name: str) -> Handle: ...
     def broadcast(self, tensor: Tensor, name: str) -> None: ...
@@ -88,7 +124,7 @@ class Comm(Protocol):
 
 
 class StepStats(Protocol):
-    """What one rank sent in a step, and the seconds of each phase of it."""
+    """What one rank sent in a step, and the seconds that each phase of the step took."""
 
     payload_bytes: int
     bytes_by_kind: Mapping[str, int]
@@ -97,7 +133,7 @@ class StepStats(Protocol):
     num_selected: int
     num_selectable: int
     skipped: str | None
-    """Why the step was undone on all ranks; None: it was not."""
+    """Why the step was undone on all ranks; None if it was not."""
     seconds: Mapping[str, float]
 
 
@@ -109,21 +145,21 @@ class ExchangingOptimizer(Protocol):
     stats: StepStats
 
     def set_epoch(self, epoch: int) -> float:
-        """Set and return the density of an epoch."""
+        """Set the density for an epoch, and return it."""
 
     def explain(self) -> str:
-        """Return a table of what is sent how."""
+        """Return a table that says how each bucket of gradients is sent."""
 
     def zero_grad(self) -> None: ...
     def clip_grad_norm_(self, max_norm: float) -> Any:
-        """Bound the norm of the mean gradient over ranks, where gradients travel densely."""
+        """Bound the norm of the gradient averaged over ranks, in a dense exchange."""
 
     def step(self) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
     def worker_state_dict(self) -> dict[str, Any]:
-        """What only this rank has."""
+        """Return the state that only this rank has."""
 
     def load_worker_state_dict(self, state: dict[str, Any]) -> None: ...
     def worker_state_bytes(self) -> dict[str, int]:
-        """Bytes this rank keeps between steps, by kind."""
+        """Return the bytes that this rank keeps between steps, by kind."""

@@ -1,6 +1,6 @@
-"""The loop of a run: resume, train by epochs, evaluate, compare replicas, save, report.
+"""The loop of a run: resume, train epoch by epoch, evaluate, compare replicas, save, report.
 
-Refuses to go on when replicas differ. All ranks run the same loop; only their reporter differs.
+Stops the run when replicas differ. All ranks run the same loop; only rank 0's reporter speaks.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +18,30 @@ from tqdm import tqdm
 
 from engine import report
 from engine.checkpoint import CheckpointError, CheckpointFolder, readable
-from engine.interfaces import Batch, Batches, Carried, Comm, Task
-from engine.meters import Sums, add_seconds, timed
+from engine.interfaces import Batch, Batches, Carried, Collectives, RunSettings, Task
+from engine.meters import Stopwatch, Sums, add_seconds
 from engine.precision import autocast
-from engine.replicas import agreed_hash, refuse_writes
+from engine.replicas import agreed_hash, average_batch_statistics, refuse_writes
 from engine.sampling import seed_all
 from engine.state import RunState
 
-if TYPE_CHECKING:
-    from configs.schema import Run
-
 
 class Trainer:
-    """One rank's run. Everything it uses is handed to it, built."""
+    """One rank's run, made of parts that assembly.parts builds.
+
+    Args:
+        batches: split -> batches; the splits other than "train" are evaluated.
+        flat_config, data_facts: the settings and facts of the data that a checkpoint stores.
+        config_changes: takes stored and present settings (or facts) and returns a line for each
+            one whose change would change the run's numbers.
+    """
 
     def __init__(
         self,
-        run: Run,
+        run: RunSettings,
         state: RunState,
         *,
-        comm: Comm,
+        comm: Collectives,
         task: Task,
         batches: dict[str, Batches],
         folder: Path,
@@ -48,18 +52,17 @@ class Trainer:
         reporter: report.Reporter | report.SilentReporter,
     ) -> None:
         self.run, self.state, self.comm, self.task = run, state, comm, task
-        self.batches = batches  # by split; those other than "train" are evaluated
-        self.flat_config, self.reporter = flat_config, reporter
+        self.batches, self.flat_config, self.reporter = batches, flat_config, reporter
         self._data_facts = data_facts
         self.checkpoints = CheckpointFolder(folder / "checkpoints", comm, run.checkpoint.keep)
         self.steps_per_epoch, self._config_changes = steps_per_epoch, config_changes
-        self.density, self._told_plan = 1.0, ""
-        self._watched: set[bool] = set()  # whether training or not: forward passes of this epoch
+        self.density, self._last_explanation = 1.0, ""
+        self._watched: set[bool] = set()  # model.training of the passes watched in this epoch
 
     def train(self) -> None:
-        """Take up the newest checkpoint, run what is left of the run, write result.json."""
+        """Take up the newest checkpoint, train what is left of the run, write result.json."""
         self._resume()
-        readable(self.state.shared(), "shared")  # rather now than after an epoch
+        readable(self.state.shared(), "shared")  # refuse now rather than after an epoch
         readable(self.state.worker(), "worker")
         self.reporter.start(self.state.progress.examples, self.flat_config)
         first_epoch = self.state.progress.epoch
@@ -74,7 +77,7 @@ class Trainer:
         self.reporter.close()
 
     def evaluate(self) -> dict[str, float]:
-        """Return the task's metrics over the whole of each split but train, over all ranks."""
+        """Return the task's metrics, over all ranks, of every split except "train"."""
         model, metrics = self.state.evaluated(), {}
         model.eval()
         for split, batches in self.batches.items():
@@ -93,7 +96,7 @@ class Trainer:
         return total
 
     def _metrics(self, sums: list[float], split: str) -> dict[str, float]:
-        """Return the task's metrics as plain numbers, whatever it computes with."""
+        """Return the task's metrics as plain numbers, also where it returns tensors."""
         return {name: float(value) for name, value in self.task.metrics(sums, split).items()}
 
     def evaluate_best(self) -> dict[str, float]:
@@ -102,13 +105,13 @@ class Trainer:
         return self.evaluate()
 
     def _resume(self) -> None:
-        """Take up the newest checkpoint, if there is one; else agree on rank 0's model."""
+        """Take up the newest checkpoint; without one, give all ranks the model of rank 0."""
         loaded = self.checkpoints.load_latest()
         if loaded is None:
-            torch.manual_seed(self.run.seed + self.comm.rank)  # ranks drop out different units
+            torch.manual_seed(self.run.seed + self.comm.rank)  # so that dropout differs by rank
             seed_all(self.run.seed + self.comm.rank)
             for name, tensor in self.state.model.state_dict().items():
-                if torch.is_tensor(tensor):  # a module's extra state may be anything
+                if torch.is_tensor(tensor):  # the extra state of a module may be anything
                     self.comm.broadcast(tensor, f"initial.{name}")
             return
         shared, worker = loaded
@@ -145,15 +148,17 @@ class Trainer:
                 self._save(is_best=False)
 
     def _set_density(self) -> None:
-        """Set the epoch's density; say how it is sent, when that changes."""
+        """Set the epoch's density; when that changes the exchange, print how buckets are sent."""
         self.density = self.state.optimizer.set_epoch(self.state.progress.epoch)
-        plan = self.state.optimizer.explain()
-        if plan != self._told_plan:
-            self.reporter.say(f"density {self.density:.3g}, the exchange as planned:\n{plan}")
-        self._told_plan = plan
+        explanation = self.state.optimizer.explain()
+        if explanation != self._last_explanation:
+            self.reporter.say(
+                f"density {self.density:.3g}, the exchange as planned:\n{explanation}"
+            )
+        self._last_explanation = explanation
 
     def _progress_bar(self) -> Iterator[int]:
-        """Iterate over the steps that are left of this epoch, with a bar on rank 0."""
+        """Iterate over the steps left in this epoch, with a progress bar on rank 0."""
         progress = self.state.progress
         return tqdm(
             range(progress.step_in_epoch, self.steps_per_epoch),
@@ -162,7 +167,7 @@ class Trainer:
             total=self.steps_per_epoch,
             disable=self.comm.rank != 0,
             leave=False,
-            mininterval=0.5 if sys.stderr.isatty() else 10,  # each refresh is a line in a log
+            mininterval=0.5 if sys.stderr.isatty() else 10,  # in a log each refresh is a line
         )
 
     def _forward(
@@ -172,8 +177,11 @@ class Trainer:
             return self.task(model, batch, carried)
 
     def _watch(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Return a context that refuses writes to parameters, in an epoch's first forward passes;
-        in each it would cost time."""
+        """Return a context that refuses writes to parameters.
+
+        Only the first forward pass of each epoch in training, and in evaluation, is watched: to
+        watch all of them would take time.
+        """
         if self.comm.world_size == 1 or model.training in self._watched:
             return nullcontext()
         self._watched.add(model.training)
@@ -183,27 +191,27 @@ class Trainer:
         return [tensor.to(self.state.device, non_blocking=True) for tensor in batch]
 
     def train_step(self, batches: Iterator[Any]) -> Tensor:
-        """One step of one or more micro-batches; return the last one's mean loss."""
-        state, seconds = self.state, self.state.progress.phase_seconds
-        micro_batches = self.run.train.micro_batches_per_step
+        """Make one step of one or more micro-batches; return the mean loss of the last one."""
+        state, micro_batches = self.state, self.run.train.micro_batches_per_step
         before = state.before_step()
+        phases = Stopwatch(state.progress.phase_seconds)
         for _ in range(micro_batches):
-            with timed(seconds, "data"):
-                batch = self._to_device(next(batches))
-            with timed(seconds, "forward"):
-                loss, sums, state.carried = self._forward(state.model, batch, state.carried)
-            with timed(seconds, "backward"):
-                state.grad_scaler.scale(loss / micro_batches).backward()
+            batch = self._to_device(next(batches))
+            phases.end("data")
+            loss, sums, state.carried = self._forward(state.model, batch, state.carried)
+            phases.end("forward")
+            state.grad_scaler.scale(loss / micro_batches).backward()
             state.train_sums.add(sums)
-        with timed(seconds, "step"):
-            if self.run.dgc is None and self.run.train.clip_norm is not None:
-                state.optimizer.clip_grad_norm_(self.run.train.clip_norm)
-            state.grad_scaler.step(state.optimizer)
-            state.grad_scaler.update()
-            if state.optimizer.stats.skipped:
-                state.undo_forward(before)
-            elif state.averaged is not None:
-                state.averaged.update_parameters(state.model)
+            phases.end("backward")
+        if self.run.dgc is None and self.run.train.clip_norm is not None:
+            state.optimizer.clip_grad_norm_(self.run.train.clip_norm)
+        state.grad_scaler.step(state.optimizer)
+        state.grad_scaler.update()
+        if state.optimizer.stats.skipped:
+            state.undo_forward(before)
+        elif state.averaged is not None:
+            state.averaged.update_parameters(state.model)
+        phases.end("step")
         state.optimizer.zero_grad()
         return loss.detach()
 
@@ -221,7 +229,7 @@ class Trainer:
 
     def _report_step(self, loss: Tensor, seconds: float) -> None:
         if self.comm.rank != 0:
-            return  # reading the loss waits for the GPU
+            return  # before reading the loss, which waits for the GPU
         stats, progress = self.state.optimizer.stats, self.state.progress
         values = {
             "lr": float(self.state.optimizer.param_groups[0]["lr"]),
@@ -244,13 +252,13 @@ class Trainer:
 
     def _saves_here(self) -> bool:
         every, progress = self.run.checkpoint.every_steps, self.state.progress
-        within = progress.step_in_epoch < self.steps_per_epoch  # the end has a checkpoint anyway
-        return every is not None and within and progress.step % every == 0
+        is_within = progress.step_in_epoch < self.steps_per_epoch  # the epoch's end saves by itself
+        return every is not None and is_within and progress.step % every == 0
 
     def _end_epoch(self) -> None:
-        """Agree on buffers, compare the replicas, evaluate, save, tell."""
+        """Average batch statistics, compare the replicas, evaluate, save, report."""
         state, progress = self.state, self.state.progress
-        self._average_buffers()
+        average_batch_statistics(state.model, self.comm)
         parameter_hash = agreed_hash(state.model, self.comm, f"epoch {progress.epoch + 1}")
         sums = state.train_sums.reduce(self.comm, "train")
         metrics = self._metrics(sums, "train") | self.evaluate()
@@ -261,26 +269,11 @@ class Trainer:
         last = progress.epoch == self.run.train.num_epochs
         if is_best or last or progress.epoch % self.run.checkpoint.every_epochs == 0:
             self._save(is_best=is_best)
-        self._tell_epoch(metrics, parameter_hash)
+        self._report_epoch(metrics, parameter_hash)
 
-    def _average_buffers(self) -> None:
-        """Give every rank the mean of the ranks' batch statistics; other buffers are constants."""
-        statistics = [
-            buffer
-            for module in self.state.model.modules()
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
-            for buffer in (module.running_mean, module.running_var)
-        ]
-        if statistics:
-            flat = torch.cat([buffer.double() for buffer in statistics])
-            flat = self.comm.all_reduce_async(flat, "buffers").wait() / self.comm.world_size
-            parts = flat.split([buffer.numel() for buffer in statistics])
-            for buffer, mean in zip(statistics, parts, strict=True):
-                buffer.copy_(mean)
-
-    def _tell_epoch(self, metrics: dict[str, float], parameter_hash: str) -> None:
+    def _report_epoch(self, metrics: dict[str, float], parameter_hash: str) -> None:
         state, progress = self.state, self.state.progress
-        # loss/train has an event a step already
+        # every step has written an event of loss/train already
         events = {name: value for name, value in metrics.items() if name != "loss/train"}
         self.reporter.scalars(events, progress.examples)
         payload = state.optimizer.stats.payload_bytes

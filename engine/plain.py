@@ -1,4 +1,7 @@
-"""Tensors and plain values: all that a checkpoint may hold, since its reader runs no code."""
+"""Turn the values of a checkpoint into tensors and plain values, or refuse them.
+
+A checkpoint holds nothing else, because its reader, torch.load(weights_only=True), runs no code.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,13 @@ _NUMPY = (numpy.generic, numpy.ndarray)
 
 
 def plain(value: Any, path: str) -> Any:
-    """Return a value as torch.load(weights_only=True) will read it.
+    """Return a value in the form in which torch.load(weights_only=True) will read it.
 
-    numpy's scalars, and subclasses of numbers and texts, become the plain value that they equal;
-    what holds none of them is returned as it is. Nothing else is converted: the run that reads it
-    would go on with something else than the run that wrote it.
-    Args:   path: what the value is called in messages.
-    Raises: TypeError for what the reader would refuse, with the path to it.
+    Scalars of numpy, and instances of subclasses of numbers and texts, become the plain value that
+    they equal. A container that holds none of these is returned as it is. Nothing else is
+    converted, or a resumed run would continue with another value than the run before it had.
+    Args:   path: the name of the value in messages.
+    Raises: TypeError for a value that the reader would refuse, with the path to that value.
     """
     kind = type(value)
     if value is None or kind in _SCALARS or (kind in _TENSORS and not vars(value)):
@@ -59,7 +62,7 @@ def _are(new: Iterable[Any], old: Iterable[Any]) -> bool:
 
 
 def _like(mapping: dict, items: dict) -> dict:
-    """Return a mapping of the same kind; a module's state_dict has versions as an attribute."""
+    """Return a mapping of the same type and attributes, such as a state_dict's `_metadata`."""
     new = type(mapping)(items)
     if type(mapping) is not dict:
         vars(new).update(vars(mapping))
@@ -67,19 +70,22 @@ def _like(mapping: dict, items: dict) -> dict:
 
 
 def _as(scalar: type, value: Any) -> Any:
-    """Return the value of a subclass's instance, whatever it has made of str() and the like."""
+    """Return the plain value of an instance of a subclass.
+
+    Asks the base class, because the subclass may define str() and the like in its own way.
+    """
     if scalar is bytes:
         return bytes(memoryview(value))
     return getattr(scalar, f"__{scalar.__name__}__")(value)
 
 
 def _is_readable(value: Any) -> bool:
-    """Ask the reader itself."""
+    """Tell whether the reader accepts a value, by trying it."""
     file = io.BytesIO()
     try:
         torch.save(value, file)
         file.seek(0)
         torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # whatever it is, there is no reading it
+    except Exception:  # whatever the reader raises, the value cannot be read
         return False
     return True

@@ -1,6 +1,7 @@
-"""Mixed precision: forward and loss in 16 bits where torch holds them safe; parameters in 32.
+"""Mixed precision: forward and loss in 16 bits where torch considers it safe, parameters in 32.
 
-Knows torch's autocast and float16's loss scale only; who undoes an overflow is the optimizer.
+Makes torch's autocast context, and the loss scale of float16. When a scaled gradient overflows, it
+is the optimizer that undoes the step.
 """
 
 from __future__ import annotations
@@ -21,5 +22,5 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Non
 
 
 def make_grad_scaler(precision: str, device: torch.device) -> GradScaler:
-    """Return float16's loss scale; with other precisions it does nothing and keeps nothing."""
+    """Return the loss scale for float16. For other precisions it does nothing and has no state."""
     return GradScaler(device.type, enabled=precision == "float16")

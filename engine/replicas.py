@@ -1,15 +1,16 @@
-"""Replicas: what every rank holds alike, and what would make it differ."""
+"""Keep the ranks' replicas of the model equal: check them, average their batch statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from engine import report
-from engine.interfaces import Comm
+from engine.interfaces import Collectives
 
 _REMEDY = (
     "Each rank's forward pass sees other samples, so what it writes into a parameter makes the "
@@ -20,15 +21,16 @@ _REMEDY = (
 
 
 class ReplicaError(RuntimeError):
-    """Ranks whose parameters differ, or soon would."""
+    """The parameters of the ranks differ, or soon would."""
 
 
 @contextmanager
 def refuse_writes(model: nn.Module) -> Iterator[None]:
-    """Refuse a block, which calls the model, that writes or replaces parameters of it.
+    """Refuse a forward pass of the model, in the block, that writes or replaces a parameter.
 
-    It sees every in-place operation but those on `parameter.data`. Lazy parameters get their first
-    values in forward, and recurrent layers may move theirs (flatten_parameters): both are left out.
+    Every in-place operation is seen, except those on `parameter.data`. Two kinds of parameters are
+    not watched: lazy ones, which get their first values in forward, and those of recurrent layers,
+    which forward may move to other memory (flatten_parameters).
     Raises: ReplicaError with the parameter's name.
     """
     recurrent = (module for module in model.modules() if isinstance(module, nn.RNNBase))
@@ -47,10 +49,11 @@ def refuse_writes(model: nn.Module) -> Iterator[None]:
             )
 
 
-def agreed_hash(model: nn.Module, comm: Comm, after: str) -> str:
-    """Return the parameters' hash. A collective.
+def agreed_hash(model: nn.Module, comm: Collectives, after: str) -> str:
+    """Return the hash of the parameters, which must be the same on all ranks. A collective.
 
-    Raises: ReplicaError, on every rank, if ranks disagree; `after` says when.
+    Args:   after: says in the message when this was, e.g. "epoch 3".
+    Raises: ReplicaError, on every rank, if the ranks' parameters differ.
     """
     everyone = comm.all_gather_object(report.hash_tensors(model.named_parameters()))
     for rank, theirs in enumerate(everyone):
@@ -63,3 +66,22 @@ def agreed_hash(model: nn.Module, comm: Comm, after: str) -> str:
                 f"report this"
             )
     return report.hash_all(everyone[0])
+
+
+def average_batch_statistics(model: nn.Module, comm: Collectives) -> None:
+    """Give every rank the mean of the ranks' batch statistics. A collective.
+
+    The other buffers of a model are taken to be constants, equal on all ranks.
+    """
+    statistics = [
+        buffer
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        for buffer in (module.running_mean, module.running_var)
+    ]
+    if statistics:
+        flat = torch.cat([buffer.double() for buffer in statistics])
+        flat = comm.all_reduce_async(flat, "buffers").wait() / comm.world_size
+        parts = flat.split([buffer.numel() for buffer in statistics])
+        for buffer, mean in zip(statistics, parts, strict=True):
+            buffer.copy_(mean)

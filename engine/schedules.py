@@ -1,4 +1,4 @@
-"""The learning rate over a run: a linear warm-up by step, then any torch scheduler.
+"""The learning rate over a run: a linear warm-up step by step, then any torch scheduler.
 
 Source of the warm-up and of the scaling by workers: Goyal et al. 2017 (arXiv:1706.02677).
 """
@@ -13,20 +13,20 @@ from torch.optim.lr_scheduler import LinearLR, LRScheduler, ReduceLROnPlateau
 
 from engine.filling import fill_in
 
-_LENGTH_NAMES = ("T_max", "total_iters", "total_steps")  # what schedulers call a run's length
+_LENGTH_NAMES = ("T_max", "total_iters", "total_steps")  # schedulers' names for a run's length
 
 
 class LearningRate:
-    """Steps the rate of an optimizer once a training step.
+    """Sets the rate of an optimizer, once a training step.
 
     Args:
-        optimizer: its rates are those of one micro-batch on one rank; they are multiplied here.
-        scale: number of micro-batches that make the global batch, or 1 for no scaling.
-        warmup_steps: the rate rises over these from lr to lr * scale.
-        make_scheduler: takes the optimizer; None: constant after the warm-up.
-        total_steps, steps_per_epoch: of the run.
-        per: "epoch" or "step": when the scheduler moves, counted from the end of the warm-up.
-        smaller_is_better: what a ReduceLROnPlateau is to make of the metric.
+        optimizer: has the rates for one micro-batch on one rank; they are multiplied by `scale`.
+        scale: the number of micro-batches of the global batch, or 1 for no scaling.
+        warmup_steps: over these steps the rate rises from lr to lr * scale.
+        make_scheduler: makes a scheduler of the optimizer; None: constant after the warm-up.
+        total_steps, steps_per_epoch: steps of the run, and of one epoch.
+        per: "epoch" or "step": how often the scheduler moves, after the end of the warm-up.
+        smaller_is_better: tells a ReduceLROnPlateau whether to look for the minimum of the metric.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class LearningRate:
         self._warmup_steps = min(warmup_steps, total_steps)
         self._stride = steps_per_epoch if per == "epoch" else 1
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * scale  # groups may share a tensor, which schedulers fill
+            group["lr"] = group["lr"] * scale  # not in place: groups may share one lr tensor
         self._scheduler = None
         if make_scheduler is not None:
             if scale != 1 and "max_lr" in getattr(make_scheduler, "keywords", {}):
@@ -80,7 +80,7 @@ class LearningRate:
             self._scheduler.step()
 
     def end_epoch(self, metric: float) -> None:
-        """Let a ReduceLROnPlateau see the epoch's metric, the same on all ranks."""
+        """Give a ReduceLROnPlateau the epoch's metric, which must be equal on all ranks."""
         if self._is_plateau and self._num_steps > self._warmup_steps:
             self._scheduler.step(metric)
 
@@ -90,7 +90,7 @@ class LearningRate:
         return {"num_steps": self._num_steps, **states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The rates themselves come with the optimizer's state: load that too."""
+        """Take over a saved position. The rates are in the optimizer's state: load that too."""
         self._num_steps = state["num_steps"]
         if self._warmup is not None:
             self._warmup.load_state_dict(state["warmup"])

@@ -1,4 +1,4 @@
-"""All that changes while a run goes on: what a checkpoint holds, and what the run adds up to."""
+"""Everything that changes during a run: what a checkpoint holds and what result.json sums up."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from engine.meters import Sums, smaller_is_better
 from engine.sampling import random_states, set_random_states
 from engine.schedules import LearningRate
 
-_DENSE_BYTES = 4  # dense practice sends float32
-
 
 def polyak(decay: float) -> Callable[..., None]:
-    """Return how AveragedModel takes in a step: an average over few steps at first.
+    """Return the function with which an AveragedModel takes in a step's parameters.
 
-    Of the old, decay stays, but of the n-th step's no more than (1 + n) / (10 + n), so that the
-    initial parameters are soon forgotten (TensorFlow's ExponentialMovingAverage has this rule).
+    average <- weight * average + (1 - weight) * parameters, where weight is `decay`, but in the
+    n-th step at most (1 + n) / (10 + n), so that the initial parameters are soon forgotten.
+    TensorFlow's ExponentialMovingAverage has the same rule.
     """
 
     def average(averaged: Any, current: Any, num_averaged: Any) -> None:
@@ -37,7 +36,7 @@ def polyak(decay: float) -> Callable[..., None]:
 
 
 def to_device(carried: Carried, device: torch.device) -> Carried:
-    """Return what is carried on, moved to a device."""
+    """Return the carried state, moved to a device."""
     if isinstance(carried, Tensor):
         return carried.to(device)
     if isinstance(carried, (tuple, list)):
@@ -46,7 +45,7 @@ def to_device(carried: Carried, device: torch.device) -> Carried:
 
 
 def _is_better(name: str, value: float, than: float) -> bool:
-    """Tell whether a metric's value is better; anything is better than NaN."""
+    """Tell whether a value of a metric is better than another; any value is better than NaN."""
     if math.isnan(than):
         return True
     return value < than if smaller_is_better(name) else value > than
@@ -54,27 +53,28 @@ def _is_better(name: str, value: float, than: float) -> bool:
 
 @dataclass
 class Progress:
-    """How far a run has come; plain values."""
+    """How far a run has come, in plain values."""
 
     epoch: int = 0
     step_in_epoch: int = 0
     step: int = 0
     examples: int = 0
-    """Over all ranks."""
+    """Trained on so far, by all ranks."""
     payload_bytes: int = 0
-    """Sent by this rank so far."""
+    """Sent so far by this rank."""
     skipped_steps: int = 0
-    """Of `step`: those undone on all ranks, as a gradient was infinite or NaN."""
+    """Steps, counted in `step` too, that all ranks undid because a gradient was not finite."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
-    """Of this rank, by phase, the phases within others counted twice; see seconds_per_step."""
+    """Of this rank, by phase. The phases of the exchange lie within backward and step, so their
+    time is counted twice here; see seconds_per_step."""
     peak_memory_bytes: int = 0
-    """Of this rank, over all the processes that it has been."""
+    """Of this rank, over all processes that ran it, before and after a resume."""
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Name -> {"last": ..., "best": ..., "at_best": ...}: the best of its own, and its value in the
-    epoch that is best by the run's best_metric."""
+    """Name -> {"last": ..., "best": ..., "at_best": ...}: this metric's value in the last epoch,
+    its best value, and its value in the epoch in which the run's best_metric was best."""
 
     def note(self, metrics: dict[str, float], best_metric: str) -> bool:
-        """Record an epoch's metrics; tell whether `best_metric` is better than ever before."""
+        """Record an epoch's metrics; return whether `best_metric` is better than in all before."""
         before = self.metrics.get(best_metric, {}).get("best", math.nan)
         is_best = _is_better(best_metric, metrics[best_metric], before)
         for name, value in metrics.items():
@@ -87,9 +87,9 @@ class Progress:
         return is_best
 
     def seconds_per_step(self) -> dict[str, float]:
-        """Return seconds by phase that add up to `total`.
+        """Return the mean seconds of a step by phase; they add up to `total`.
 
-        What the exchange did inside backward and step is told apart from them.
+        "backward" is what is left of backward and step without the phases of the exchange.
         """
         seconds = dict(self.phase_seconds)
         outer, total = seconds.pop("backward") + seconds.pop("step"), seconds.pop("total")
@@ -100,7 +100,7 @@ class Progress:
 
 
 def _num_bytes(tensor: Tensor) -> int:
-    """Return the bytes of a tensor; SGD keeps the momentum of rows as a sparse one."""
+    """Return the bytes of a tensor, which may be sparse: SGD's momentum of row-sparse gradients."""
     if not tensor.is_sparse:
         return tensor.nbytes
     return tensor._indices().nbytes + tensor._values().nbytes
@@ -108,7 +108,7 @@ def _num_bytes(tensor: Tensor) -> int:
 
 @dataclass
 class RunState:
-    """One rank's model, optimizer, schedule and position."""
+    """One rank's model, optimizer, learning rate and progress."""
 
     model: nn.Module
     optimizer: ExchangingOptimizer
@@ -116,21 +116,21 @@ class RunState:
     train_sums: Sums
     device: torch.device
     averaged: AveragedModel | None = None
-    """The Polyak average of the parameters, which is evaluated if there is one."""
+    """The Polyak average of the parameters; if there is one, it is evaluated instead of them."""
     grad_scaler: GradScaler = field(default_factory=lambda: GradScaler("cpu", enabled=False))
-    """The scale of float16's loss; does nothing unless it is enabled."""
+    """The loss scale for float16; does nothing unless it is enabled."""
     progress: Progress = field(default_factory=Progress)
     carried: Carried = None
-    """What this rank's next batch goes on from."""
+    """The state that this rank's last batch handed to the next one; see interfaces.Carried."""
     position: dict[str, Any] = field(default_factory=dict)
     """Where this rank's next batch begins; see interfaces.Batches."""
 
     def before_step(self) -> tuple[list[Tensor], Carried]:
-        """Return what forward passes change: copies of buffers and sums; what is carried on."""
+        """Return what forward passes will change: copies of buffers and sums, the carried state."""
         return [tensor.clone() for tensor in self._changed_by_forward()], self.carried
 
     def undo_forward(self, before: tuple[list[Tensor], Carried]) -> None:
-        """Put back what `before_step` returned; the optimizer has undone the rest of the step."""
+        """Restore what `before_step` returned. The optimizer has undone the rest of the step."""
         copies, self.carried = before
         for tensor, old in zip(self._changed_by_forward(), copies, strict=True):
             tensor.copy_(old)
@@ -139,7 +139,7 @@ class RunState:
         return [*self.model.buffers(), self.train_sums.values]
 
     def evaluated(self) -> nn.Module:
-        """Return the model to evaluate; an average has the buffers of the model as they are now."""
+        """Return the model to evaluate. An averaged one gets the current buffers of the model."""
         if self.averaged is None:
             return self.model
         buffers = dict(self.model.named_buffers())
@@ -148,7 +148,7 @@ class RunState:
         return self.averaged.module
 
     def shared(self) -> dict[str, Any]:
-        """Return what is equal on all ranks: tensors and plain values."""
+        """Return the state that is equal on all ranks, as tensors and plain values."""
         averaged = {} if self.averaged is None else {"averaged": self.averaged.state_dict()}
         return {
             **averaged,
@@ -160,7 +160,7 @@ class RunState:
         }
 
     def worker(self) -> dict[str, Any]:
-        """Return what is this rank's own: tensors and plain values."""
+        """Return the state that belongs to this rank, as tensors and plain values."""
         progress = self.progress
         own = {
             "exchange": self.optimizer.worker_state_dict(),
@@ -178,9 +178,9 @@ class RunState:
         return own
 
     def restore(self, shared: dict[str, Any], worker: dict[str, Any]) -> None:
-        """Become the state that was saved, to the bit.
+        """Take over a saved state, bit for bit.
 
-        Takes the model out of `shared` when it is copied, so that its memory is free for the rest.
+        Removes the model from `shared` after copying it, so that its memory is free for the rest.
         """
         self.restore_model(shared)
         for part in ("model", "averaged"):
@@ -205,7 +205,7 @@ class RunState:
             torch.cuda.set_rng_state(worker["random_cuda"], self.device)
 
     def restore_model(self, shared: dict[str, Any]) -> None:
-        """Take over what is evaluated, and no more."""
+        """Take over the parameters, buffers and average: what an evaluation needs."""
         if ("averaged" in shared) != (self.averaged is not None):
             has = "has an" if "averaged" in shared else "has no"
             raise CheckpointError(
@@ -218,16 +218,17 @@ class RunState:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """The most that this rank took, in this process or those before it."""
+        """The most memory that this rank took, in this process or in those before a resume."""
         return max(self.progress.peak_memory_bytes, report.peak_memory_bytes(self.device))
 
     @property
     def dense_bytes_per_step(self) -> int:
-        """Bytes of the whole gradient in float32."""
-        return _DENSE_BYTES * sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        """Bytes of the whole gradient in float32, which is what a dense exchange usually sends."""
+        numels = (p.numel() for p in self.model.parameters() if p.requires_grad)
+        return torch.float32.itemsize * sum(numels)
 
     def state_bytes(self) -> dict[str, int]:
-        """Return the bytes that live between steps, by kind, counted from the tensors."""
+        """Return the bytes of the tensors that live between steps, by kind."""
         state = self.optimizer.inner.state.values()
         tensors = [v for values in state for v in values.values() if torch.is_tensor(v)]
         parameters = list(self.model.parameters())
@@ -242,7 +243,7 @@ class RunState:
         }
 
     def result(self, world_size: int) -> dict[str, Any]:
-        """Return the figures of the run, as result.json has them."""
+        """Return the figures of the run for result.json."""
         progress = self.progress
         hashes = report.hash_tensors(self.model.named_parameters())
         return {

@@ -1,4 +1,4 @@
-"""Optimizers with small state: agreed update -> parameters. Ordinary torch.optim.Optimizers."""
+"""Optimizers that keep little state. Each is an ordinary torch.optim.Optimizer."""
 
 from optim.adagrad import Adagrad, SketchAdagrad
 from optim.adam import Adam, FactoredAdam, SketchAdam, SM3Adam

@@ -1,4 +1,4 @@
-"""Adagrad, with its sum of squares kept in a structure of one's choice."""
+"""Adagrad, whose sum of squares can be kept in full, as a cover, factored or in a sketch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from optim.options import given
 class Adagrad(MomentOptimizer):
     """torch.optim.Adagrad, without lr_decay (use a scheduler) and initial_accumulator_value.
 
-    Source: Duchi et al. 2011. A cover here is SM3 with Adagrad's eps.
-    State: sum, as it is kept: see MomentOptimizer, also for the other options.
+    Source: Duchi et al. 2011. With second_moment="cover" it is SM3 with Adagrad's eps.
+    State: sum, in the chosen structure. MomentOptimizer explains structures and other options.
     """
 
     older_names = {"square_sum": "sum"}  # noqa: RUF012
@@ -53,10 +53,10 @@ class Adagrad(MomentOptimizer):
 
 
 class SketchAdagrad(Adagrad):
-    """Adagrad in a count-min sketch: the sum never falls, unless it is cleaned.
+    """Adagrad with its sum in a count-min sketch; the sum only falls when the sketch is cleaned.
 
     Source: Spring et al. 2019 (PMLR 97), algorithm 3. Differs: cleaning is off by default, so that
-        a sketch without collisions is Adagrad; the paper's is clean_factor 0.2, clean_interval 125.
+        without collisions it equals Adagrad. The paper has clean_factor 0.2, clean_interval 125.
     """
 
     structures = {"second_moment": "sketch"}  # noqa: RUF012

@@ -1,4 +1,4 @@
-"""Adam, with each of its moments kept in a structure of one's choice."""
+"""Adam, each of whose moments can be kept in full or in a smaller structure."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from optim.base import Group, MomentOptimizer
 from optim.moments import factored_bound
 from optim.options import given
 
-_DOUBT = 9.0  # divided by a rare row's small v, what collisions add to its m is not small
-SLACK = 1.001  # for rounding, where the bound is reached
-_BEYOND = 170.0  # the root of exp of it is beyond all float32
+_DOUBT = 9.0  # weight of a sketch's uncertainty about m; a rare row's m is divided by a small root
+_ROUNDING_MARGIN = 1.001  # so that rounding does not make the bound act on exact moments
+_LARGEST_EXPONENT = 170.0  # sqrt(exp(170)) = 8e36: no quotient reaches a bound beyond that
 
 
 class Adam(MomentOptimizer):
     """torch.optim.Adam, or AdamW if decoupled_weight_decay; betas[0] = 0 keeps no first moment.
 
     Source: Kingma and Ba 2015 (arXiv:1412.6980), algorithm 1.
-    State: exp_avg, exp_avg_sq, as they are kept: see MomentOptimizer, also for the other options.
+    State: exp_avg and exp_avg_sq, each in its chosen structure. MomentOptimizer explains
+        structures and other options.
     """
 
     def __init__(
@@ -72,12 +73,13 @@ class Adam(MomentOptimizer):
         }
 
     def _bound(self, group: Group, step: float, beta1: float, beta2: float) -> dict[str, float]:
-        """Bound what sketches and factors make of m / sqrt(v) by the most that it can be in full.
+        """Return the bound of |m| / sqrt(v) that the step needs, {} if it needs none.
 
-        By Cauchy and Schwarz, over a history of at most `step` gradients. Where a rare row shares
-        buckets with a frequent one, its estimate of m can be far beyond its own v. A factored v has
-        a wider bound, for any number of steps: see moments.factored_bound. A cover's v is at least
-        the element's own, so that it keeps within the bound by itself.
+        Sketches and factored means estimate m and v separately, so that the quotient can be far too
+        large: for instance that of a rare row which shares buckets with a frequent one. It is
+        bounded by the largest quotient that exact moments can have after `step` gradients. A
+        factored v has a wider bound, the same in all steps: see moments.factored_bound. A cover
+        needs none: its v is never less than the element's exact v.
         """
         second = group["second_moment"]
         first = group["first_moment"] if beta1 else None
@@ -91,39 +93,46 @@ class Adam(MomentOptimizer):
 
 
 def _numbers(betas: Any) -> tuple[float, float]:
-    """Return betas, which may be tensors, as torch's may."""
+    """Return betas as numbers; like torch's, they may be tensors."""
     beta1, beta2 = betas
     return (beta1, beta2) if type(beta1) is float else (float(beta1), float(beta2))
 
 
 @functools.lru_cache(maxsize=256)
 def _largest_exact(beta1: float, beta2: float, step: float) -> float:
-    """Return the most that m / sqrt(v), both in full, can be after so many steps."""
+    """Return the largest |m| / sqrt(v) of exact moments after so many steps.
+
+    By the inequality of Cauchy and Schwarz, over the gradients of all steps; inf if there is none.
+    """
     ratio = beta1**2 / beta2 if beta1 else 0.0
     growth = step * math.log(ratio) if ratio else -math.inf
-    if growth > _BEYOND:
+    if growth > _LARGEST_EXPONENT:
         return math.inf
     terms = step if ratio == 1 else math.expm1(growth) / (ratio - 1)
     exact = (1 - beta1) * math.sqrt(terms / (1 - beta2))
-    return SLACK * exact * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+    return _ROUNDING_MARGIN * exact * math.sqrt(1 - beta2**step) / (1 - beta1**step)
 
 
 class SketchAdam(Adam):
-    """Adam in sketches: CS-MV of the paper; with first_moment="full", CS-V; betas[0] = 0, CMS.
+    """Adam with both moments in sketches, which the paper calls CS-MV.
 
-    Source: Spring et al. 2019 (PMLR 97), algorithm 4. Differs: the listing names M in the
-        second-moment queries where V is meant; rows that arrive together are queried together.
-        The update does not take the median after the insertions for the first moment, which is
-        mostly noise where rows collide: it takes the average that follows from the mean of the
-        estimates before them, as far as they agree, and for the rest the entry's own gradient,
-        without bias correction. Where all rows arrive, the sketch is that of the averages.
+    With first_moment="full" it is the paper's CS-V, with betas[0] = 0 its CMS.
+    Source: Spring et al. 2019 (PMLR 97), algorithm 4, which names M in the queries of the second
+        moment where it means V.
+    Differs: all rows of a step are queried before any is inserted. The paper updates by the median
+        of the first moment's estimates after the insertion, which is mostly noise where rows
+        collide. Here the estimates before the insertion count as far as they agree with each other:
+        to that extent the update takes the average that follows from their mean, and for the rest
+        the entry's own gradient, without bias correction. When all rows arrive in a step, the
+        sketch is exactly the sketch of the averages.
     """
 
     structures = {"first_moment": "sketch", "second_moment": "sketch"}  # noqa: RUF012
 
 
 class SM3Adam(Adam):
-    """Adam whose second moment is SM3's cover, an average that decays: accumulator_0, ..."""
+    """Adam whose second moment is kept in the accumulators of SM3 (accumulator_0, ...), which here
+    forget with betas[1]."""
 
     structures = {"first_moment": "full", "second_moment": "cover"}  # noqa: RUF012
 
@@ -131,9 +140,9 @@ class SM3Adam(Adam):
 class FactoredAdam(Adam):
     """Adam whose second moment is kept as its row and column means: exp_avg_sq_row, exp_avg_sq_col.
 
-    Source: Shazeer and Stern 2018 (arXiv:1804.04235), section 3. Differs: Adam's bias correction,
-        eps and rate, not one relative to the parameter; no clipping of the update by its mean
-        square, but a bound for each entry (moments.factored_bound).
+    Source: Shazeer and Stern 2018 (arXiv:1804.04235), section 3. Differs: bias correction, eps and
+        rate are Adam's, so the rate is not relative to the parameter; the update is not clipped by
+        its mean square, but each of its entries is bounded (moments.factored_bound).
     """
 
     structures = {"first_moment": "full", "second_moment": "factored"}  # noqa: RUF012

@@ -1,8 +1,9 @@
-"""MomentOptimizer: a torch.optim.Optimizer of a first and a second moment, each kept somehow.
+"""MomentOptimizer: the torch.optim.Optimizer of which all optimizers here are subclasses.
 
-Owns: a step, of what arrives: dense, row-sparse or element-sparse. state.py owns options, state and
-checkpoints. A subclass says which moments there are and the scalars of the rule; moments.py how
-each is kept; parsimony_kernels.step.ops does the arithmetic.
+It makes a step of dense, row-sparse or element-sparse gradients, and can give a second moment to
+somebody who sees all gradients. state.py has its options, state and checkpoints. A subclass says
+which moments there are and gives the numbers of its rule; moments.py keeps each moment in its
+structure; parsimony_kernels.step.ops does the arithmetic.
 """
 
 from __future__ import annotations
@@ -29,41 +30,44 @@ class MomentOptimizer(StatefulOptimizer):
     """What all optimizers here have in common. All options can be set for each parameter group.
 
     Args:
-        lr: a float or a tensor; a tensor on a GPU is waited for in every step.
-        weight_decay, decoupled_weight_decay: as in Adam, or if decoupled as in AdamW. With a sparse
-            gradient, of either kind, it reaches only what arrived.
+        lr: a float or a tensor. A tensor on a GPU makes every step wait for the GPU.
+        weight_decay, decoupled_weight_decay: as in Adam; if decoupled, as in AdamW. With a sparse
+            gradient, only the rows or elements that arrived have weight decay.
         maximize: ascend instead of descend.
-        first_moment: how it is kept: "full" or "sketch".
+        first_moment: the structure in which it is kept: "full" or "sketch".
         second_moment: "full", "cover", "factored" or "sketch". Vectors, scalars and tensors with
             fewer than min_compressed_numel elements keep full state: there is little to save.
-        depth, size_ratio, width: of sketches; width, if given, instead of size_ratio (see
-            optim.sketch). Rows are the parameter's first axis.
-        seed: of the hashes; each parameter and moment gets its own from it and the parameter's
-            position, so that ranks agree without talking. A checkpoint's hashes replace them.
-        clean_factor, clean_interval: every so many steps of a parameter, multiply the sketch of its
-            second moment, all of it, by the factor. None: never, the default also for sums, so that
-            a sketch without collisions equals the full state (the paper: 0.2 and 125).
-        amsgrad, foreach, ...: torch's (options.NEUTRAL), for scripts that name them; only values
-            that ask for nothing are allowed.
+        depth, size_ratio, width: the size of sketches; width replaces size_ratio if it is given
+            (see optim.sketch). The rows of a sketch are the parameter's first axis.
+        seed: of the sketches' hashes. Each moment of each parameter gets its own hashes from this
+            seed and the parameter's position, so that all ranks have the same ones. Loading a
+            checkpoint replaces them by the checkpoint's.
+        clean_factor, clean_interval: after every clean_interval steps of a parameter, the whole
+            sketch of its second moment is multiplied by clean_factor. The default, None, is never,
+            for sums too, so that a sketch without collisions equals full state (the paper has 0.2
+            and 125).
+        amsgrad, foreach, ...: keywords of torch (options.NEUTRAL), for scripts that name them; only
+            the values that change nothing are allowed.
 
-    State is float32 whatever the parameter's dtype, but float64 for float64, and is made when a
-    parameter that requires a gradient is given, not in the first step (`broadcast_optimizer_state`
-    of Horovod would else step with zero gradients); that of an uninitialized parameter (of a lazy
-    module) in its first step, when its shape is known. A first moment is there while betas[0], or
-    momentum, is above 0: a schedule that takes it to 0 ends it, and later it begins at 0 again.
-    `step` in the state counts the steps in which a parameter had a gradient. A sparse gradient
-    (COO) is coalesced. With one sparse dimension it is of rows, with as many as the parameter has
-    it is of elements; only they are touched, and what their state shares with others (see
-    parsimony_kernels.step.ops.step).
+    State is float64 for float64 parameters and float32 for all others. It is made when a parameter
+    that requires a gradient is added, not in its first step: otherwise
+    `broadcast_optimizer_state` of Horovod would make a step with zero gradients to have it made.
+    Only for an uninitialized parameter, of a lazy module, it is made in the first step, when its
+    shape is known. There is a first moment while betas[0], or momentum, is above 0: a schedule that
+    sets it to 0 drops the moment, and when it rises again the moment begins at 0.
+    `step` in the state counts the steps in which the parameter had a gradient.
+    A sparse gradient (COO) is coalesced. With one sparse dimension it is a gradient of rows; with
+    as many as the parameter has, of elements. Only those rows or elements are changed, and the
+    state that they share with others (see parsimony_kernels.step.ops.step).
     """
 
     def _scalars(self, group: Group, step: int) -> dict[str, float]:
-        """Return those of a kernels' Rule that the moments need, in a parameter's step, from 1."""
+        """Return the fields of ops.Rule that the moments need in a parameter's `step`-th step."""
         raise NotImplementedError
 
     # ---- a step ----------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # compiled, it would count steps for one parameter only
+    @torch.compiler.disable  # when compiled, it counts the steps of one parameter only
     @torch.no_grad()
     def step(
         self,
@@ -73,9 +77,11 @@ class MomentOptimizer(StatefulOptimizer):
     ) -> Any:
         """Update the parameters that have a gradient, and return the closure's loss.
 
-        Args: elements: parameter -> (indices (k,) int64 into it flattened, ascending and unique;
-            values (k,), float32, or float64 of a float64 parameter): what has arrived of its
-            gradient, instead of its .grad. Decoupled weight decay reaches all of the parameter.
+        Args:   elements: parameter -> (indices (k,), values (k,)): the elements of its gradient
+                    that arrived, which take the place of its .grad; its other elements are 0. The
+                    indices are int64 into the flattened parameter, ascending and unique; the values
+                    are float64 for a float64 parameter, else float32. Decoupled weight decay acts
+                    on the whole parameter.
         Raises: RuntimeError, while a CUDA graph is captured.
         """
         refuse_capture()
@@ -86,15 +92,15 @@ class MomentOptimizer(StatefulOptimizer):
             with torch.enable_grad():
                 loss = closure()
         elements = dict(elements or {})
-        arrived = [(place, read_gradient(place[2], elements.pop(place[2], None)))
-                   for place in self._places()]  # fmt: skip
+        arrived = [(one, read_gradient(one[2], elements.pop(one[2], None)))
+                   for one in self._parameters()]  # fmt: skip
         if elements:
             shapes = [tuple(p.shape) for p in elements]
             raise ValueError(f"elements for tensors of shapes {shapes}, which are no parameters of "
                              "this optimizer")  # fmt: skip
-        ready = [(place, gradient, self._moments(*place))
-                 for place, gradient in arrived if gradient is not None]  # fmt: skip
-        for (_, group, p), gradient, moments in ready:  # now that nothing is refused any more
+        ready = [(one, gradient, self._moments(*one))
+                 for one, gradient in arrived if gradient is not None]  # fmt: skip
+        for (_, group, p), gradient, moments in ready:  # all have been checked: none can be refused
             self._step_parameter(group, p, gradient, moments)
         return loss
 
@@ -104,9 +110,9 @@ class MomentOptimizer(StatefulOptimizer):
         state = self.state[p]
         step = int(state["step"]) + 1
         rule = self._rule(group, step)
-        if gradient.indices is not None and not gradient.is_alone:
+        if gradient.indices is not None and not gradient.rest_is_unknown:
             if (decay := rule.scalars(p.dtype).decay) != 1:
-                p.mul_(decay)  # what has not arrived decays too
+                p.mul_(decay)  # weight decay acts on the elements that did not arrive, too
                 rule = rule.replace(decay=1.0)
         if gradient.values.numel():
             update(p, gradient, rule, moments)
@@ -122,7 +128,7 @@ class MomentOptimizer(StatefulOptimizer):
         sign = -1.0 if group["maximize"] else 1.0
         return ops.Rule(lr, sign=sign, **decay, **self._scalars(group, step))
 
-    # ---- the second moment, elsewhere ------------------------------------------------------------
+    # ---- second moments that somebody else feeds -------------------------------------------------
 
     @property
     def has_first_moment(self) -> bool:
@@ -133,19 +139,19 @@ class MomentOptimizer(StatefulOptimizer):
         return any(self._second(group) is not None for group in self.param_groups)
 
     def delegate_second_moment(self, p: Tensor) -> Preconditioner | None:
-        """Give up p's second moment: what arrives for p from now on is already divided by its root.
+        """Give p's second moment away, to be fed by somebody who sees the dense gradients.
 
-        Returns: the moment as it is here, from 0 if p has not been stepped, to be fed wherever the
-            dense gradients are; None if there is none. A checkpoint that brings a moment for p
-            (`load_state_dict`) brings it there. It reads its options here, so changes of
-            `param_groups` reach it.
-        Raises: ValueError, if p has no shape yet, or has weight decay that is not decoupled: within
-            a gradient that waits it would be applied late, and scaled.
+        From now on a step takes gradients of p that are divided by the moment's root already.
+        Returns: the moment in its present state, 0 if p has not been stepped; None if p has none.
+            When `load_state_dict` finds a second moment for p, it loads it into this one. Changes
+            of the options in `param_groups` act on it.
+        Raises: ValueError, if p has no shape yet, or if its weight decay is not decoupled: it would
+            be part of a gradient that waits in a residual, and would act late and scaled.
         """
         if is_lazy(p):
             raise ValueError("the parameter is uninitialized, so the size of its second moment is "
                              "not known; call the lazy module once before")  # fmt: skip
-        position, group = next((i, group) for i, group, q in self._places() if q is p)
+        position, group = next((i, group) for i, group, q in self._parameters() if q is p)
         if group["weight_decay"] and not group["decoupled_weight_decay"]:
             raise ValueError(
                 f"weight_decay is {group['weight_decay']} and acts within the gradient; with "
@@ -163,22 +169,23 @@ class MomentOptimizer(StatefulOptimizer):
 
         number = next(k for k, g in enumerate(self.param_groups) if g is group)
 
-        def current() -> Group:  # loading a checkpoint replaces the groups
+        def current() -> Group:  # not `group` itself: loading a checkpoint replaces the groups
             return self.param_groups[number]
 
         given = Preconditioner(
             moment, lambda step: self._scalars(current(), step), current, num_steps
         )
         self._delegated[p] = given
-        self._moments(position, group, p)  # the rest of its state, if that is not there yet
+        self._moments(position, group, p)  # makes the rest of p's state, if it is not there yet
         return given
 
     def reclaim_second_moment(self, p: Tensor) -> None:
-        """Own p's second moment again: as it was given, if it has not been fed since.
+        """Take p's second moment back, as it was when it was given away, if nobody has fed it.
 
-        If it has, all state of p begins anew, from 0 and step 0: what workers have fed differs
-        between them, and beside a moment that begins at 0 the first moment and the bias corrections
-        of a later step would make far too large an update.
+        If it has been fed, all state of p begins anew at 0 and step 0. The fed moments differ
+        between workers, so none of them can be taken over; and if only the second moment began
+        anew, the old first moment and the bias correction of a late step would make the next
+        update far too large.
         """
         if p not in self._delegated:
             return
@@ -187,6 +194,6 @@ class MomentOptimizer(StatefulOptimizer):
             self.state[p].update({k: t for k, t in given.tensors.items() if k != "step"})
             return
         self.state.pop(p, None)
-        for position, group, q in self._places():
+        for position, group, q in self._parameters():
             if q is p:
                 self._moments(position, group, p)

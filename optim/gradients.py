@@ -1,4 +1,4 @@
-"""The gradients that a step takes: dense, row-sparse or element-sparse, told apart and checked."""
+"""Read and check the gradient that a step takes for a parameter: dense, of rows or of elements."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from parsimony_kernels.runtime.operands import STEP_DTYPES, state_dtype
 
 @dataclass(frozen=True)
 class Gradient:
-    """Values like the parameter; or of `rows` along its first axis; or of its flat `indices`.
+    """A gradient: of the whole parameter, of some rows, or of some elements.
 
-    is_alone: nothing is known of what did not arrive, so it stays; else it is 0.
+    rows: indices along the parameter's first axis, to which the values belong.
+    indices: of elements of the flattened parameter, to which the values belong.
+    rest_is_unknown: True: nothing is known of the other rows or elements, so they and their state
+        are not changed. False: the other elements of the gradient are 0.
     """
 
     values: Tensor
     rows: Tensor | None = None
     indices: Tensor | None = None
-    is_alone: bool = True
+    rest_is_unknown: bool = True
 
     @property
     def is_dense(self) -> bool:
@@ -40,10 +43,10 @@ def check_parameter(p: Tensor) -> None:
 
 
 def read_gradient(p: Tensor, elements: tuple[Tensor, Tensor] | None) -> Gradient | None:
-    """Return what has arrived for a parameter, coalesced; None if nothing has.
+    """Return the gradient that arrived for a parameter, coalesced; None if there is none.
 
     Args: elements: indices (k,) int64, ascending and unique, and values (k,) in the dtype of the
-        parameter's state; or p.grad is taken.
+        parameter's state; None: the gradient is p.grad.
     """
     if elements is not None:
         if p.grad is not None:
@@ -51,7 +54,7 @@ def read_gradient(p: Tensor, elements: tuple[Tensor, Tensor] | None) -> Gradient
                              "allowed: one of them")  # fmt: skip
         indices, values = elements
         check_elements(values, indices, p)
-        return Gradient(values, indices=indices, is_alone=False)
+        return Gradient(values, indices=indices, rest_is_unknown=False)
     grad = p.grad
     if grad is None:
         return None

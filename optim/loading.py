@@ -1,4 +1,4 @@
-"""What a checkpoint brings, ours or torch's, made into what is kept here."""
+"""Turn the optimizer state of a checkpoint, ours or torch's, into the state that is kept here."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 
 from optim import options
-from optim.moments import SEEDS, Cover, Factored, Full, Moment, matrix_shape, tensors_of
+from optim.matrix import matrix_shape
+from optim.moments import SEEDS, Cover, Factored, Full, Moment
 
 Group = dict[str, Any]
 
-FIRST_NAMES = ("exp_avg", "momentum_buffer")  # of the first moments of all optimizers here
+FIRST_NAMES = ("exp_avg", "momentum_buffer")  # the first moments of all optimizers here
 
-# How state is kept and steps are made is not for a checkpoint to change; all else is.
-_STAYS = (
+# Options that a checkpoint does not change: how state is kept, and how steps are computed.
+_NOT_FROM_CHECKPOINTS = (
     "first_moment", "second_moment", "min_compressed_numel", "depth", "size_ratio", "width",
     "foreach", "fused", "capturable", "differentiable", "initial_accumulator_value",
 )  # fmt: skip
 
-_OTHERS = {
+# State of optimizers of torch whose rule no optimizer here has -> whose it is.
+_OF_OTHER_RULES = {
     "max_exp_avg_sq": "Adam's with amsgrad", "grad_avg": "RMSprop's with centered",
     "mu_product": "NAdam's", "exp_inf": "Adamax's", "acc_delta": "Adadelta's", "ax": "ASGD's",
     "prev": "Rprop's", "row_var": "Adafactor's", "variance": "Adafactor's",
@@ -29,20 +31,31 @@ _OTHERS = {
 
 
 def merge_groups(mine: Sequence[Group], theirs: Sequence[Group]) -> list[Group]:
-    """Return a checkpoint's groups, each with its own options and with ours for what it lacks.
+    """Return a checkpoint's groups, completed by our values of the options that they lack.
 
-    Raises: ValueError for an option that cannot be.
+    Raises: ValueError for an option whose value is not allowed.
     """
     groups = []
     for number, (here, there) in enumerate(zip(mine, theirs, strict=True)):
-        kept = {name: here[name] for name in _STAYS if name in here}
+        kept = {name: here[name] for name in _NOT_FROM_CHECKPOINTS if name in here}
         groups.append({**here, **there, **kept, "params": there["params"]})
         options.check(groups[-1], whose=f"in group {number} of the checkpoint ")
     return groups
 
 
+def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a loaded state; `step` may be a number, which becomes a tensor."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if "step" in state and "step" not in tensors:
+        tensors["step"] = torch.tensor(state["step"], dtype=torch.float32, device="cpu")
+    return tensors
+
+
 def read_state(theirs: Mapping[str, Any], older_names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the tensors of a parameter's loaded state, dense, by the names that they have now."""
+    """Return the tensors of a parameter's loaded state, made dense, by their present names.
+
+    Args: older_names: a name, or the beginning of one, in older checkpoints -> the present one.
+    """
     found = {}
     for name, tensor in tensors_of(theirs).items():
         for older, now in older_names.items():
@@ -52,19 +65,22 @@ def read_state(theirs: Mapping[str, Any], older_names: Mapping[str, str]) -> dic
     return found
 
 
-def refuse_others(position: int, theirs: Mapping[str, Tensor], layout: Mapping[str, Any]) -> None:
-    """Raise ValueError if what a checkpoint keeps is known to be another rule's."""
+def refuse_other_rules(
+    position: int, theirs: Mapping[str, Tensor], layout: Mapping[str, Any]
+) -> None:
+    """Raise ValueError if a checkpoint has state of a rule that no optimizer here follows."""
     for name in theirs.keys() - layout.keys():
-        if name in _OTHERS:
+        if name in _OF_OTHER_RULES:
+            whose = _OF_OTHER_RULES[name]
             raise ValueError(
-                f"the checkpoint keeps {name} for parameter {position}, which is {_OTHERS[name]} "
+                f"the checkpoint keeps {name} for parameter {position}, which is {whose} "
                 f"in torch.optim; allowed: {sorted(layout)}. Load it there: no optimizer here goes "
                 f"on with that"
             )
 
 
 def drop_first(state: dict[str, Tensor]) -> None:
-    """Forget a first moment, where its weight has become 0."""
+    """Remove a first moment from a parameter's state, because betas[0] or momentum is now 0."""
     for name in FIRST_NAMES:
         if name in state:
             del state[name]
@@ -72,7 +88,7 @@ def drop_first(state: dict[str, Tensor]) -> None:
 
 
 def is_to_be_compressed(moment: Moment, theirs: Mapping[str, Tensor]) -> bool:
-    """Tell whether a checkpoint keeps in full what is compressed here."""
+    """Tell whether a checkpoint has in full a moment that is kept in another structure here."""
     full = theirs.get(moment.spec.name)
     return (
         full is not None
@@ -83,12 +99,12 @@ def is_to_be_compressed(moment: Moment, theirs: Mapping[str, Tensor]) -> bool:
 
 
 def compress(moment: Moment, full: Tensor) -> None:
-    """Make a moment, 0 until now, the one of which `full` has every element.
+    """Put a moment of which `full` has every element into the structure of `moment`, which is 0.
 
-    Factored means, sums in a sketch, and a first moment in one are what they would have been if
-    kept from the start. A cover is the lowest that bounds all; an average in a count-min sketch
-    some times what it would have been (2 where few rows arrive at a time, 10 where all do), so that
-    steps are smaller until it forgets.
+    Factored means, sums in a sketch and first moments in a sketch become what they would be if they
+    had been kept so from the start. A cover gets the lowest accumulators that bound every element.
+    An average in a count-min sketch becomes larger than it would be, by a factor of about 2 if few
+    rows arrive at a time and 10 if all do, so that steps are smaller until it forgets.
     """
     full = full.detach().to(moment.spec.dtype)
     matrix = full.reshape(matrix_shape(moment.spec.shape, 1))
@@ -105,9 +121,10 @@ def compress(moment: Moment, full: Tensor) -> None:
 
 
 def _with_all_axes(layout: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a loaded state, completed if torch-SM3 kept rows alone in it, of sparse gradients.
+    """Complete a loaded state of torch-SM3, which for sparse gradients keeps the first axis alone.
 
-    Lacking are the other axes, which are to bound nothing beyond the rows, and a momentum of 0.
+    The accumulators of the other axes become the maximum of the first, so that they bound nothing
+    more; a missing momentum becomes 0. Any other state is returned as it is.
     """
     row, mine = theirs.get("accumulator_0"), layout.get("accumulator_0")
     if row is None or mine is None or row.dim() != 1 or row.numel() != mine.numel():
@@ -123,7 +140,10 @@ def _with_all_axes(layout: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict
 def fit_state(
     position: int, layout: dict[str, Tensor], theirs: Mapping[str, Any], device: torch.device
 ) -> dict[str, Tensor]:
-    """Return copies of a parameter's loaded state, where it has the layout's names and shapes."""
+    """Return a copy of a parameter's loaded state, on its device and in the layout's dtypes.
+
+    Raises: ValueError if the names or shapes of the state are not those of the layout.
+    """
     mine = {name: tuple(tensor.shape) for name, tensor in layout.items()}
     theirs = _with_all_axes(layout, tensors_of(theirs))
     shapes = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
@@ -134,10 +154,10 @@ def fit_state(
         )
     fitted = {}
     for name, tensor in layout.items():
-        stays = name == "step" or name.endswith(SEEDS)
+        is_on_cpu = name == "step" or name.endswith(SEEDS)
         if name.endswith(SEEDS) and theirs[name].dtype != tensor.dtype:
             raise ValueError(f"{name} is {theirs[name].dtype}; allowed: {tensor.dtype}")
-        place = torch.device("cpu") if stays else device
-        copy = theirs[name].detach().to(place, tensor.dtype, copy=True)
+        target = torch.device("cpu") if is_on_cpu else device
+        copy = theirs[name].detach().to(target, tensor.dtype, copy=True)
         fitted[name] = copy.contiguous()
     return fitted

@@ -1,15 +1,14 @@
-"""How a moment of a parameter is kept: in full, as a cover, as factored means, or as a sketch.
+"""The structures in which a moment of a parameter is kept: full, cover, factored means or sketch.
 
-One interface for the four, so that an optimizer does not know which it has. A moment wraps plain
-tensors that live under their names in `optimizer.state[p]`, so that checkpoints hold tensors only.
+All four have one interface, so that an optimizer does not know which one it uses. A moment wraps
+plain tensors that lie under their names in `optimizer.state[p]`, so that checkpoints hold only
+tensors.
 
-Shapes: a parameter of any shape is seen as a matrix (n, m): `split` of its axes make the rows, the
-others the columns.
+Shapes: a parameter is seen as a matrix (n, m): see optim.matrix for `split`.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -19,50 +18,38 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from optim.matrix import matrix_shape
 from optim.sketch import CountMinSketch, CountSketch, hash_seeds, width_for
 from parsimony_kernels.runtime import operands
 from parsimony_kernels.step import ops
 from parsimony_kernels.step.reference import relative
 
-SEEDS = "_seeds"  # what the names of the tensors end in that stay on the CPU
-_LARGEST_FACTORED = 16.0  # normal gradients: 5 in large matrices, 14 in the first step of tiny ones
+SEEDS = "_seeds"  # ends the names of tensors with hash seeds, which stay on the CPU
+_LARGEST_FACTORED = 16.0  # normal gradients reach 5 in large matrices, 14 in tiny ones' first step
 
 
 class Spec(NamedTuple):
-    """Whose moment it is, and which."""
+    """Which moment it is, of which parameter."""
 
-    name: str
-    shape: tuple[int, ...]
+    name: str  # of its tensor in the state, or the beginning of its tensors' names
+    shape: tuple[int, ...]  # of the parameter
     device: torch.device
     dtype: torch.dtype  # of the state
-    is_first: bool  # of both signs
-    follows_update: bool  # a first moment of the preconditioned updates
-    seed_key: tuple[int, ...]
+    is_first: bool  # a first moment has both signs, a second one has none below 0
+    follows_update: bool  # a first moment of updates that the second one has divided already
+    seed_key: tuple[int, ...]  # what the hashes of a sketch depend on
     options: Mapping[str, Any]  # of the parameter's group
 
 
 def count_of_steps() -> Tensor:
-    """Return a parameter's `step`, 0: on the CPU, so that reading it waits for no device."""
+    """Return a parameter's `step`, 0. It lies on the CPU, so that no device is waited for."""
     return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
-@functools.cache
-def matrix_shape(shape: tuple[int, ...], split: int) -> tuple[int, int]:
-    return math.prod(shape[:split]), math.prod(shape[split:])
-
-
-@functools.cache
-def balanced_split(shape: tuple[int, ...]) -> int:
-    """Return the split with the smallest n + m; 0, which makes one row, for vectors and scalars."""
-    if len(shape) < 2:
-        return 0
-    return min(range(1, len(shape)), key=lambda split: sum(matrix_shape(shape, split)))
-
-
 class Moment(ABC):
-    """A moment kept in the tensors of `state` under its names; those not there are made zero."""
+    """A moment kept in tensors of a parameter's state; those missing in `state` are made, as 0."""
 
-    any_split: ClassVar[bool] = True  # False: the rows of the matrix are the first axis
+    any_split: ClassVar[bool] = True  # False: the rows of the matrix must be the first axis
 
     def __init__(self, spec: Spec, state: dict[str, Tensor]) -> None:
         self.spec = spec
@@ -73,7 +60,7 @@ class Moment(ABC):
             if name.endswith(SEEDS):
                 continue
             if state[name].device != spec.device or state[name].dtype != spec.dtype:
-                state[name] = state[name].to(spec.device, spec.dtype)  # the parameter has changed
+                state[name] = state[name].to(spec.device, spec.dtype)  # as the parameter's now are
         self.tensors = {name: state[name] for name in names}
 
     @abstractmethod
@@ -84,21 +71,21 @@ class Moment(ABC):
 
     @abstractmethod
     def operand(self, split: int) -> Any:
-        """Return what parsimony_kernels.step.ops takes for the parameter as a matrix."""
+        """Return the moment in the form that parsimony_kernels.step.ops takes."""
 
     def write_back(self, operand: Any, split: int, *, is_dense: bool) -> None:  # noqa: B027
-        """Bring what a step did to `operand` into the tensors, where it is not a view of them."""
+        """Copy what a step changed in `operand` to the tensors, if it is not a view of them."""
 
-    def of_rows(self, indices_K: Tensor) -> Moment:
-        """Return what elements (K,) of a sparse gradient feed, of which nothing else is known."""
+    def for_elements(self, indices_K: Tensor) -> Moment:
+        """Return the moment to use for elements (K,) of a gradient whose rest is unknown."""
         return self
 
     def end_step(self, step: int, options: Mapping[str, Any]) -> None:  # noqa: B027
-        """Do what is due after the parameter's `step`-th step, from 1."""
+        """Do what is due after the parameter's `step`-th step, counted from 1."""
 
     @abstractmethod
     def estimate(self) -> Tensor:
-        """Return the moment of every element, in the parameter's shape."""
+        """Return the moment of every element, as a new tensor in the parameter's shape."""
 
     @abstractmethod
     def at(self, indices_K: Tensor) -> Tensor:
@@ -135,10 +122,12 @@ class Full(Moment):
 class Cover(Moment):
     """SM3's accumulators: one for each axis, shaped (1, .., n_k, .., 1).
 
-    Source: Anil et al. 2019 (arXiv:1901.11150). For a kernel, the accumulators of the axes that
-    make the rows are merged into the minimum of them, and so are those of the columns.
-    Differs: variant I covers a tensor of more than two axes by its first axis and by the others
-    together (two accumulators, shaped (n, 1, ..) and (1, ..)): merging would change its sums.
+    Source: Anil et al. 2019 (arXiv:1901.11150).
+    A kernel sees a matrix with one accumulator for rows and one for columns: each is the minimum of
+    the accumulators of the axes that form the rows, or the columns.
+    Differs: in variant I, a tensor of more than two axes has two accumulators: one of the first
+    axis, shaped (n, 1, ..), and one of all the other axes together, shaped (1, ..). Its
+    accumulators are sums, which a minimum over several axes would change.
     """
 
     def __init__(self, spec: Spec, state: dict[str, Tensor]) -> None:
@@ -164,28 +153,28 @@ class Cover(Moment):
         sides = zip(self._sides(split), (operand.row, operand.col), strict=True)
         for (views, shape), merged in sides:
             if len(views) == 1:
-                continue  # the operand was this accumulator
+                continue  # the kernel has written to this accumulator itself
             for k, view in enumerate(views):
                 others = [axis for axis in range(len(shape)) if axis != k]
                 largest = merged.view(shape).amax(others, keepdim=True)
                 view.copy_(largest if is_dense else torch.maximum(view, largest))
 
-    def of_rows(self, indices_K: Tensor) -> Cover:
+    def for_elements(self, indices_K: Tensor) -> Cover:
         return _RowCover(self.spec, self.tensors, indices_K)
 
     def estimate(self) -> Tensor:
         return _merged(list(self.tensors.values())).expand(self.spec.shape).clone()
 
     def at(self, indices_K: Tensor) -> Tensor:
-        places = torch.unravel_index(indices_K, self.spec.shape)
+        coordinates = torch.unravel_index(indices_K, self.spec.shape)
         parts = [
-            t[tuple(at if n > 1 else 0 * at for at, n in zip(places, t.shape, strict=True))]
+            t[tuple(x if n > 1 else 0 * x for x, n in zip(coordinates, t.shape, strict=True))]
             for t in self.tensors.values()
         ]
         return _merged(parts)
 
     def _sides(self, split: int) -> list[tuple[list[Tensor], tuple[int, ...]]]:
-        """Return the accumulators, and the axes' sizes, of rows and of columns."""
+        """Return (accumulators, sizes of their axes) of the rows, and of the columns."""
         tensors, shape = list(self.tensors.values()), self.spec.shape
         rows = [t.view(t.shape[:split]) for t in tensors[:split]]
         cols = [t.view(t.shape[split:]) for t in tensors[split:]]
@@ -193,9 +182,10 @@ class Cover(Moment):
 
 
 class _RowCover(Cover):
-    """A cover of which elements of a sparse gradient read the row accumulator alone, as rows do.
+    """A cover for elements of a sparse gradient, which read the first axis' accumulator alone.
 
-    The other accumulators rise to the highest of those rows, so that they still bound all below.
+    A gradient of rows does the same. The other accumulators rise to the highest one of the rows
+    that arrived, so that they still bound every element.
     """
 
     def __init__(self, spec: Spec, state: dict[str, Tensor], indices_K: Tensor) -> None:
@@ -217,7 +207,7 @@ class Factored(Moment):
     """Row means (n,) and column means (m,); the estimate is row x col / mean(col).
 
     Source: Shazeer and Stern 2018 (arXiv:1804.04235), algorithm 2. Differs: no eps is added to the
-    squares, and the means of a sparse gradient follow parsimony_kernels.step.ops.step.
+    squares; parsimony_kernels.step.ops.step says how a sparse gradient changes the means.
     """
 
     any_split = False
@@ -242,18 +232,19 @@ class Factored(Moment):
 
 
 def factored_bound(exact: float, unit: float = 1.0) -> dict[str, float]:
-    """Return the rule's bound of what is divided by the root of a factored moment.
+    """Return the rule's bound of gradients divided by the root of a factored moment.
 
-    One entry whose gradient is huge makes the estimates of all others next to nothing, and eps is
-    what they would be divided by, for as long as the mean remembers. What ordinary matrices reach
-    is let through, and what the element's own moment would let through: `exact`.
-    Args: unit: the quotient of a gradient like all those before it.
+    After one entry with a huge gradient, the estimates of the other entries are almost 0 until the
+    means forget it, and their gradients would be divided by little more than eps.
+    Args: exact: the largest quotient that the element's exact moment allows. The bound is at least
+            that, and at least what ordinary matrices reach.
+        unit: the quotient of a gradient that equals all those before it.
     """
     return {"largest_quotient": max(exact, _LARGEST_FACTORED * unit)}
 
 
 class Sketch(Moment):
-    """A sketch over the rows: a CountSketch of a first moment, a CountMinSketch of a second."""
+    """A sketch over the rows: a CountSketch for a first moment, a CountMinSketch for a second."""
 
     any_split = False
 
@@ -295,16 +286,8 @@ STRUCTURES: dict[str, type[Moment]] = {
 
 
 def _merged(accumulators: list[Tensor]) -> Tensor:
-    """Return the minimum of accumulators that broadcast; one by itself is returned as it is."""
+    """Return the broadcast minimum of accumulators; of a single one, the accumulator itself."""
     merged = accumulators[0]
     for accumulator in accumulators[1:]:
         merged = torch.minimum(merged, accumulator)
     return merged
-
-
-def tensors_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a loaded state; a number is taken for `step`, others are dropped."""
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    if "step" in state and "step" not in tensors:
-        tensors["step"] = torch.tensor(state["step"], dtype=torch.float32, device="cpu")
-    return tensors

@@ -9,9 +9,9 @@ from optim.options import given
 
 
 class Momentum(MomentOptimizer):
-    """torch.optim.SGD with momentum, neither dampened nor Nesterov's: m <- momentum m + g.
+    """torch.optim.SGD with momentum, without dampening and Nesterov's form: m <- momentum m + g.
 
-    State: momentum_buffer, as it is kept. Options: see MomentOptimizer.
+    State: momentum_buffer, in the chosen structure. Options: see MomentOptimizer.
     """
 
     def __init__(
@@ -48,24 +48,26 @@ class Momentum(MomentOptimizer):
 class SketchMomentum(Momentum):
     """Momentum in a count-sketch.
 
-    Source: Spring et al. 2019 (PMLR 97), algorithm 2. Differs: the update does not take the median
-        after the insertion, but the momentum that follows from the mean of the estimates before
-        it, as far as they agree, and for the rest g / (1 - momentum). Where all rows arrive, the
-        sketch is that of the momentum.
-    Stable: on a quadratic, for lr x its largest curvature up to
+    Source: Spring et al. 2019 (PMLR 97), algorithm 2. Differs: the paper updates by the median of
+        the estimates after the insertion. Here the estimates before the insertion count as far as
+        they agree with each other: to that extent the update takes the momentum that follows from
+        their mean, and for the rest g / (1 - momentum). When all rows arrive in a step, the sketch
+        is exactly the sketch of the momentum.
+    Stability: on a quadratic function it converges if lr x the largest curvature is at most
 
             min(2 (1 - momentum), (1 - momentum) / momentum * r / (1 + 2 sqrt(r)))
 
-        with r = size_ratio (depth width / rows) and depth 2 or more: 0.012 by default, where
-        Momentum has 2 (1 + momentum) = 3.8. The first is gradient descent's with the rate
-        lr / (1 - momentum), where nothing is known; of row-sparse gradients no other was met. The
-        second: where all rows arrive, those that share buckets feed each other. The mean of the
-        estimates is P m, and along an eigenvector of P with eigenvalue L the recurrences
-        x' = x - lr (c x + momentum L m), m' = momentum m + c x decay for lr c below
-        (1 - momentum) / (momentum (L - 1)). The largest L of random tables is (1 + 1 / sqrt(r))^2,
-        of a single one the rows in its fullest bucket. That estimates count less where they
-        disagree makes up to 4 times the rate stable. If a run diverges, lower the rate, or make
-        the sketch larger or the momentum smaller.
+        where r = size_ratio (depth width / rows) and depth is 2 or more. By default that is 0.012;
+        Momentum allows 2 (1 + momentum) = 3.8. If a run diverges, lower the rate or the momentum,
+        or make the sketch larger.
+        The first bound is that of gradient descent with the rate lr / (1 - momentum), which this
+        is where the estimates do not agree at all. With row-sparse gradients we have met no other.
+        The second is for steps in which all rows arrive: rows that share buckets feed each other.
+        The mean of the estimates is P m for some matrix P. Along an eigenvector of P with
+        eigenvalue L, the recurrences x' = x - lr (c x + momentum L m), m' = momentum m + c x
+        converge if lr c is below (1 - momentum) / (momentum (L - 1)). The largest L of random
+        tables is (1 + 1 / sqrt(r))^2; that of a single table is the number of rows in its fullest
+        bucket. Because estimates count less where they disagree, up to 4 times this rate is stable.
     """
 
     structures = {"first_moment": "sketch"}  # noqa: RUF012

@@ -1,4 +1,4 @@
-"""What each option of the optimizers and sketches may be, in one table."""
+"""The allowed values of each option of the optimizers and sketches, in one table, and its check."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _at_least_0 = (_number(0, math.inf, below=True), "0 or more, and finite")
 _below_1 = (_number(0, 1, below=True), "from 0 to below 1")
 _yes_or_no = (_one_of(True, False), "True or False")
 
-# option -> (whether a value is allowed, what is allowed in words)
+# option -> (a function that tells whether a value is allowed, the allowed values in words)
 ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lr": _at_least_0,
     "eps": _at_least_0,
@@ -69,8 +69,8 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 
-# Keywords of torch's that are taken so that scripts and checkpoints which name them go on, each at
-# the values that ask for nothing: all of them are false.
+# Keywords of torch that no optimizer here needs. They are accepted, so that scripts and checkpoints
+# that name them work, with the values that change nothing: those that are false.
 NEUTRAL: dict[str, str] = {
     "amsgrad": "False: the largest second moment is not kept; torch.optim.Adam does",
     "centered": "False: the mean gradient is not kept; torch.optim.RMSprop does",
@@ -87,17 +87,17 @@ ALLOWED |= {
     name: (lambda x: x is None or x in (False, 0), words) for name, words in NEUTRAL.items()
 }
 
-_BELOW_0_IN_TORCH = {"lr": "learning rate", "eps": "epsilon value"} | {
+_NAMES_IN_TORCH = {"lr": "learning rate", "eps": "epsilon value"} | {
     name: f"{name} value"
     for name in ("weight_decay", "momentum", "alpha", "lr_decay", "initial_accumulator_value")
 }
 
 
 def check(options: Mapping[str, Any], whose: str = "") -> None:
-    """Raise ValueError for an option whose value is not allowed; names not in the table pass.
+    """Raise ValueError for an option whose value is not allowed; unknown options are passed over.
 
-    The message ends with what torch.optim says of the same mistake, if it does.
-    Args: whose: the options are, in the message.
+    The message ends with torch.optim's own message for the same mistake, if it has one.
+    Args: whose: words for the message that come before the option's name.
     """
     for name, value in options.items():
         if name not in ALLOWED:
@@ -105,7 +105,7 @@ def check(options: Mapping[str, Any], whose: str = "") -> None:
         is_allowed, words = ALLOWED[name]
         try:
             fits = is_allowed(value)
-        except (TypeError, ValueError, RuntimeError):  # of another type altogether
+        except (TypeError, ValueError, RuntimeError):  # a value of a wrong type
             fits = False
         if not fits:
             said = _as_torch_says(name, value)
@@ -113,12 +113,13 @@ def check(options: Mapping[str, Any], whose: str = "") -> None:
 
 
 def check_neutral(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for one of torch's keywords that has been set since the group was made."""
+    """Raise ValueError if one of torch's keywords has been set since the group was made."""
     if any(map(group.get, NEUTRAL)):
         check({name: group.get(name) for name in NEUTRAL})
 
 
 def _as_torch_says(name: str, value: Any) -> str:
+    """Return torch.optim's message for this value, "" if it has none."""
     try:
         if name == "lr" and isinstance(value, Tensor) and value.numel() != 1:
             return "Tensor lr must be 1-element"
@@ -127,13 +128,13 @@ def _as_torch_says(name: str, value: Any) -> str:
         for index, beta in enumerate(value if name == "betas" else ()):
             if not 0 <= beta < 1:
                 return f"Invalid beta parameter at index {index}: {beta}"
-        if name in _BELOW_0_IN_TORCH and not value >= 0:
-            return f"Invalid {_BELOW_0_IN_TORCH[name]}: {value}"
-    except (TypeError, ValueError, RuntimeError):  # of another type altogether
+        if name in _NAMES_IN_TORCH and not value >= 0:
+            return f"Invalid {_NAMES_IN_TORCH[name]}: {value}"
+    except (TypeError, ValueError, RuntimeError):  # a value of a wrong type
         pass
     return ""
 
 
 def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options among a constructor's `locals()`."""
+    """Return the options of an optimizer, given the `locals()` of its constructor."""
     return {k: v for k, v in arguments.items() if k not in ("self", "params", "__class__")}

@@ -1,7 +1,7 @@
-"""Preconditioner: the second moment of one parameter, fed apart from the parameter's steps.
+"""Preconditioner: the second moment of one parameter, which somebody else than the optimizer feeds.
 
-For a worker that sees every dense gradient while the optimizer sees only the few entries that the
-workers agreed on (see MomentOptimizer.delegate_second_moment).
+Made by MomentOptimizer.delegate_second_moment, for a worker that sees every dense gradient while
+its optimizer sees only the few entries that the workers exchange.
 Shapes: N elements of the flattened parameter, K of them.
 """
 
@@ -13,17 +13,20 @@ from typing import Any
 
 from torch import Tensor
 
-from optim.moments import SEEDS, Moment, balanced_split, matrix_shape
+from optim.matrix import balanced_split, matrix_shape
+from optim.moments import SEEDS, Moment
 from parsimony_kernels.step import ops
 
 Scalars = dict[str, float]
 
 
 class Preconditioner:
-    """A second moment and the number of steps that it has seen, at first `num_steps`.
+    """A second moment, and the number of steps in which it was fed.
 
-    tensors: name -> tensor: all its state, changed in place. shared_names: of those that may be
-    averaged over workers.
+    Args: scalars_of: step -> the optimizer's fields of ops.Rule in that step. options: returns the
+        parameter's group. num_steps: the steps that the optimizer has made of the parameter.
+    Attributes: tensors: name -> tensor, all its state, which is changed in place. shared_names: the
+        tensors that workers may average.
     """
 
     def __init__(
@@ -35,17 +38,18 @@ class Preconditioner:
     ) -> None:
         self._moment, self._scalars_of, self._options = moment, scalars_of, options
         self.tensors = {**moment.tensors, "step": num_steps}
-        self._last_ended = int(num_steps)  # the optimizer has ended the steps that it did itself
+        self._last_ended = int(num_steps)  # for these steps the optimizer has called end_step
         self.shared_names = [name for name in moment.tensors if not name.endswith(SEEDS)]
 
     def observe(
         self, grad_N: Tensor, *, scale: Tensor | None, num_parts: int, is_first: bool
     ) -> None:
-        """Take in one of the `num_parts` gradients that sum to a step's.
+        """Feed one of the `num_parts` gradients (of micro-batches) whose sum is a step's gradient.
 
-        The moment is of num_parts * grad, the gradient of a part by itself, averaged over parts.
-        Args: scale: (1,) that multiplies the gradient, or None: see ops.observe. is_first:
-            of the step.
+        The moment takes the mean over parts of the squares of num_parts * grad_N, the gradient of
+        that micro-batch by itself.
+        Args: scale: (1,), a factor of the gradient, or None: see ops.observe. is_first: whether
+            this is the first part of the step.
         """
         if is_first:
             if self.is_fed:
@@ -66,25 +70,25 @@ class Preconditioner:
 
     @property
     def is_fed(self) -> bool:
-        """Whether it is another moment than the optimizer gave."""
+        """Whether it has been fed since the optimizer gave it away, or since it was loaded."""
         return int(self.tensors["step"]) != self._last_ended
 
     def take_out_of(self, state: dict[str, Tensor]) -> None:
-        """Take over the moment that a parameter's loaded state holds, if it holds one."""
+        """Move the second moment of a parameter's loaded state, if it has one, into this one."""
         if state.keys() >= self.tensors.keys() > {"step"}:
             for name, tensor in self.tensors.items():
                 tensor.copy_(state["step"] if name == "step" else state.pop(name))
             self._last_ended = int(state["step"])
 
     def root(self, indices_K: Tensor | None = None) -> Tensor:
-        """Return what to divide by, at indices (K,) int64 or everywhere (N,): 0 or more.
+        """Return what gradients are divided by: sqrt(bias-corrected moment) + eps, 0 or more.
 
-        In the state's dtype: float64 for a float64 parameter, else float32.
-        sqrt(moment, with its bias corrected) + eps, as the optimizer's rule has it.
+        Args:    indices_K: (K,) int64, of elements; None: all N elements.
+        Returns: (K,) or (N,), in the dtype of the state.
         """
         nu = self._moment.estimate().view(-1) if indices_K is None else self._moment.at(indices_K)
         scalars = self._scalars()
-        scale = scalars.get("second_scale", 1.0)  # the scaled moment could overflow
+        scale = scalars.get("second_scale", 1.0)  # applied after the root: nu * scale can overflow
         nu.add_(scalars.get("eps_inside", 0.0) / scale).sqrt_().mul_(math.sqrt(scale))
         return nu.add_(scalars.get("eps_outside", 0.0))
 

@@ -1,4 +1,4 @@
-"""RMSprop, with its average of squares kept in a structure of one's choice."""
+"""RMSprop, whose average of squares can be kept in full, as a cover, factored or in a sketch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from optim.options import given
 
 
 class RMSprop(MomentOptimizer):
-    """torch.optim.RMSprop, not centered: the momentum, always in full, is of the scaled updates.
+    """torch.optim.RMSprop, not centered.
 
     Source: Tieleman and Hinton 2012.
-    State: square_avg, as it is kept; momentum_buffer. Options: see MomentOptimizer.
+    State: square_avg, in the chosen structure; momentum_buffer, always in full, which averages the
+        gradients after they are divided. Options: see MomentOptimizer.
     """
 
     first_follows_update = True

@@ -1,6 +1,6 @@
-"""The learning rate over a run that SM3's authors advise, as a scheduler of torch.
+"""The learning-rate schedule that the authors of SM3 advise, as a scheduler of torch.
 
-Polyak averaging, their other advice, is torch.optim.swa_utils.AveragedModel.
+They also advise Polyak averaging, for which there is torch.optim.swa_utils.AveragedModel.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class QuadraticWarmupLinearCooldown(LambdaLR):
-    """Rise with the square of the step, stay, then fall in a line to zero at the end of the run.
+    """The rate rises with the square of the step, stays, then falls linearly to 0.
 
     Source: Anil et al. 2019 (arXiv:1901.11150). Differs: the warm-up counts steps from 1, so that
-        the first one moves.
+        the rate of the first step is not 0.
     Args:
-        total_steps: of the run; from then on the rate is 0.
-        warmup_steps: the last of them has the full rate; None: a twentieth of the run.
-        cooldown_fraction: of total_steps, at whose end the rate falls.
+        total_steps: steps of the run; after them the rate is 0.
+        warmup_steps: steps in which the rate rises; None: a twentieth of the run.
+        cooldown_fraction: the part of the run, at its end, in which the rate falls.
     Example: total_steps=10, warmup_steps=2, cooldown_fraction=0.2 multiplies the rate by
         1/4, 1, 1, 1, 1, 1, 1, 1, 1, 1/2 in ten steps.
     """
@@ -45,7 +45,8 @@ class QuadraticWarmupLinearCooldown(LambdaLR):
 
 
 class _Shape:
-    """A step's multiple of the rate; an object, because a scheduler saves those."""
+    """Returns the factor of a step's rate. An object and not a function, because a LambdaLR saves
+    the attributes of objects in its state."""
 
     def __init__(self, warmup_steps: int, total_steps: int, cooldown_steps: int) -> None:
         self.warmup_steps, self.total_steps = warmup_steps, total_steps

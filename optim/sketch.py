@@ -1,11 +1,12 @@
 """CountSketch and CountMinSketch: sketches over the rows of a matrix, as value types.
 
 Source: Spring et al. 2019 (PMLR 97), after Charikar et al. 2002 and Cormode and Muthukrishnan 2005.
-A sketch holds `values` (depth, width, dim), float32 or float64, and its hash's `seeds` (depth,)
-int64 on the CPU; row i lives in one bucket of each of the `depth` tables. Owns their sizes and
-seeds; the hash and the arithmetic are parsimony_kernels.step.ops'.
+A sketch has `depth` tables of `width` buckets. Row i of the matrix is added to one bucket of each
+table, which a hash chooses. The sketch holds `values` (depth, width, dim), float32 or float64, and
+the hash's `seeds` (depth,) int64 on the CPU. This module decides sizes and seeds;
+parsimony_kernels.step.ops has the hash and the arithmetic.
 
-Shapes: k rows of `dim` columns arrive.
+Shapes: k rows of `dim` columns are inserted or queried.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from parsimony_kernels.step import ops
 
 
 def width_for(num_rows: int, depth: int, size_ratio: float) -> int:
-    """Return the buckets a table that make a sketch of the ratio: 200, 3, 0.2 -> 13."""
+    """Return the width of a sketch of this size ratio. Example: 200, 3, 0.2 -> 13."""
     return max(1, round(size_ratio * num_rows / depth))
 
 
 def hash_seeds(depth: int, *key: int) -> Tensor:
-    """Return `depth` non-negative seeds that depend on nothing but the key's numbers below 2^32."""
+    """Return `depth` seeds, 0 or more, that depend only on the key, numbers below 2^32."""
     generator, state = torch.Generator("cpu"), 0
     drawn = partial(torch.randint, generator=generator, dtype=torch.int64, device="cpu")
     for part in key:
@@ -41,14 +42,15 @@ class _RowSketch:
     """What both sketches have in common.
 
     Args:
-        num_rows: of the matrix, from which size_ratio gives the width; None where width is given.
+        num_rows: rows of the matrix, from which size_ratio gives the width; may be None if width is
+            given.
         dim: columns of the matrix, and of every bucket.
-        depth: tables, each with a hash of its own.
-        size_ratio: the size of the whole sketch relative to num_rows x dim.
-        width: buckets a table, instead of size_ratio.
-        seed: of the hashes. Sketches can be merged only where seeds are equal.
+        depth: number of tables, each with its own hash.
+        size_ratio: size of the whole sketch, relative to num_rows x dim.
+        width: buckets of a table; replaces size_ratio.
+        seed: of the hashes. Only sketches with equal seeds can be merged.
         dtype: of the values and of the arithmetic: float32 or float64.
-        device: of the values; None: the CPU, whatever torch's default is.
+        device: of the values; None: the CPU, whatever torch's default device is.
     """
 
     signed: ClassVar[bool]
@@ -77,18 +79,18 @@ class _RowSketch:
 
     @classmethod
     def wrap(cls, values: Tensor, seeds: Tensor) -> Self:
-        """Return a sketch that is these tensors, not a copy of them."""
+        """Return a sketch that holds these very tensors, not copies."""
         sketch = cls.__new__(cls)
         sketch.values, sketch.seeds = values, seeds
         return sketch
 
     @property
     def table(self) -> operands.Table:
-        """The operand that parsimony_kernels.step.ops takes."""
+        """The sketch in the form that parsimony_kernels.step.ops takes."""
         return operands.Table(self.values, self.seeds, self.signed)
 
     def insert(self, rows: Tensor, values: Tensor) -> None:
-        """Add values (k, dim), in the sketch's dtype, to rows (k,) int64, which may repeat."""
+        """Add values (k, dim), in the sketch's dtype, to rows (k,) int64; rows may repeat."""
         ops.sketch_insert(self.table, rows, values)
 
     def query(self, rows: Tensor) -> Tensor:
@@ -100,21 +102,21 @@ class _RowSketch:
     ) -> Tensor:
         """Insert gain * values - decay * query(rows), and return the new estimates (k, dim).
 
-        Source: Spring et al. 2019, the query-then-insert of Algorithms 2 to 4: a sum has the
-        default gain and decay (3); an average that forgets with beta has 1 - beta for both (4); a
-        momentum gamma has gain 1 and decay 1 - gamma (2).
+        Source: Spring et al. 2019, the query-then-insert of algorithms 2 to 4. For a sum, gain and
+        decay have their defaults (3); for an average that forgets with beta, both are 1 - beta (4);
+        for a momentum gamma, gain is 1 and decay 1 - gamma (2).
         Differs: see parsimony_kernels.step.ops.sketch_update.
         """
         ops.sketch_update(self.table, rows, values, gain=gain, decay=decay)
         return self.query(rows)
 
     def clean(self, factor: float) -> None:
-        """Multiply everything by `factor`, so that what collisions have piled up fades."""
+        """Multiply all values by `factor`, so that what collisions have added up fades."""
         options.check({"clean_factor": factor})
         self.values.mul_(factor)
 
     def merge(self, other: Self) -> None:
-        """Add another sketch, so that this one is of both their insertions."""
+        """Add another sketch; this one then holds the insertions of both."""
         if type(other) is not type(self):
             raise ValueError(f"cannot merge a {type(other).__name__} into a {type(self).__name__}")
         if other.values.shape != self.values.shape:
@@ -138,7 +140,7 @@ class _RowSketch:
         return {"values": self.values, "seeds": self.seeds}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over values and seeds: a checkpoint decides the hash."""
+        """Take over values and seeds; the seeds of the checkpoint replace this sketch's."""
         values, seeds = state["values"], state["seeds"]
         if values.shape != self.values.shape or seeds.shape != self.seeds.shape:
             shapes = tuple(values.shape), tuple(self.values.shape)
@@ -149,12 +151,13 @@ class _RowSketch:
 
 
 class CountSketch(_RowSketch):
-    """Values of both signs: estimates are medians, right in the mean."""
+    """For values of both signs: an estimate is the median over tables, and right on average."""
 
     signed = True
 
 
 class CountMinSketch(_RowSketch):
-    """Values of 0 or more: estimates are minima, never too low while nothing decays."""
+    """For values of 0 or more: an estimate is the minimum over tables. It is never too low as long
+    as values are only added (decay 0, no cleaning)."""
 
     signed = False

@@ -1,4 +1,4 @@
-"""SM3: one running maximum for each index of each axis, instead of one number for each element."""
+"""SM3, which keeps one running maximum for each index of each axis, not a number an element."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from optim.options import given
 
 
 class SM3(MomentOptimizer):
-    """Adagrad in the memory of its axes; a drop-in for the package torch-SM3, checkpoints included.
+    """Adagrad with one accumulator for each axis instead of full state; replaces torch-SM3.
+
+    Arguments, results and checkpoints are those of the package torch-SM3, but for `Differs`.
 
         nu <- min over axes of the accumulators + g^2         beta > 0: beta min + (1 - beta) g^2
         accumulators <- maximum of nu over their slices       variant II; I adds the maximum of g^2
         p <- p - lr EMA of g / sqrt(nu + eps)                 the EMA only if momentum > 0
 
-    Source: Anil et al. 2019 (arXiv:1901.11150), algorithms SM3-II and SM3-I. Advice there:
-        quadratic warm-up of the rate, constant, linear fall (QuadraticWarmupLinearCooldown), and
-        Polyak averaging (torch.optim.swa_utils.AveragedModel).
-    Differs: from torch-SM3, whose own tests it passes: with beta > 0 accumulators can fall. Sparse
-        gradients may be of rows, and of tensors of any rank; they leave what is absent alone, are
-        summed where indices repeat, and have momentum, of what arrived. 16-bit parameters have
-        float32 state. A parameter without a gradient is passed over. State is made at once, so
-        that it always has an accumulator for each axis, as dense gradients need. From the paper:
-        eps; vectors keep one accumulator an element, which is Adagrad; sparse gradients read that
-        of the first axis alone, as in the paper's code: the others, which any row raises, would
-        not bound better. (What comes as `elements` of a step reads all: the rest of such a
-        gradient is 0, so that they do.)
-    State: accumulator_0, ..., one for each axis, shaped (1, .., n_k, .., 1); momentum_buffer.
-        torch-SM3's is taken over, of sparse gradients too, and goes on in torch-SM3 if dense.
-    Options: see MomentOptimizer. No tensor is too small for a cover unless min_compressed_numel
-        says so.
+    Source: Anil et al. 2019 (arXiv:1901.11150), algorithms SM3-II and SM3-I. The authors advise a
+        rate with quadratic warm-up and linear fall (QuadraticWarmupLinearCooldown) and Polyak
+        averaging (torch.optim.swa_utils.AveragedModel).
+    Differs from torch-SM3, whose own tests it passes: with beta > 0 accumulators can fall. Sparse
+        gradients may be of rows, and of tensors with any number of axes; absent rows or elements
+        are not changed, repeated indices are summed, and those that arrived have momentum. 16-bit
+        parameters have float32 state. A parameter without a gradient is passed over. State is made
+        when the optimizer is, with an accumulator for each axis, which dense gradients need.
+    Differs from the paper: eps. A vector has one accumulator an element, which is Adagrad. A sparse
+        gradient reads only the first axis' accumulator, as in the paper's code: any row raises the
+        other ones, so they would not bound better. (`elements` of a step read all accumulators:
+        the rest of such a gradient is known to be 0, so the others do bound better.)
+    State: accumulator_0, ..., one for each axis, shaped (1, .., n_k, .., 1); momentum_buffer. It
+        loads state of torch-SM3, also of sparse gradients; torch-SM3 loads ours of dense ones.
+    Options: see MomentOptimizer; min_compressed_numel is 0 by default, so that small tensors are
+        covered too.
     """
 
     first_follows_update = True

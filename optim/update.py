@@ -1,4 +1,4 @@
-"""When parameters may be stepped, and the kernel's step of one, of any shape, as a matrix."""
+"""Update one parameter, of any shape, by the kernel's step on matrices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from optim.gradients import Gradient
-from optim.moments import Moment, balanced_split, matrix_shape
+from optim.matrix import balanced_split, matrix_shape
+from optim.moments import Moment
 from parsimony_kernels.step import ops
 
 
@@ -23,8 +24,8 @@ def update(
     p: Tensor, gradient: Gradient, rule: ops.Rule, moments: tuple[Moment | None, ...]
 ) -> None:
     """Update the parameter and its moments, (first, second), in place."""
-    if gradient.indices is not None and gradient.is_alone:
-        moments = tuple(m and m.of_rows(gradient.indices) for m in moments)
+    if gradient.indices is not None and gradient.rest_is_unknown:
+        moments = tuple(m and m.for_elements(gradient.indices) for m in moments)
     any_split = gradient.rows is None and all(m.any_split for m in moments if m)
     split = balanced_split(tuple(p.shape)) if any_split else 1
     shape = matrix_shape(tuple(p.shape), split)
@@ -41,4 +42,4 @@ def update(
             moment.write_back(operand, split, is_dense=gradient.is_dense)
     if target.data_ptr() != p.data_ptr():
         p.copy_(target)
-    torch.autograd.graph.increment_version(p)  # native kernels write behind autograd's back
+    torch.autograd.graph.increment_version(p)  # autograd does not see what a native kernel writes

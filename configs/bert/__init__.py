@@ -1,7 +1,7 @@
 """A masked language model on WikiText-103 by words, the 30,522 most frequent.
 
 BERT's network and its rule for masks (Devlin et al. 2019), without its word pieces, its corpus and
-its second task: for what such a network costs, not for its published scores.
+its second task: it shows what such a network costs, but not the published scores.
 """
 
 import fiddle as fdl

@@ -1,3 +1,5 @@
+"""ResNet-20 for CIFAR-10."""
+
 import fiddle as fdl
 
 from configs.schema import Run

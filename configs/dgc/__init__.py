@@ -1,6 +1,7 @@
 """Deep Gradient Compression: 0.1% of the entries, momentum corrected and masked.
 
-List these files after or before those of a model; SGD's momentum moves into the correction.
+These files may come after or before those of a model. SGD's momentum then acts in the workers, on
+the gradients that they accumulate, instead of in SGD.
 """
 
 import fiddle as fdl

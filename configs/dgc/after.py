@@ -1,4 +1,4 @@
-"""The optimizer alone keeps the second moment, of what arrives; workers keep none."""
+"""Only the optimizer keeps a second moment, of the entries that arrive; workers keep none."""
 
 import fiddle as fdl
 

@@ -1,4 +1,4 @@
-"""1% of the entries."""
+"""Send 1% of the entries."""
 
 import fiddle as fdl
 

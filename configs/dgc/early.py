@@ -1,4 +1,4 @@
-"""Gradients are divided by the root of their second moment before they are accumulated.
+"""Workers divide gradients by the root of their second moment before they accumulate them.
 
 Needs an optimizer of configs/optim that keeps a second moment, other than adam.py.
 """

@@ -1,4 +1,4 @@
-"""Values of 16 bits; what rounding takes off stays in the residual."""
+"""Values are sent in 16 bits; the rounding error stays in the residual."""
 
 import fiddle as fdl
 

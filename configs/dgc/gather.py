@@ -1,4 +1,4 @@
-"""Every rank sends its entries to all, whatever the cost model says."""
+"""Every rank sends its entries to all others, whatever the cost model says."""
 
 import fiddle as fdl
 

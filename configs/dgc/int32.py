@@ -1,4 +1,4 @@
-"""Indices of 32 bits. (The default here; the predecessors' was 64.)"""
+"""Indices are sent in 32 bits: the default here, where the predecessors sent 64."""
 
 import fiddle as fdl
 

@@ -1,6 +1,7 @@
-"""Values of 4 bits in groups of 32, positions of about 12: 2 bytes an entry at 0.1%.
+"""Values are sent in 4 bits, with a scale for each 32; an index takes about 12 bits.
 
-What rounding takes off stays in the residual."""
+That is 2 bytes an entry at density 0.1%. The rounding error stays in the residual.
+"""
 
 import fiddle as fdl
 

@@ -1,4 +1,4 @@
-"""Exchange between all ranks alike, whatever node they are on."""
+"""Exchange gradients between all ranks in one way, whether or not they are on the same node."""
 
 import fiddle as fdl
 

@@ -1,4 +1,4 @@
-"""Entries are ranked by residual / root of the second moment, not by residual.
+"""Entries are selected by residual / sqrt(second moment), not by the residual itself.
 
 Needs an optimizer of configs/optim that keeps a second moment, other than adam.py.
 """

@@ -1,4 +1,4 @@
-"""Second moments are averaged over workers, as often as at most doubles the bytes sent.
+"""Workers average their second moments, as often as can be done with as many bytes again.
 
 Needs an optimizer of configs/optim that keeps a second moment, other than adam.py.
 """

@@ -1,4 +1,7 @@
-"""Owners of slices sum the entries: what a rank sends does not grow with the number of ranks."""
+"""Each rank owns a part of every bucket, to which the others send their entries to be summed.
+
+So the bytes that a rank sends do not grow with the number of ranks.
+"""
 
 import fiddle as fdl
 

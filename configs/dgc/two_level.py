@@ -1,4 +1,7 @@
-"""Sum densely within a node, exchange sparsely between nodes; each local rank has its share."""
+"""Sum gradients densely within a node, then exchange the sums sparsely between nodes.
+
+Each rank of a node exchanges its own part of the node's sums.
+"""
 
 import fiddle as fdl
 

@@ -1,4 +1,4 @@
-"""The velocity, if there is one, in one byte an element, with a scale for each 256."""
+"""The velocity, where workers keep one, in one byte an element, with a scale for each 256."""
 
 import fiddle as fdl
 

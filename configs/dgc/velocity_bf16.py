@@ -1,4 +1,4 @@
-"""The velocity, if there is one, in two bytes an element."""
+"""The velocity, where workers keep one, in two bytes an element."""
 
 import fiddle as fdl
 

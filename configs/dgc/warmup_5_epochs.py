@@ -1,4 +1,4 @@
-"""Five epochs of density warm-up, falling exponentially."""
+"""Five epochs of density warm-up, in which the density falls exponentially."""
 
 import fiddle as fdl
 

@@ -1,4 +1,4 @@
-"""A cosine in place of the steps; list it after a model."""
+"""The rate falls along a cosine instead of in steps; list this file after a model's."""
 
 import fiddle as fdl
 import torch

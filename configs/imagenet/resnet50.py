@@ -1,3 +1,5 @@
+"""ResNet-50 for ImageNet, with Nesterov momentum and no weight decay on batch norm."""
+
 import fiddle as fdl
 
 from configs.schema import Run

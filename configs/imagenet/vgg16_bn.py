@@ -1,3 +1,5 @@
+"""VGG-16 with batch norm for ImageNet."""
+
 import fiddle as fdl
 
 from configs.schema import Run

@@ -1,6 +1,6 @@
 """The One Billion Word benchmark, streamed from its published folder of shards.
 
-An epoch of it takes hours: it is saved within epochs too.
+An epoch takes hours, so checkpoints are written within epochs too.
 """
 
 import fiddle as fdl

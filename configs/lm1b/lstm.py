@@ -1,8 +1,8 @@
 """LSTM-2048-512 (Jozefowicz et al. 2016) with a sampled softmax and row-sparse gradients.
 
 Spring et al. 2019 compress the embedding and softmax of an LSTM of 2048 units: test perplexity
-39.90 with Adam, 40.55 with both moments in sketches (CS-MV), 39.88 with the second (CS-V). Samples
-are drawn independently: 8,192 are some 4,600 different words.
+39.90 with Adam, 40.55 with both moments in sketches (CS-MV), 39.88 with only the second (CS-V).
+Samples are drawn independently: among 8,192 are some 4,600 different words.
 """
 
 import fiddle as fdl

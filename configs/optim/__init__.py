@@ -1,7 +1,7 @@
 """Which optimizer, and how its state is kept. List these files after those of a model.
 
-They replace the optimizer that a model's file chose, with its rate and weight decay. The rates are
-ones to start from: tune them. Weight decay, if one is set, is decoupled.
+They replace the optimizer of the model's file, including its rate and weight decay. The rates are
+starting points: tune them. Weight decay, if you set one, is decoupled.
 """
 
 import fiddle as fdl

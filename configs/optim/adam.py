@@ -1,4 +1,4 @@
-"""Adam in full, fused: what the others are compared with."""
+"""torch's fused AdamW, with full moments: the others are compared with it."""
 
 import fiddle as fdl
 from torch.optim import AdamW

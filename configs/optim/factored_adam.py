@@ -1,4 +1,4 @@
-"""Adam without a first moment, its second as row and column means: almost no state."""
+"""Adam without a first moment; its second is kept as row and column means: almost no state."""
 
 import fiddle as fdl
 

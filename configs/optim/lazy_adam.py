@@ -1,4 +1,5 @@
-"""Adam in full that takes row-sparse gradients too: rows that did not arrive are left alone."""
+"""Adam with full moments that takes row-sparse gradients; rows without a gradient stay as they are.
+"""
 
 import fiddle as fdl
 

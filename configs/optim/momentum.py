@@ -1,4 +1,4 @@
-"""SGD with momentum in full that takes row-sparse gradients too; compare sketch_momentum.py."""
+"""SGD with a full momentum that also takes row-sparse gradients; compare sketch_momentum.py."""
 
 import fiddle as fdl
 

@@ -1,8 +1,9 @@
 """The method that this project recommends: sends 1/1000 of the gradient, keeps 2 bytes a parameter.
 
-Entries leave a residual in bfloat16, divided by factored second moments of this worker's gradients,
-which are averaged over workers now and then. An entry travels in 20 bits. lr is what is best for
-dense Adam; what is sent sparsely has four times that.
+Each worker accumulates its gradients in a bfloat16 residual. Entries that leave it are divided by
+the root of the worker's second moment, which is kept as row and column means and now and then
+averaged over workers. An entry is sent in 20 bits. lr is the best rate of dense Adam; entries that
+are sent sparsely have four times that rate.
 """
 
 import fiddle as fdl

@@ -1,6 +1,6 @@
-"""torch's SGD with momentum 0.9; with a file of configs/dgc, DGC as published.
+"""torch's SGD with momentum 0.9; together with a file of configs/dgc, DGC as published.
 
-For dense gradients; momentum.py is for row-sparse ones too.
+It takes dense gradients; momentum.py takes row-sparse ones too.
 """
 
 import fiddle as fdl

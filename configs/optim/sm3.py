@@ -1,4 +1,4 @@
-"""SM3 with momentum: covers that forget (beta), a momentum buffer, and nothing else."""
+"""SM3 with a full momentum; its accumulators forget with beta."""
 
 import fiddle as fdl
 

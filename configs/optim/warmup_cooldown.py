@@ -1,6 +1,7 @@
-"""The rate as SM3's authors advise: quadratic warm-up, constant, linear fall over the last tenth.
+"""The learning rate that SM3's authors advise, and Polyak averaging, their other advice.
 
-And Polyak averaging, their other advice: an average of the parameters is what is evaluated.
+The rate rises with the square of the step, stays, and falls linearly over the last tenth. An
+average of the parameters is evaluated.
 """
 
 import fiddle as fdl

@@ -1,6 +1,6 @@
 """Sketches and covers for embedding and softmax only, as in the count-sketch paper.
 
-What lies between, and the softmax's bias, keep full state. For an optimizer of this project.
+The layers between them and the softmax's bias have full state. For the optimizers of optim/.
 """
 
 import fiddle as fdl

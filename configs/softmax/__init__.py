@@ -1,1 +1,1 @@
-"""How a language model's output layer is trained. List these files after a model's."""
+"""How the output layer of a language model is trained. List these files after a model's."""

@@ -1,4 +1,4 @@
-"""Row-sparse gradients of embedding and softmax: a step costs what the rows it touches cost.
+"""A sampled softmax: embedding and softmax have row-sparse gradients, and a step touches few rows.
 
 List it after a model's file, and with an optimizer that takes row-sparse gradients.
 """

@@ -1,7 +1,7 @@
-"""Your own text: data/text with train.txt, or train/*.txt, and likewise valid and test, or one.
+"""A language model of your own text, in the folder data/text.
 
-Elsewhere: --configs.dataset.root FOLDER. Text too large for the memory is streamed instead:
-configs/text/shards.py.
+It has train.txt or train/*.txt, and likewise valid, test or both. Another folder is named with
+--configs.dataset.root FOLDER. For text that does not fit into memory add configs/text/shards.py.
 """
 
 import fiddle as fdl

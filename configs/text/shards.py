@@ -1,6 +1,6 @@
-"""Text that is streamed: every file that data/text/train/* names is a shard. List it after a model.
+"""Text that is streamed from the files data/text/train/*; list this file after a model's.
 
-Ranks read each its part of every shard; test/* is held in memory.
+Each rank reads its own part of every file. The text of data/text/test/* is held in memory.
 """
 
 import fiddle as fdl

@@ -1,7 +1,7 @@
 """WikiText-2 by words, trained as Spring et al. 2019 did: 40 epochs, BPTT over 35 words.
 
-The rate is cut by 4 when the perplexity of the validation text stalls. Their rates: momentum 2.5
-with clip_norm 0.25, Adam 0.001 with clip_norm 1.
+The rate is divided by 4 when the perplexity of the validation text stops falling. Their rates: 2.5
+for momentum with clip_norm 0.25, and 0.001 for Adam with clip_norm 1.
 """
 
 import fiddle as fdl

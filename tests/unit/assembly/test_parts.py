@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import memory
-from assembly import parts
+from assembly import data, parts
 from configs import load
 from dgc.comm.local import run_local
 from engine.report import SilentReporter
@@ -67,7 +67,7 @@ def test_ranks_whose_vocabularies_differ_are_stopped(tmp_path):
         split.facts = {"word_counts": torch.arange(7) + comm.rank}
         run.dataset = lambda: {"train": split}
         with pytest.raises(SystemExit, match="rank 0 and rank 1 differ:\n  word_counts to train"):
-            parts.build_splits(run, comm)
+            data.build_splits(run, comm)
 
     run_local(2, work)
 
@@ -119,7 +119,7 @@ def test_a_misspelt_setting_of_a_group_is_refused():
     run = load.build(load.compose([DIGITS], {}))
     run.train.param_groups = {"*": {"momentm": 0.5}}
     with pytest.raises(load.ConfigError, match="SGD has no setting 'momentm', given for '.'"):
-        parts.build_optimizer(run.train, nn.Linear(2, 2))
+        parts.build_inner_optimizer(run.train, nn.Linear(2, 2))
 
 
 def test_switches_of_language_models_leave_the_rest_of_a_run_alone():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optim import SM3
-from optim.moments import balanced_split
+from optim.matrix import balanced_split
 from tests.tolerances import assert_close
 from tests.unit.optim.helpers import gradients, parameter, row_sparse, step
 
