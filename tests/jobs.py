@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ class Job:
         self._log = log
         environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = str(ROOT)
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # each rank would compile all modules anew
+        environment["PYTHONPYCACHEPREFIX"] = str(Path(tempfile.gettempdir()) / "parsimony-tests")
         with log.open("w") as file:
             self._process = subprocess.Popen(
                 words, cwd=ROOT, env=environment, start_new_session=True,

@@ -1,12 +1,12 @@
 """Collectives in pieces, several comms and lives of Horovod's and torch's, on real ranks."""
 
-import os
 import re
 from pathlib import Path
 
 import pytest
 
 from tests import jobs
+from tests.long import long
 
 pytestmark = pytest.mark.distributed
 FOLDER = Path(__file__).parent
@@ -15,8 +15,8 @@ FUSION = "Horovod's tensor fusion is on: with 3 ranks"
 
 @pytest.mark.parametrize(
     ("launcher", "num_ranks", "begun_by"),
-    [("mpirun", 2, "comm"), ("horovodrun --gloo", 3, "comm"), ("mpirun", 3, "person"),
-     ("torchrun", 3, "comm"), ("torchrun", 2, "person")],
+    [long("mpirun", 2, "comm"), ("horovodrun --gloo", 3, "comm"), ("mpirun", 3, "person"),
+     ("torchrun", 3, "comm"), long("torchrun", 2, "person")],
 )  # fmt: skip
 def test_any_size_any_number_of_comms_in_any_life(
     launcher, num_ranks, begun_by, tmp_path, monkeypatch
@@ -51,7 +51,7 @@ optimizers[rank].step()
 """
 
 
-@pytest.mark.parametrize("launcher", ["horovodrun --gloo", "torchrun"])
+@pytest.mark.parametrize("launcher", ["horovodrun --gloo", long("torchrun")])
 def test_ranks_that_step_different_models_stop_with_a_message(launcher, tmp_path, monkeypatch):
     monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "5")
     program = tmp_path / "different.py"
@@ -80,14 +80,11 @@ def test_join_ends_the_job_with_the_remedy(tmp_path):
     assert "Give every rank the same number of batches" in outcome.output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(
-    not os.environ.get("PARSIMONY_SLOW"),
-    reason="takes 9 to 12 GiB of memory and minutes; set PARSIMONY_SLOW=1",
-)
 @pytest.mark.parametrize("launcher", ["mpirun", "horovodrun --gloo", "torchrun"])
 def test_more_than_two_gib(launcher, tmp_path):
+    """Takes 9 to 12 GiB of memory."""
     program = [str(FOLDER / "check_large_messages.py")]
     outcome = jobs.run(launcher, 2, program, tmp_path / "log", timeout=800)
     assert outcome.status == 0, outcome.output[-5000:]

@@ -20,6 +20,7 @@ from tests.distributed.check_large_vocabulary import (
     make_model,
     texts,
 )
+from tests.long import long
 from tests.tolerances import assert_close
 
 PROGRAM = str(Path(__file__).with_name("check_large_vocabulary.py"))
@@ -168,7 +169,7 @@ def test_two_workers_on_halves_do_what_one_does_on_all(name):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("launcher", "num_ranks"), [("horovodrun", 1), ("horovodrun", 2), ("torchrun", 2)]
+    ("launcher", "num_ranks"), [long("horovodrun", 1), ("horovodrun", 2), long("torchrun", 2)]
 )
 def test_real_ranks_take_no_memory_of_the_tables_size(launcher, num_ranks, tmp_path, monkeypatch):
     """Resident memory also shows what native kernels, Horovod and gloo take."""

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 
 from tests import jobs
+from tests.long import long
 
 pytestmark = pytest.mark.distributed
 PROGRAM = str(Path(__file__).with_name("check_optim_state.py"))
 
 
-@pytest.mark.parametrize("launcher", ["horovodrun", "horovodrun --gloo"])
+@pytest.mark.parametrize("launcher", ["horovodrun", long("horovodrun --gloo")])
 def test_a_broadcast_leaves_parameters_alone_and_gives_every_rank_the_same_state(
     launcher, tmp_path
 ):

@@ -5,12 +5,15 @@ from pathlib import Path
 import pytest
 
 from tests import jobs
+from tests.long import all_but_long
 
 pytestmark = pytest.mark.distributed
 PROGRAM = str(Path(__file__).with_name("check_own_loop.py"))
 
 
-@pytest.mark.parametrize("launcher", jobs.LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", all_but_long(["horovodrun --gloo", "torchrun"], jobs.LAUNCHERS)
+)
 def test_a_loop_learns_with_the_readmes_change(launcher, tmp_path):
     written_for = "torch" if launcher == "torchrun" else "horovod"
     outcome = jobs.run(launcher, 2, [PROGRAM, written_for], tmp_path / "log")

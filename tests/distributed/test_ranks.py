@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests import jobs
+from tests.long import all_but_long, long
 
 pytestmark = pytest.mark.distributed
 PROGRAM = str(Path(__file__).with_name("check_ranks.py"))
@@ -12,8 +13,8 @@ PROGRAM = str(Path(__file__).with_name("check_ranks.py"))
 
 @pytest.mark.parametrize(
     ("launcher", "num_ranks"),
-    [("horovodrun", 2), ("horovodrun --gloo", 2), ("mpirun", 2), ("mpirun", 4),
-     ("horovodrun --gloo", 4), ("torchrun", 4)],
+    [long("horovodrun", 2), ("horovodrun --gloo", 2), long("mpirun", 2), ("mpirun", 4),
+     long("horovodrun --gloo", 4), ("torchrun", 2), long("torchrun", 4)],
 )  # fmt: skip
 def test_ranks_agree_to_the_bit(launcher, num_ranks, tmp_path, monkeypatch):
     monkeypatch.setenv("HOROVOD_DYNAMIC_PROCESS_SETS", "1")  # for islands on one node
@@ -33,7 +34,7 @@ with job() as comm:
 """
 
 
-@pytest.mark.parametrize("launcher", jobs.LAUNCHERS)
+@pytest.mark.parametrize("launcher", all_but_long(["mpirun", "torchrun"], jobs.LAUNCHERS))
 def test_ranks_that_wait_for_each_other_give_up_with_a_message(launcher, tmp_path, monkeypatch):
     monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "5")
     program = tmp_path / "stuck.py"

@@ -134,14 +134,12 @@ def test_ops_choose_cuda_for_tensors_on_a_gpu():
     assert torch.equal(ops.sketch_query(there, rows.to(GPU)).cpu(), expected)
 
 
-@pytest.mark.slow
 def test_elements_beyond_32_bits():
     if torch.cuda.get_device_properties(GPU).total_memory < 30 * 2**30:
         pytest.skip("needs a GPU with 30 GiB")
     cases.check_far_entries(device, GPU)
 
 
-@pytest.mark.slow
 def test_buffers_beyond_32_bits():
     if torch.cuda.get_device_properties(GPU).total_memory < 30 * 2**30:
         pytest.skip("needs a GPU with 30 GiB")

@@ -1,4 +1,5 @@
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -8,8 +9,11 @@ from tests import jobs
 
 DIGITS = ["--configs", "configs/digits/resnet20.py"]
 SPARSE = [*DIGITS, "configs/dgc/wm5.py", "configs/dgc/fp16.py"]
+SMALL = [*SPARSE, "tests/integration/perceptron.py"]  # its steps take a tenth of the time
 SHORT = {"train.num_epochs": 2, "train.lr_warmup_epochs": 1, "dgc.density": 0.01,
          "dgc.density_warmup_epochs": 1, "data.samples_per_epoch": 512}  # fmt: skip
+KILLED = {"checkpoint__every_steps": 2, "train__num_epochs": 8}
+"""What runs have that are killed, or taken up: 64 steps, a checkpoint at every other one."""
 
 
 class Runs:
@@ -18,9 +22,9 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self._folder, self._num_logs = folder, 0
 
-    def words(self, *extra: str, configs=SPARSE, runs="runs", **settings) -> list[str]:
+    def words(self, *extra: str, configs=SMALL, runs="runs", **settings) -> list[str]:
         """`settings` are overrides, with __ for the dot."""
-        overrides = dict(SHORT) if configs is SPARSE else {}
+        overrides = dict(SHORT) if configs[: len(SPARSE)] == SPARSE else {}
         overrides |= {name.replace("__", "."): value for name, value in settings.items()}
         flags = [w for name, value in overrides.items() for w in (f"--configs.{name}", str(value))]
         return ["train.py", *configs, *flags, "--runs", str(self._folder / runs), *extra]
@@ -33,22 +37,41 @@ class Runs:
     def run(self, *extra, timeout=150, **settings) -> jobs.Outcome:
         return self.start(*extra, **settings).wait(timeout)
 
+    def succeed(self, *extra, **settings) -> str:
+        """Run to the end; return what was printed."""
+        outcome = self.run(*extra, **settings)
+        assert outcome.status == 0, outcome.output[-5000:]
+        return outcome.output
+
+    def fail(self, *extra, **settings) -> str:
+        """Run what must end with a failure; return what was printed."""
+        outcome = self.run(*extra, **settings)
+        assert outcome.status != 0, outcome.output[-5000:]
+        return outcome.output
+
+    def wait_for_step(self, step: int, job: jobs.Job, timeout=90) -> None:
+        """Wait until a checkpoint of this step is whole; every_steps makes them within epochs."""
+        deadline = time.monotonic() + timeout
+        while not list(self._folder.glob(f"runs/*/checkpoints/step-{step:08d}.json")):
+            assert job.is_running, "the run ended before it could be killed"
+            assert time.monotonic() < deadline, f"no checkpoint of step {step} after {timeout} s"
+            time.sleep(0.002)
+
+    def resume(self, **settings) -> dict:
+        """Take up a run that was killed; return its figures."""
+        assert "resuming after step" in self.succeed(**settings)
+        return self.result()
+
     def straight_and_killed(self, *, step=14, **settings) -> dict:
         """Run undisturbed, and killed after a step's checkpoint and taken up; both must end alike.
 
         Returns the figures of the undisturbed run. Needs checkpoint__every_steps.
         """
-        straight = self.run(runs="straight", **settings)
-        assert straight.status == 0, straight.output[-5000:]
+        self.succeed(runs="straight", **settings)
         job = self.start(**settings)
-        deadline = time.monotonic() + 90
-        while not list(self._folder.glob(f"runs/*/checkpoints/step-{step:08d}.json")):
-            assert job.is_running and time.monotonic() < deadline, "to be killed in mid-epoch"
-            time.sleep(0.005)
+        self.wait_for_step(step, job)
         job.kill()
-        resumed = self.run(**settings)
-        assert "resuming after step" in resumed.output, resumed.output[-5000:]
-        one, other = self.result("straight"), self.result()
+        one, other = self.result("straight"), self.resume(**settings)
         assert one["parameter_hash"] == other["parameter_hash"]
         assert one["metrics"] == other["metrics"]  # of the average, where there is one
         assert one["skipped_steps"] == other["skipped_steps"]
@@ -68,9 +91,20 @@ def runs(tmp_path) -> Runs:
 
 
 @pytest.fixture(scope="session")
-def undisturbed_hash(tmp_path_factory) -> str:
-    """What two ranks come to in four epochs, with a checkpoint at every other step."""
+def undisturbed(tmp_path_factory) -> Runs:
+    """A finished run of KILLED on two ranks. Look at it only; see `finished`."""
     runs = Runs(tmp_path_factory.mktemp("undisturbed"))
-    outcome = runs.run(checkpoint__every_steps=2, train__num_epochs=4)
-    assert outcome.status == 0, outcome.output[-5000:]
-    return runs.result()["parameter_hash"]
+    runs.succeed(**KILLED)
+    return runs
+
+
+@pytest.fixture
+def undisturbed_hash(undisturbed) -> str:
+    return undisturbed.result()["parameter_hash"]
+
+
+@pytest.fixture
+def finished(undisturbed, runs, tmp_path) -> Runs:
+    """A copy of the undisturbed run, to be started again, damaged or refused."""
+    shutil.copytree(undisturbed.folder().parent, tmp_path / "runs")
+    return runs

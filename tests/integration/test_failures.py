@@ -12,28 +12,32 @@ import torch
 
 from benchmarks.tables import read_scalars
 from tests import jobs
-from tests.integration.conftest import SPARSE
+from tests.integration.conftest import KILLED, SMALL, SPARSE
+from tests.long import all_but_long
 
-pytestmark = pytest.mark.integration
-FAILING = [*SPARSE, "tests/integration/failing.py"]
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("undisturbed")]
+FAILING = [*SMALL, "tests/integration/failing.py"]
 
 
-@pytest.mark.parametrize("launcher", jobs.LAUNCHERS)
+def of_launchers(*short):
+    """Every launcher, those that are not named here as campaigns."""
+    return pytest.mark.parametrize("launcher", all_but_long(short, jobs.LAUNCHERS))
+
+
+@of_launchers("mpirun", "horovodrun --gloo", "torchrun")
 def test_an_exception_on_one_rank_ends_the_job_with_its_message(runs, launcher):
-    outcome = runs.run(configs=FAILING, launcher=launcher, timeout=60)
-    assert outcome.status != 0
-    assert "rank 1 failed and ends the job" in outcome.output
-    assert "cannot be read" in outcome.output
+    output = runs.fail(configs=FAILING, launcher=launcher, timeout=60)
+    assert "rank 1 failed and ends the job" in output
+    assert "cannot be read" in output
 
 
-@pytest.mark.parametrize("launcher", ["horovodrun", "horovodrun --gloo"])
+@of_launchers("horovodrun --gloo")
 def test_a_nan_on_one_rank_costs_one_step_and_is_told_once(runs, launcher):
-    configs = [*SPARSE, "tests/integration/spoiling.py"]
+    configs = [*SPARSE, "tests/integration/perceptron.py", "tests/integration/spoiling.py"]
     settings = {"train__num_epochs": 2, "data__samples_per_epoch": 512}
-    outcome = runs.run(configs=configs, launcher=launcher, **settings)
-    assert outcome.status == 0, outcome.output[-5000:]
-    assert outcome.output.count("step undone on all ranks: the gradient of") == 1
-    assert outcome.output.count("steps undone so far: 1") == 2  # in both epochs' lines
+    output = runs.succeed(configs=configs, launcher=launcher, **settings)
+    assert output.count("step undone on all ranks: the gradient of") == 1
+    assert output.count("steps undone so far: 1") == 2  # in both epochs' lines
     result = runs.result()
     assert (result["steps"], result["skipped_steps"]) == (16, 1)
     assert all(math.isfinite(v) for m in result["metrics"].values() for v in m.values())
@@ -45,7 +49,7 @@ def test_a_nan_on_one_rank_costs_one_step_and_is_told_once(runs, launcher):
     assert len(events["loss/train"]) == 15
 
 
-@pytest.mark.parametrize("launcher", jobs.LAUNCHERS)
+@of_launchers("mpirun")
 def test_ranks_with_different_settings_are_told_where(launcher, tmp_path):
     names = {"horovodrun --gloo": "HOROVOD_RANK", "torchrun": "RANK"}
     name = names.get(launcher, "OMPI_COMM_WORLD_RANK")
@@ -62,110 +66,96 @@ def test_ranks_with_different_settings_are_told_where(launcher, tmp_path):
     assert "configs.train.optimizer.lr: 0.0 against 0.01" in outcome.output
 
 
-def wait_for_step(folder, step, job, timeout=90):
-    """Wait until a checkpoint of this step is whole; every_steps makes them within epochs."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if list(folder.glob(f"*/checkpoints/step-{step:08d}.json")):
-            return
-        assert job.is_running, "the run ended before it could be killed"
-        time.sleep(0.005)
-    pytest.fail(f"no checkpoint of step {step} after {timeout} s")
-
-
-@pytest.mark.parametrize("launcher", jobs.LAUNCHERS)
-def test_a_rank_killed_in_mid_epoch_ends_the_job_and_can_be_resumed(
-    runs, tmp_path, launcher, undisturbed_hash
-):
-    settings = {"checkpoint__every_steps": 2, "train__num_epochs": 4}
-    job = runs.start(launcher=launcher, **settings)
-    wait_for_step(tmp_path / "runs", 10, job)
+def kill_a_rank(job):
+    """Kill the last rank; the job must end by itself, and say so."""
     os.kill(rank_processes(job)[-1], signal.SIGKILL)
     outcome = job.wait(60)
     assert outcome.status != 0
     assert re.search(r"signal 9|SIGKILL|Killed|code (137|-9)", outcome.output), outcome.output
-    resumed = runs.run(launcher=launcher, **settings)
-    assert resumed.status == 0, resumed.output[-5000:]
-    assert "resuming after step" in resumed.output
-    assert runs.result()["parameter_hash"] == undisturbed_hash
 
 
-@pytest.mark.parametrize("step", [4, 8, 22])
-def test_a_job_killed_at_any_moment_resumes_to_the_same_bits(
-    runs, tmp_path, step, undisturbed_hash
-):
-    settings = {"checkpoint__every_steps": 2, "train__num_epochs": 4}
-    job = runs.start(**settings)
-    wait_for_step(tmp_path / "runs", step, job)
-    if step == 4:
-        check_that_a_second_job_is_refused(runs, job, settings)
+def test_a_job_that_is_killed_again_and_again_ends_with_the_same_bits(runs, undisturbed_hash):
+    """First all of it, in the first epoch; then, taken up, one of its ranks in another."""
+    job = runs.start(**KILLED)
+    runs.wait_for_step(4, job)
+    check_that_a_second_job_is_refused(runs, job)
     job.kill()
-    resumed = runs.run(**settings)
-    assert resumed.status == 0, resumed.output[-5000:]
-    assert "resuming after step" in resumed.output
-    assert runs.result()["parameter_hash"] == undisturbed_hash
-    assert runs.result()["steps"] == 32
+    job = runs.start(**KILLED)
+    runs.wait_for_step(22, job)
+    kill_a_rank(job)
+    result = runs.resume(**KILLED)
+    assert result["parameter_hash"] == undisturbed_hash
+    assert result["steps"] == 64
 
 
-def check_that_a_second_job_is_refused(runs, job, settings):
+def check_that_a_second_job_is_refused(runs, job):
     ranks = rank_processes(job)
     for pid in ranks:
         os.kill(pid, signal.SIGSTOP)
     before = sorted(runs.folder().rglob("*"))
-    second = runs.run(**settings)
-    assert second.status != 0
-    holder = re.search(r"is in use: process (\d+) on", second.output)
-    assert int(holder[1]) in ranks, second.output
+    holder = re.search(r"is in use: process (\d+) on", runs.fail(**KILLED))
+    assert int(holder[1]) in ranks
     assert sorted(runs.folder().rglob("*")) == before
 
 
-def test_a_kill_at_a_random_time_with_all_the_machinery_is_resumed(runs, tmp_path):
+@of_launchers("horovodrun --gloo")
+def test_a_rank_killed_in_mid_epoch_ends_the_job_and_can_be_resumed(
+    runs, launcher, undisturbed_hash
+):
+    job = runs.start(launcher=launcher, **KILLED)
+    runs.wait_for_step(10, job)
+    kill_a_rank(job)
+    assert runs.resume(launcher=launcher, **KILLED)["parameter_hash"] == undisturbed_hash
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("step", [2, 8, 10, 16, 30, 62])
+def test_a_job_killed_at_any_moment_resumes_to_the_same_bits(runs, step, undisturbed_hash):
+    job = runs.start(**KILLED)
+    runs.wait_for_step(step, job)
+    job.kill()
+    assert runs.resume(**KILLED)["parameter_hash"] == undisturbed_hash
+
+
+@pytest.mark.long
+def test_kills_at_random_times_with_all_the_machinery_are_resumed(runs):
     """Accumulation, loader processes, a schedule by steps, clipping, and several kills."""
     settings = {
         "checkpoint__every_steps": 1,
-        "train__num_epochs": 2,
+        "train__num_epochs": 8,
         "train__batch_size_per_rank": 16,
         "train__micro_batches_per_step": 2,
         "train__schedule_lr_per": "step",
         "data__num_workers_per_rank": 1,
         "dgc__clip_norm": 1.0,
     }
-    assert runs.run(runs="undisturbed", **settings).status == 0
+    runs.succeed(runs="undisturbed", **settings)
     moments = random.Random(0)
-    for step in (2, 9):
+    for step in (2, 9, 20, 33):
         job = runs.start(**settings)
-        wait_for_step(tmp_path / "runs", step, job)
-        time.sleep(moments.random() / 2)
+        runs.wait_for_step(step, job)
+        time.sleep(moments.random() / 10)
         job.kill()
-    resumed = runs.run(**settings)
-    assert resumed.status == 0, resumed.output[-5000:]
-    assert runs.result()["parameter_hash"] == runs.result("undisturbed")["parameter_hash"]
+    result = runs.resume(**settings)
+    assert result["parameter_hash"] == runs.result("undisturbed")["parameter_hash"]
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(runs):
-    settings = {"checkpoint__every_steps": 2, "train__num_epochs": 4}
-    assert runs.run(**settings).status == 0
-    expected = runs.result()["parameter_hash"]
-    folder = runs.folder() / "checkpoints"
-    part = max(folder.glob("*.rank-0001-of-0002.pt"))
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(finished, undisturbed_hash):
+    part = max((finished.folder() / "checkpoints").glob("*.rank-0001-of-0002.pt"))
     damaged = bytearray(part.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     part.write_bytes(damaged)
-    outcome = runs.run(**settings)
-    assert outcome.status == 0, outcome.output[-5000:]
-    assert "skipped a damaged checkpoint" in outcome.output
-    assert "its SHA-256 differs" in outcome.output
-    assert runs.result()["parameter_hash"] == expected
+    output = finished.succeed(**KILLED)
+    assert "skipped a damaged checkpoint" in output
+    assert "its SHA-256 differs" in output
+    assert finished.result()["parameter_hash"] == undisturbed_hash
 
 
-def test_another_number_of_ranks_is_told_what_to_do(runs):
-    assert runs.run().status == 0
-    two = runs.folder()
-    one = two.with_name(two.name.replace(".np2", ".np1"))
-    two.rename(one)
-    outcome = runs.run(num_ranks=1)
-    assert outcome.status != 0
-    assert "was written by 2 ranks and this job has 1" in outcome.output
+def test_another_number_of_ranks_is_told_what_to_do(finished):
+    two = finished.folder()
+    two.rename(two.with_name(two.name.replace(".np2", ".np1")))
+    output = finished.fail(num_ranks=1, **KILLED)
+    assert "was written by 2 ranks and this job has 1" in output
 
 
 def rank_processes(job):

@@ -53,17 +53,21 @@ def shards(tmp_path):
 def test_a_network_with_row_sparse_gradients_learns_and_can_be_scored(runs, text):
     configs = ["--configs", "configs/text/lstm.py", "configs/optim/sketch_adam_v.py"]
     settings = {**LSTM, **ROWS, "dataset__root": text, "train__optimizer__size_ratio": 0.5}
-    outcome = runs.run(configs=configs, launcher="horovodrun", **settings)
-    assert outcome.status == 0, outcome.output[-5000:]
+    runs.succeed(configs=configs, launcher="horovodrun", **settings)
     result = runs.result()
     metrics = result["metrics"]["perplexity/valid"]
     assert metrics["last"] < 150, "300 words by chance; by their frequencies 200"
     assert metrics["best"] == min(metrics.values())
     assert result["payload_bytes_per_step"] < result["dense_bytes_per_step"]
-    scored = runs.run("--evaluate", configs=configs, **settings)
-    assert f"perplexity/valid: {metrics['best']:.4f}" in scored.output
+    scored = runs.succeed("--evaluate", configs=configs, **settings)
+    assert f"perplexity/valid: {metrics['best']:.4f}" in scored
+    write_text(text / "train.txt", 600, seed=7)
+    refused = runs.fail(configs=configs, **settings)
+    assert "a checkpoint made with other data (then, now)" in refused
+    assert "word_counts to train" in refused
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dgc", [[], ["configs/dgc/wm0.py"]], ids=["dense", "sparse"])
 def test_a_killed_run_takes_up_text_and_hidden_state_to_the_bit(runs, text, dgc):
     configs = ["--configs", "configs/text/lstm.py", *dgc]
@@ -72,7 +76,7 @@ def test_a_killed_run_takes_up_text_and_hidden_state_to_the_bit(runs, text, dgc)
     runs.straight_and_killed(configs=configs, step=7, **settings)
 
 
-def test_a_killed_run_takes_up_streamed_shards_to_the_bit(runs, shards):
+def test_a_killed_run_takes_up_streamed_shards_and_hidden_state_to_the_bit(runs, shards):
     configs = ["--configs", "configs/text/lstm.py", "configs/text/shards.py",
                "configs/optim/sketch_adam.py"]  # fmt: skip
     settings = {**LSTM, **ROWS, "dataset__root": shards, "dataset__bptt": 7,
@@ -81,22 +85,10 @@ def test_a_killed_run_takes_up_streamed_shards_to_the_bit(runs, shards):
     assert one["metrics"]["perplexity/test"]["last"] < 280
 
 
-def test_going_on_with_another_text_is_refused(runs, text):
-    configs = ["--configs", "configs/text/lstm.py"]
-    settings = {**LSTM, "train__num_epochs": 1, "dataset__root": text}
-    assert runs.run(configs=configs, **settings).status == 0
-    write_text(text / "train.txt", 600, seed=7)
-    refused = runs.run(configs=configs, **settings)
-    assert refused.status != 0
-    assert "a checkpoint made with other data (then, now)" in refused.output
-    assert "word_counts to train" in refused.output
-
-
 def test_the_rate_falls_when_the_validation_text_stalls(runs, text):
     configs = ["--configs", "configs/text/lstm.py"]
     still = {**LSTM, "train__num_epochs": 3, "train__optimizer__lr": 1e-7}
-    outcome = runs.run(configs=configs, dataset__root=text, **still)
-    assert outcome.status == 0, outcome.output[-5000:]
+    runs.succeed(configs=configs, num_ranks=1, dataset__root=text, **still)
     rates = [value for _, value in read_scalars(runs.folder())["lr"]]
     in_epoch = len(rates) // 3
     expected = [1e-7] * 2 * in_epoch + [0.25e-7] * in_epoch  # the first epoch is the best so far
@@ -110,8 +102,7 @@ def test_a_masked_language_model_trains_in_16_bits_with_activations_made_again(r
                 "model__checkpoint_activations": True, "train__precision": "bfloat16",
                 "train__num_epochs": 1, "train__batch_size_per_rank": 8,
                 "data__num_workers_per_rank": 0}  # fmt: skip
-    outcome = runs.run(configs=configs, **settings)
-    assert outcome.status == 0, outcome.output[-5000:]
+    runs.succeed(configs=configs, **settings)
     result = runs.result()
     assert result["metrics"]["loss/test"]["last"] < 5.8  # guessing among 304: 5.72
     assert result["state_bytes"]["gradients"] == 0
@@ -123,8 +114,7 @@ def test_the_memory_report_foretells_what_the_allocator_gives(runs, text):
     larger = {"model__embedding_dim": 128, "model__hidden_dim": 128, "dataset__bptt": 20}
     settings = {**LSTM, **ROWS, **larger, "dataset__root": text}
     words = ["--report", "memory", "--memory-gib", "0.25"]
-    outcome = runs.run(*words, configs=configs, **settings)
-    assert outcome.status == 0, outcome.output[-5000:]
+    runs.succeed(*words, configs=configs, **settings)
     told = json.loads((runs.folder() / "memory.json").read_text())
     assert abs(told["peak_error"]) < 0.05
     mine = told["predicted"][0]

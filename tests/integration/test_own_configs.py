@@ -56,8 +56,7 @@ def test_a_config_folder_is_a_package_in_the_loader_processes_too(runs, tmp_path
     folder.mkdir()
     for name, source in OWN.items():
         (folder / name).write_text(source)
-    outcome = runs.run(configs=["--configs", str(folder / "net-1.0.py")], num_ranks=1)
-    assert outcome.status == 0, outcome.output[-5000:]
+    runs.succeed(configs=["--configs", str(folder / "net-1.0.py")], num_ranks=1)
     assert runs.result()["config"]["configs.model"] == "_config_own_net-1.0.net"
 
 
@@ -71,6 +70,5 @@ def test_cifar_trains_with_its_defaults_on_a_folder_of_images(runs, tmp_path):
         Image.fromarray(image).save(folder / f"{index}.png")
     config = ["--configs", "configs/cifar/resnet20.py"]
     settings = {"dataset__root": tmp_path / "images", "train__num_epochs": 1}
-    outcome = runs.run(configs=config, num_ranks=1, **settings)
-    assert outcome.status == 0, outcome.output[-5000:]
+    runs.succeed(configs=config, num_ranks=1, **settings)
     assert runs.result()["steps"] == 1

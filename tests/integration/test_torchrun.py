@@ -6,7 +6,8 @@ import signal
 import pytest
 
 from tests import jobs
-from tests.integration.test_failures import rank_processes, wait_for_step
+from tests.integration.conftest import KILLED
+from tests.integration.test_failures import rank_processes
 
 pytestmark = pytest.mark.integration
 
@@ -16,12 +17,12 @@ def torchrun(started, log, *options, **settings):
     return jobs.Job(words, log)
 
 
+@pytest.mark.xdist_group("undisturbed")
 def test_what_torchrun_starts_again_ends_as_if_nothing_had_happened(
     runs, tmp_path, undisturbed_hash
 ):
-    settings = {"checkpoint__every_steps": 2, "train__num_epochs": 4}
-    job = torchrun(runs, tmp_path / "log", "--max-restarts=1", **settings)
-    wait_for_step(tmp_path / "runs", 6, job)
+    job = torchrun(runs, tmp_path / "log", "--max-restarts=1", **KILLED)
+    runs.wait_for_step(6, job)
     os.kill(rank_processes(job)[-1], signal.SIGKILL)
     outcome = job.wait()
     assert outcome.status == 0, outcome.output[-5000:]

@@ -16,6 +16,7 @@ INFINITY, NAN = float("inf"), float("nan")
 DEFAULTS = {key: values[0] for key, values in CHOICES.items()}
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("combination", list(combinations(num_random=10))[::3], ids=label)
 def test_a_bad_gradient_of_one_rank_touches_nothing_anywhere(combination, caplog):
     """Whichever tensor it is in, sent sparsely or densely; and training goes on as if not."""

@@ -101,6 +101,7 @@ def cases():
     ]
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("case, selection", cases(), ids=str)
 def test_selecting_equals_the_reference(case, selection, threads):  # noqa: F811
     threads(case.threads)
@@ -109,6 +110,7 @@ def test_selecting_equals_the_reference(case, selection, threads):  # noqa: F811
         assert_same_bits(a, b)
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("dtype", buffers.DTYPES)
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("selection", SETTINGS, ids=str)
@@ -133,6 +135,7 @@ def test_selecting_from_what_is_stored_equals_the_reference(dtype, n, selection,
 # ---- the way back --------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", buffers.DTYPES)
 @pytest.mark.parametrize("n", (1, 257, 4097, 70_001))

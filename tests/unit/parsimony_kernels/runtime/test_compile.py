@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from parsimony_kernels.runtime import launch as launch_cupy
+from tests.long import all_but_long, long
 
 KERNELS = Path(launch_cupy.__file__).parents[1]
 ARCHITECTURES = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -23,7 +24,7 @@ def nvcc(*words):
     return subprocess.run([compiler, *words], capture_output=True, text=True, timeout=280)
 
 
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [False, long(True)])
 def test_nvcc_compiles_for_the_architectures_that_it_knows(tmp_path, every):
     known = nvcc("--list-gpu-code").stdout.split()
     targets = [name for name in ARCHITECTURES if name in known]
@@ -69,10 +70,7 @@ class Nvrtc:
         return status == 0, log.value.decode()
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES[1:]]
-
-
-@pytest.mark.parametrize("architecture", ["sm_70", *SLOW])
+@pytest.mark.parametrize("architecture", all_but_long(["sm_70"], ARCHITECTURES))
 def test_nvrtc_compiles_as_cupy_does(architecture):
     nvrtc = Nvrtc()
     if architecture not in nvrtc.architectures():

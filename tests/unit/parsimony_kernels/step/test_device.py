@@ -39,12 +39,14 @@ def striding(monkeypatch):
     monkeypatch.setattr(device, "MAX_BLOCKS", 3)  # and 2 tiles across: blocks change columns
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("case", cases.step_cases(), ids=str)
 def test_a_step_equals_the_reference(emulated, case):
     emulated()
     cases.check_steps(case, device)
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("case", cases.sketch_cases(), ids=str)
 def test_a_sketch_equals_the_reference(emulated, case):
     emulated()
@@ -99,7 +101,7 @@ def test_elements_beyond_32_bits(emulated):
     cases.check_far_entries(device)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nothing_is_touched_outside_its_tensor():
     """The tests above again, with every allocation watched by AddressSanitizer."""
     if os.environ.get(WATCHED):

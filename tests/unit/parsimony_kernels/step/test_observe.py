@@ -40,6 +40,7 @@ def observed(case: Case, implementation, scale: float | None = None) -> dict[str
     return run.state
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("case", [*observe_cases(), *every_dtype()], ids=str)
 def test_native_equals_the_reference(case, scale):
@@ -48,6 +49,7 @@ def test_native_equals_the_reference(case, scale):
         cases.assert_same(actual[name], tensor, name, case)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("implementation", [host, reference])
 @pytest.mark.parametrize("case", every_dtype(), ids=str)
 def test_the_state_is_that_after_a_step(case, implementation):
@@ -60,6 +62,7 @@ def test_the_state_is_that_after_a_step(case, implementation):
             cases.assert_same(tensor, run.state[name], name, case)
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("implementation", [host, reference])
 @pytest.mark.parametrize("case", every_dtype(), ids=str)
 def test_the_scaled_gradient_is_what_is_fed(case, implementation):

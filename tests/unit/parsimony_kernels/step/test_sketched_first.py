@@ -69,6 +69,7 @@ def take_step(implementation, mode, param, grad, rule, first, second=None):
     return arrived
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rule", RULES)
@@ -129,6 +130,7 @@ def test_of_whole_gradients_the_sketch_is_that_of_the_moment(implementation, rul
     torch.testing.assert_close(first.values, exact.values)
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_not_finite_is_not_hidden(implementation, depth, mode):
