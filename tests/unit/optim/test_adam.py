@@ -40,7 +40,6 @@ def test_full_state_is_torch_s_adam(shape, betas, dtype):
         assert_close(p.detach(), q.detach().to(dtype))
 
 
-@pytest.mark.one_in(5)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("first_moment", ["sketch", "full"])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.9)])

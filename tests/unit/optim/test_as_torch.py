@@ -454,7 +454,6 @@ def named(weight, bias):
     return [("weight", weight), ("bias", bias)]
 
 
-@pytest.mark.one_in(3)
 @every_optimizer
 @pytest.mark.parametrize("saver", [None, named])
 @pytest.mark.parametrize("loader", [None, named])

@@ -76,7 +76,6 @@ def test_element_sparse_with_every_element_is_dense(name, shape, as_coo):
         assert_same_state(copy_of_state(sparse), copy_of_state(dense))
 
 
-@pytest.mark.one_in(5)
 @every_shape
 @every_optimizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

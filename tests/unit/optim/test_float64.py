@@ -79,7 +79,6 @@ def test_rows_are_torch_s_in_float64(name, rival):
         assert_close(p.detach(), q.detach())
 
 
-@pytest.mark.one_in(7)
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 1), (2, 3, 2, 2)], ids=str)
 @pytest.mark.parametrize(
     ("lr", "momentum", "beta"),

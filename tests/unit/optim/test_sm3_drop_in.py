@@ -53,7 +53,6 @@ def assert_close(ours, expected):
                                rtol=1e-5, atol=1e-8)  # fmt: skip
 
 
-@pytest.mark.one_in(5)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", GRADS)
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 0.3])

@@ -260,7 +260,6 @@ def set_momentum(optimizer, value):
         group["momentum"] = value
 
 
-@pytest.mark.one_in(5)
 @pytest.mark.parametrize("saved_after", [3, 4, 5, 6])
 @pytest.mark.parametrize("name", CYCLED)
 def test_momentum_that_comes_and_goes_is_resumed_as_if_never_stopped(name, saved_after):

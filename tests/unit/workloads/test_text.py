@@ -30,7 +30,6 @@ def ranks(split, world_size, batch_size, *, is_training=True, limit=None, seed=3
     ]
 
 
-@pytest.mark.one_in(5)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("num_words", [2, 3, 31, 32, 33, 1000, 1025])
 @pytest.mark.parametrize("batch_size", [1, 4, 50])

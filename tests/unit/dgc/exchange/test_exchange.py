@@ -279,6 +279,7 @@ class Delayed:
         return timed
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("two_level", [False, True])
 @pytest.mark.parametrize(
     "settings",

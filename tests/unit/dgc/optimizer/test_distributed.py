@@ -113,6 +113,7 @@ def test_micro_batches_equal_one_batch_of_their_size():
         torch.testing.assert_close(parameters(model), alone, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("make", [momentum_sgd, torch.optim.Adam])
 @pytest.mark.parametrize("value_dtype", ["float32", "float16"])
 @pytest.mark.parametrize("bucket_bytes", [1, 10**9])

@@ -158,6 +158,7 @@ def test_cycles_of_the_momentum_reach_the_correction_or_are_refused_by_name(cycl
 # ---- what is dropped -----------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("set_to_none", [True, False])
 @pytest.mark.parametrize("make", INNER.values(), ids=INNER)
 @pytest.mark.parametrize("compression", WAYS.values(), ids=WAYS)

@@ -135,7 +135,6 @@ def test_selecting_from_what_is_stored_equals_the_reference(dtype, n, selection,
 # ---- the way back --------------------------------------------------------------------------------
 
 
-@pytest.mark.one_in(5)
 @pytest.mark.parametrize("implementation", ops.IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", buffers.DTYPES)
 @pytest.mark.parametrize("n", (1, 257, 4097, 70_001))

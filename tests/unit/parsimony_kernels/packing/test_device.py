@@ -33,7 +33,6 @@ def on_device(emulated, monkeypatch):
     return use
 
 
-@pytest.mark.one_in(5)
 @pytest.mark.parametrize("case", packing_cases(), ids=str)
 def test_packing_equals_the_reference(on_device, case):
     on_device()

@@ -101,7 +101,6 @@ def test_messages_are_those_of_plain_loops(case):
             assert torch.equal(bits_of(found[1]), bits_of(rounded))
 
 
-@pytest.mark.one_in(5)
 @pytest.mark.parametrize("case", packing_cases(), ids=str)
 def test_nothing_is_written_outside(case):
     for module in IMPLEMENTATIONS.values():

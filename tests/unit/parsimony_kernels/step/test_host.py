@@ -30,7 +30,6 @@ def test_a_step_equals_the_reference(case):
     cases.check_steps(case, host)
 
 
-@pytest.mark.one_in(7)
 @pytest.mark.parametrize("case", cases.sketch_cases(), ids=str)
 def test_a_sketch_equals_the_reference(case):
     cases.check_sketch(case, host)
