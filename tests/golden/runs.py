@@ -57,7 +57,7 @@ def dgc_sgd(model: nn.Module, comm: HorovodComm) -> DistributedOptimizer:
 
 
 def dense(model: nn.Module, comm: HorovodComm) -> DistributedOptimizer:
-    """configs/optim/lazy_adam.py without compression, of a row-sparse embedding; 2 micro-batches."""
+    """configs/optim/lazy_adam.py uncompressed, with a row-sparse embedding and micro-batches."""
     return DistributedOptimizer(
         Adam(model.parameters(), lr=0.003, decoupled_weight_decay=True), model.named_parameters(),
         comm=comm, row_sparse=row_sparse_names(model),
