@@ -21,13 +21,12 @@ NUM_RANKS = (1, 2)
 
 ARITHMETIC = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE",
               "OMP_NUM_THREADS": "1", "PARSIMONY_KERNELS": "native"}  # fmt: skip
-"""Environment in which the runs do not depend on the processor: torch chooses neither its own
-loops nor MKL's by the vector instructions that it finds. Our compiled kernels give the same bits
-whatever instructions they are compiled for; the reference kernels sum factored means in another
-order."""
+"""Environment that makes the runs independent of the processor. By themselves torch and MKL order
+their sums by the vector instructions that they find. Our compiled kernels give the same bits for
+any instructions; the reference kernels sum factored means in another order."""
 
 Curves = dict[str, dict[str, Any]]
-"""By run, then by "1 rank" or "2 ranks": each rank's losses, and a digest of the parameters."""
+"""By run, then by "ranks: 1" or "ranks: 2": each rank's losses and a digest of the parameters."""
 
 
 def kind() -> str:
@@ -41,7 +40,7 @@ def folder() -> Path:
 
 
 def compute() -> Curves:
-    """Run all trainings now: one process, then one job of two ranks."""
+    """Run all trainings now: a job of one rank, then one of two."""
     curves: Curves = {}
     for num_ranks in NUM_RANKS:
         with tempfile.TemporaryDirectory() as written:
@@ -53,7 +52,7 @@ def compute() -> Curves:
             ranks = [json.loads(Path(written, f"rank{rank}.json").read_text())
                      for rank in range(num_ranks)]  # fmt: skip
         for name in ranks[0]:
-            curves.setdefault(name, {})["1 rank" if num_ranks == 1 else f"{num_ranks} ranks"] = {
+            curves.setdefault(name, {})[f"ranks: {num_ranks}"] = {
                 "losses": [rank[name]["losses"] for rank in ranks],
                 "parameters": ranks[0][name]["parameters"],
             }

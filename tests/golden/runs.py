@@ -3,14 +3,16 @@
 argv: a folder, into which every rank writes `rank<R>.json`.
 
 The runs use the project as a person would, through the names that the README gives. Model, data
-and loss need nothing but sums and products of floats, and the random numbers are integers, so that
-the curves depend as little as possible on the machine; see also record.ARITHMETIC.
+and loss need nothing but sums and products of floats, and the random numbers are integers, because
+exponentials and normal numbers are computed differently on different processors. See also
+record.ARITHMETIC.
 """
 
 import hashlib
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ Wrap = Callable[[nn.Module, HorovodComm], DistributedOptimizer]
 
 
 def recommended(model: nn.Module, comm: HorovodComm) -> DistributedOptimizer:
-    """configs/optim/parsimony.py with rows, a decay and clipping."""
+    """configs/optim/parsimony.py at 1%, with a row-sparse embedding, weight decay and clipping."""
     return DistributedOptimizer(
         FactoredAdam(model.parameters(), lr=0.003, betas=(0.0, 0.999), weight_decay=0.01,
                      decoupled_weight_decay=True),
@@ -44,7 +46,7 @@ def recommended(model: nn.Module, comm: HorovodComm) -> DistributedOptimizer:
 
 
 def dgc_sgd(model: nn.Module, comm: HorovodComm) -> DistributedOptimizer:
-    """configs/optim/sgd.py with configs/dgc/wm5.py: DGC as published, summed by owners."""
+    """configs/optim/sgd.py with configs/dgc/wm5.py: DGC as published; slices summed by owners."""
     return DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4),
         model.named_parameters(), comm=comm, bucket_bytes=2**16,
@@ -55,19 +57,27 @@ def dgc_sgd(model: nn.Module, comm: HorovodComm) -> DistributedOptimizer:
 
 
 def dense(model: nn.Module, comm: HorovodComm) -> DistributedOptimizer:
-    """configs/optim/lazy_adam.py, with rows and without compression; two backward passes a step."""
+    """configs/optim/lazy_adam.py uncompressed, with a row-sparse embedding and micro-batches."""
     return DistributedOptimizer(
         Adam(model.parameters(), lr=0.003, decoupled_weight_decay=True), model.named_parameters(),
-        comm=comm, row_sparse=row_sparse_names(model), micro_batches_per_step=2,
+        comm=comm, row_sparse=row_sparse_names(model),
+        micro_batches_per_step=RUNS["dense"].micro_batches_per_step,
     )  # fmt: skip
 
 
-RUNS: dict[str, tuple[Wrap, bool]] = {
-    "recommended": (recommended, True),
-    "dgc_sgd": (dgc_sgd, False),
-    "dense": (dense, True),
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    wrap: Wrap
+    """Make the optimizer of a model."""
+    row_sparse_embedding: bool
+    micro_batches_per_step: int = 1
+
+
+RUNS = {
+    "recommended": Run(wrap=recommended, row_sparse_embedding=True),
+    "dgc_sgd": Run(wrap=dgc_sgd, row_sparse_embedding=False),
+    "dense": Run(wrap=dense, row_sparse_embedding=True, micro_batches_per_step=2),
 }
-"""How a run wraps its optimizer, and whether the embedding's gradient is of rows."""
 
 
 class Classifier(nn.Module):
@@ -77,9 +87,9 @@ class Classifier(nn.Module):
     (Compression.exact_below), `scores` is ranked, and the biases are sent whole.
     """
 
-    def __init__(self, has_row_sparse_embedding: bool) -> None:
+    def __init__(self, row_sparse_embedding: bool) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(NUM_WORDS, 64, sparse=has_row_sparse_embedding)
+        self.embedding = nn.Embedding(NUM_WORDS, 64, sparse=row_sparse_embedding)
         self.hidden = nn.Linear(64, WIDTH)
         self.scores = nn.Linear(WIDTH, NUM_CLASSES)
         generator = torch.Generator().manual_seed(1)
@@ -92,7 +102,7 @@ class Classifier(nn.Module):
 
 
 def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return words (B, W) and their classes (B,): those of a class are near its number's."""
+    """Return words (B, W) and their classes (B,): a class has 80 of the 400 words."""
     classes = torch.randint(NUM_CLASSES, (BATCH_SIZE_PER_RANK,), generator=generator)
     shape = (BATCH_SIZE_PER_RANK, WORDS_PER_EXAMPLE)
     near = torch.randint(2 * NUM_WORDS // NUM_CLASSES, shape, generator=generator)
@@ -104,21 +114,20 @@ def squared_error(scores: Tensor, classes: Tensor) -> Tensor:
     return (scores - wanted).square().mean()
 
 
-def train(wrap: Wrap, has_row_sparse_embedding: bool, comm: HorovodComm) -> dict[str, Any]:
+def train(run: Run, comm: HorovodComm) -> dict[str, Any]:
     """Return this rank's loss in each step, and a digest of the parameters after the last."""
-    model = Classifier(has_row_sparse_embedding)
-    optimizer = wrap(model, comm)
+    model = Classifier(run.row_sparse_embedding)
+    optimizer = run.wrap(model, comm)
     generator = torch.Generator().manual_seed(100 + comm.rank)
-    num_passes = 2 if wrap is dense else 1
     losses = []
     for step in range(NUM_STEPS):
         if step % STEPS_PER_EPOCH == 0:
             optimizer.set_epoch(step // STEPS_PER_EPOCH)
         optimizer.zero_grad()
         total = 0.0
-        for _ in range(num_passes):
+        for _ in range(run.micro_batches_per_step):
             words, classes = batch(generator)
-            loss = squared_error(model(words), classes) / num_passes
+            loss = squared_error(model(words), classes) / run.micro_batches_per_step
             loss.backward()
             total += loss.item()
         optimizer.step()
@@ -136,7 +145,7 @@ def main(folder: Path) -> None:
 
     hvd.init()
     comm = HorovodComm()
-    curves = {name: train(wrap, rows, comm) for name, (wrap, rows) in RUNS.items()}
+    curves = {name: train(run, comm) for name, run in RUNS.items()}
     (folder / f"rank{comm.rank}.json").write_text(json.dumps(curves))
     comm.close()
 

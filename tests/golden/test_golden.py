@@ -21,15 +21,15 @@ def computed():
 
 
 def first_difference(golden, found):
-    """Return the first step in which some rank's loss differs, and None if none does."""
-    steps = zip(zip(*golden["losses"], strict=True), zip(*found["losses"], strict=True), strict=True)
-    for step, (expected, got) in enumerate(steps):
+    """Describe the first step in which some rank's loss differs; None if none does."""
+    by_step = [list(zip(*curve["losses"], strict=True)) for curve in (golden, found)]
+    for step, (expected, got) in enumerate(zip(*by_step, strict=True)):
         if expected != got:
             return f"step {step}: losses {got}, recorded {expected}"
     return None
 
 
-@pytest.mark.parametrize("ranks", ["1 rank", "2 ranks"])
+@pytest.mark.parametrize("ranks", ["ranks: 1", "ranks: 2"])
 @pytest.mark.parametrize("name", ["recommended", "dgc_sgd", "dense"])
 def test_losses_and_parameters_are_the_recorded_ones(name, ranks, computed):
     golden = json.loads((record.folder() / f"{name}.json").read_text())[ranks]
