@@ -52,8 +52,7 @@ def _mask(func: Any, args: Sequence[Any]) -> Tensor | None:
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down, in order, each value that a real run asks for and each mask's fraction of true.
-    """
+    """Writes down the values that a real run asks for, and the fractions of its masks, in order."""
 
     def __init__(self) -> None:
         super().__init__()

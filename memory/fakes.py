@@ -133,8 +133,7 @@ _MODULES = {
 
 
 def _unless_sketched(operation: Any) -> Any:
-    """Return plain torch's operation, which does nothing for a sketch: its shapes depend on hashes.
-    """
+    """Return plain torch's operation, skipped for sketches, in which shapes depend on hashes."""
     return lambda *args: None if any(isinstance(x, Table) for x in args) else operation(*args)
 
 

@@ -70,8 +70,7 @@ class Tracker(TorchDispatchMode):
 
     @contextlib.contextmanager
     def phase(self, name: str, default: str = TEMPORARIES) -> Iterator[None]:
-        """In the block, count peaks for this phase; storages that never get a label are `default`.
-        """
+        """In the block, count peaks for this phase; unlabelled storages are of kind `default`."""
         before = self._phase, self._default
         self._phase, self._default = name, default
         try:
