@@ -80,7 +80,6 @@ def text_shards(
 ) -> dict[str, TextShards | Text]:
     """Text in shards under `root`: "train" is streamed, "test" and "valid" are in memory.
 
-    Shards may be compressed by gzip.
     Args: train, test, valid: patterns of file names below root, e.g. "train/part-*"; test or valid
               may be None.
           vocabulary: a file with one word at the beginning of each line, numbered in this order.
@@ -98,7 +97,6 @@ def text_shards(
             f"max_words is {max_words}, but vocabulary {vocabulary} says which words there are; "
             f"allowed: None, or no vocabulary"
         )
-    root = os.path.expanduser(root)
     files = _files_of_splits(root, {"train": train, "test": test, "valid": valid})
     counted = read_or_count(files["train"], root, counts)
     if vocabulary is not None:
@@ -113,6 +111,7 @@ def text_shards(
 
 def _files_of_splits(root: str, patterns: Mapping[str, str | None]) -> dict[str, list[Path]]:
     """Return the files of each split with a pattern; refuse to train and evaluate on the same."""
+    root = os.path.expanduser(root)
     files = {name: _shards(root, name, glob) for name, glob in patterns.items() if glob is not None}
     both = set(files["train"]) & {path for name in files.keys() - {"train"} for path in files[name]}
     if both:
