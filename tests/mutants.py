@@ -1,6 +1,6 @@
 """Whether the tests find faults: each mutant is one, put into a copy of the source.
 
-    python tests/mutants.py                    all of tests/mutant_list.py
+    python tests/mutants.py                    all of tests/mutants.toml
     python tests/mutants.py merge-order ...    some of them
     python tests/mutants.py --list             what there is, and where it goes in; no test runs
     python tests/mutants.py -j 2               two at a time
@@ -23,13 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from mutant_list import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[1]
 NOT_SOURCE = ("tests", "benchmarks", "examples", "docs")
@@ -42,6 +41,16 @@ ALL_TESTS = ["launch/test.sh"]
 
 class MutantError(Exception):
     """A mutant that cannot be tried: the list is to be corrected."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """See tests/mutants.toml."""
+
+    name: str
+    old: str
+    new: str
+    tests: str
 
 
 @dataclass(frozen=True)
@@ -168,12 +177,12 @@ def try_mutant(
 
 
 def chosen(names: Sequence[str]) -> list[Mutant]:
-    known = {mutant.name: mutant for mutant in MUTANTS}
-    if len(known) != len(MUTANTS):
-        raise MutantError("two mutants have one name")
+    """Return the mutants of these names; all, if there are no names."""
+    listed = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+    known = {name: Mutant(name, **parts) for name, parts in listed.items()}
     if unknown := sorted(set(names) - known.keys()):
         raise MutantError(f"there is no mutant {', '.join(unknown)}; see --list")
-    return [known[name] for name in names] or MUTANTS
+    return [known[name] for name in names or known]
 
 
 def main() -> int:
