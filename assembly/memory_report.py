@@ -81,8 +81,7 @@ def describe(run: Run, comm: Comm, device: torch.device, splits: Mapping[str, An
 
 
 def measure(trainer: Trainer, num_steps: int) -> memory.Measured:
-    """Measure real steps at the density after warm-up; their results are thrown away. A collective.
-    """
+    """Measure real steps at the density after warm-up, and drop their results. A collective."""
     state, batches = trainer.state, endless(trainer)
     state.optimizer.set_epoch(trainer.run.train.num_epochs)
     others = () if state.averaged is None else tuple(state.averaged.parameters())

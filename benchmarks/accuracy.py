@@ -1,29 +1,25 @@
-"""What sparsity costs in accuracy: trains one config at several densities and seeds, side by side.
+"""What sparsity costs in accuracy: train one config at several densities, with several seeds.
 
     python benchmarks/accuracy.py --configs configs/digits/resnet20.py --densities 1 0.01 0.001 \
         --seeds 1 2 3 -np 2 --json benchmarks/results/digits.json --picture curves.png
 
-Density 1 is the dense all-reduce; the others add configs/dgc/wm5.py. Further words, such as
+Density 1 is the dense all-reduce; the others add configs/dgc/wm5.py. Further settings, such as
 `--configs.train.num_epochs 10`, go to train.py; those below `configs.dgc` only to the sparse runs.
-Runs that are complete are not run again, so the command can be repeated, and stopped at any time.
+Runs that are complete are not run again, so the command can be stopped at any time and repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import tables
-from configs import load
+from benchmarks import runs, tables
 
-ROOT = Path(__file__).parents[1]
 METRIC = "acc/test_top1"
 
 
@@ -33,13 +29,14 @@ def main() -> None:
     parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.01, 0.001])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("-np", type=int, default=2, help="ranks")
-    parser.add_argument("--runs", type=tables.path, default="runs", help="of all runs")
+    parser.add_argument("--runs", type=tables.path, default="runs", help="folder of all runs")
     parser.add_argument("--picture", type=tables.path, help="draw the curves here")
-    options, extra = parser.parse_known_args()
+    options, words = parser.parse_known_args()
+    settings = settings_in(words)
 
     rows = []
     for density in options.densities:
-        results = [run(options, extra, density, seed) for seed in options.seeds]
+        results = [run(options, settings, density, seed) for seed in options.seeds]
         rows.append(summarize(density, results))
         tables.print_table(rows, COLUMNS)
     tables.write_json(rows, options.json)
@@ -47,40 +44,30 @@ def main() -> None:
         draw(options, rows)
 
 
-def run(options: argparse.Namespace, extra: list[str], density: float, seed: int) -> dict[str, Any]:
+def settings_in(words: list[str]) -> dict[str, str]:
+    """Return path -> text of words like `--configs.seed 3` and `--configs.seed=3`."""
+    found, rest = {}, iter(words)
+    for word in rest:
+        path, equals, text = word.partition("=")
+        if not path.startswith("--configs."):
+            sys.exit(f"{word} is neither an option of this script nor one of --configs.<setting>")
+        found[path.removeprefix("--configs.")] = text if equals else next(rest, "")
+    return found
+
+
+def run(
+    options: argparse.Namespace, settings: dict[str, str], density: float, seed: int
+) -> dict[str, Any]:
     """Return a run's result, after running it if it is not complete."""
-    files, words = list(options.configs), ["--configs.seed", str(seed), *extra]
+    files, settings = list(options.configs), {"seed": str(seed), **settings}
     if density < 1:
         files.append("configs/dgc/wm5.py")
-        words = ["--configs.dgc.density", str(density), *words]
+        settings = {"dgc.density": str(density), **settings}
     else:
-        words = without_dgc(words)
+        settings = {path: text for path, text in settings.items() if not path.startswith("dgc.")}
     suffix = f".density-{density:g}.seed-{seed}"
-    folder = ROOT / options.runs / load.run_name(files, options.np, suffix)
-    if not (folder / "result.json").exists():
-        command = ["horovodrun", "-np", str(options.np), "python", "train.py", "--configs", *files,
-                   *words, "--suffix", suffix, "--runs", str(options.runs)]  # fmt: skip
-        print(" ".join(command), file=sys.stderr, flush=True)
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    result = json.loads((folder / "result.json").read_text())
-    overrides = dict(
-        zip((w.removeprefix("--configs.") for w in words[::2]), words[1::2], strict=True)
-    )
-    asked = load.flatten(load.compose([ROOT / tables.path(file) for file in files], overrides))
-    if changed := load.changes(result["config"], asked):
-        sys.exit(f"{folder} is of another run; name another --runs:\n" + "\n".join(changed))
+    folder, result = runs.trained(files, settings, options.np, suffix, options.runs)
     return result | {"folder": folder.name}
-
-
-def without_dgc(words: list[str]) -> list[str]:
-    kept, rest = [], iter(words)
-    for word in rest:
-        if word.startswith("--configs.dgc."):
-            if "=" not in word:
-                next(rest)
-        else:
-            kept.append(word)
-    return kept
 
 
 def summarize(density: float, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -124,11 +111,12 @@ COLUMNS: tables.Columns = {
 
 
 def draw(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Draw test accuracy over examples, a line a run, a colour a density."""
+    """Draw test accuracy over examples: a line for each run, a colour for each density."""
     figure, axes = tables.new_picture()
     for color, row in enumerate(rows):
         for number, folder in enumerate(row["folders"]):
-            points = sorted(dict(tables.read_scalars(ROOT / options.runs / folder)[METRIC]).items())
+            scalars = tables.read_scalars(runs.ROOT / options.runs / folder)
+            points = sorted(dict(scalars[METRIC]).items())
             label = "dense" if row["density"] == 1 else f"density {row['density']:g}"
             axes.plot(*zip(*points, strict=True), color=f"C{color}",
                       label=None if number else label)  # fmt: skip

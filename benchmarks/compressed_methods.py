@@ -1,4 +1,4 @@
-"""What compressed_training.py compares: an optimizer, what is sent of it, the rates to try."""
+"""The methods that compressed_training.py compares: optimizer, exchange, and rates to try."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from optim import Adam
 
 @dataclass(frozen=True)
 class Method:
-    """`sent`: settings of Compression, None for a dense all-reduce; `rates`: by task, those of
-    "cifar" also for "cifar-wide"."""
+    """An optimizer with its exchange.
+
+    rates: task -> rates to try; those of "cifar" are for "cifar-wide", too.
+    sent: settings of Compression; None: a dense all-reduce.
+    """
 
     make: MakeOptimizer
     rates: Mapping[str, tuple[float, ...]]
@@ -47,7 +50,7 @@ class Method:
 
 
 def warmup(density: float, num_epochs: int) -> list[float]:
-    """Return the paper's densities, a quarter each: 25%, 6.25%, ... but never below the last."""
+    """Return the densities of DGC's paper, 25%, 6.25%, ..., but none below the final `density`."""
     return [max(density, 0.25 ** (epoch + 1)) for epoch in range(num_epochs)]
 
 
@@ -77,7 +80,7 @@ _LATE = {"digits": (1e-3, 3e-3, 1e-2), "cifar": (1e-3, 3e-3), "words": (1e-2, 2e
 _SUMS = {"digits": (0.01, 0.03), "cifar": (0.03,), "words": (0.1, 0.3)}
 _AFTER = {"digits": (1e-3, 3e-3, 1e-2), "cifar": (3e-3,), "words": (3e-3, 1e-2)}
 
-# What is sent sparsely has four times the rate of what is sent whole: see Compression.update_scale.
+# Entries that are sent sparsely have four times the rate of dense ones: Compression.update_scale.
 SCALED = {"update_scale": 4.0, "share_statistics": 0.5}
 _ONE = {"digits": (1e-3, 3e-3), "cifar": (1e-3, 3e-3), "words": (5e-3, 1e-2)}
 

@@ -1,41 +1,34 @@
-"""What sending 0.1% and keeping a byte or two costs in quality: every method, on three tasks.
+"""What sparse exchange and small state cost in quality: every method, on three kinds of task.
 
     OMP_NUM_THREADS=1 python benchmarks/compressed_training.py --task words --data ../shared/data \
         --densities 0.001 --jobs 2 --json benchmarks/results/words.json \
         --picture benchmarks/results/words.png
 
-N workers are simulated in one process by the code that real ranks run (dgc.comm.local). Each
-method's rate is the best of its grid at the end of the first seed's run, by validation text or test
-images; further seeds repeat that rate. Runs that are in --out already are not run again.
+N workers are simulated in one process by the code that real ranks run (dgc.comm.local). Each method
+is run with the first seed at every rate of its grid; the rate that ends best, on validation text or
+test images, is then run with the other seeds. Runs that are in --out already are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import re
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import tables
+from benchmarks import runs, tables
 from benchmarks.compressed_methods import ALL, METHODS
-from benchmarks.simulated import TASKS, Task, is_better, make_task, rate_factor
-from dgc import DistributedOptimizer
-from dgc.comm.local import LocalComm, run_local
-from engine.checkpoint import write_atomically
-
-NUM_EPOCHS = 25  # into which the steps are divided for the density warm-up: 5 are a fifth
-NUM_CHECKS = 8
+from benchmarks.compressed_worker import Worker
+from benchmarks.simulated import TASKS, is_better, make_task
+from dgc.comm.local import run_local
 
 
 def main() -> None:
@@ -54,10 +47,10 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Run every rate with the first seed, then the best rate with the others."""
     first, *more = options.seeds
     context = multiprocessing.get_context("spawn")
-    with context.Pool(options.jobs, use_one_thread) as pool:
+    with context.Pool(options.jobs, runs.use_one_thread) as pool:
 
-        def run(plan: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            return pool.starmap(run_once, [(s, options.data, options.out) for s in plan], 1)
+        def run(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            return pool.starmap(run_once, [(s, options.data, options.out) for s in settings], 1)
 
         results = run(
             [
@@ -73,7 +66,7 @@ def run_all(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def finished(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return the runs in --out that are of this task, its workers, steps and seeds."""
+    """Return the runs in --out of this task, with these workers, steps and seeds."""
     results = [json.loads(path.read_text()) for path in sorted(options.out.glob("*.json"))]
     wanted = {"task": options.task, "workers": options.workers, "steps": options.steps}
     return [
@@ -102,11 +95,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def use_one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # the tiny gradients of a saturated LSTM take ten times as long
-
-
 def variants(options: argparse.Namespace) -> list[tuple[str, float]]:
     """Return (method, density): dense methods once, the others at each density."""
     return [
@@ -127,99 +115,25 @@ def run_once(settings: dict[str, Any], data: Path, out: Path) -> dict[str, Any]:
     """Return a run's result, after running it if it is not there."""
     name = ".".join(f"{value}" for value in settings.values() if value is not None)
     path = out / re.sub(r"[^\w.-]+", "-", f"{name}.json")
-    result = tables.read_result(path, settings)
+    result = runs.read_result(path, settings)
     if result is None:
         task = make_task(settings["task"], data, settings["steps"])
         torch.manual_seed(settings["seed"])
-        models = [task.make_model()]
-        models += [task.make_model() for _ in range(settings["workers"] - 1)]
+        models = [task.make_model() for _ in range(settings["workers"])]
         result = run_local(
-            settings["workers"], lambda comm: train(comm, settings, task, models[comm.rank])
+            settings["workers"], lambda comm: Worker(comm, settings, task, models[comm.rank]).run()
         )[0]
-        text = json.dumps({"settings": settings, **result}, indent=2) + "\n"
-        write_atomically(path, lambda file: file.write(text.encode()))
         print(f"{path.name}: {result['quality']:.3f} in {result['seconds']:.0f} s",
               file=sys.stderr, flush=True)  # fmt: skip
-        result = json.loads(text)
+        result = runs.keep_result(path, {"settings": settings, **result})
     return result
-
-
-def train(
-    comm: LocalComm, settings: dict[str, Any], task: Task, model: nn.Module
-) -> dict[str, Any]:
-    """Train one worker's replica; return what the run came to."""
-    method, lr, num_steps = ALL[settings["method"]], settings["lr"], task.num_steps
-    optimizer = DistributedOptimizer(
-        method.optimizer(model, lr),
-        model.named_parameters(),
-        comm=comm,
-        compression=method.compression(settings["density"], task.clip_norm),
-        seed=settings["seed"],
-    )
-    curve, payload, skipped, epoch, seconds = [], 0, 0, -1, 0.0
-    batches = task.batches(comm.rank, comm.world_size, settings["seed"])
-    for step, backward in zip(range(num_steps), batches, strict=False):
-        if step * NUM_EPOCHS // num_steps != epoch:
-            epoch = step * NUM_EPOCHS // num_steps
-            optimizer.set_epoch(epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * rate_factor(step, num_steps)
-        start = time.perf_counter()
-        loss = backward(model)
-        if method.sent is None and task.clip_norm:
-            optimizer.synchronize()
-            nn.utils.clip_grad_norm_(model.parameters(), task.clip_norm)
-        optimizer.step()
-        kept = state_bytes(optimizer, model)
-        optimizer.zero_grad()
-        seconds += time.perf_counter() - start
-        payload, skipped = optimizer.stats.payload_bytes, skipped + bool(optimizer.stats.skipped)
-        if not math.isfinite(comm.all_gather_object(loss)[0]):
-            break
-        if (step + 1) * NUM_CHECKS // num_steps != step * NUM_CHECKS // num_steps:
-            average_buffers(model, comm)
-            if comm.rank == 0:
-                curve.append((step + 1, task.evaluate(model, is_final=False)))
-    vector = nn.utils.parameters_to_vector(model.parameters()).detach()
-    assert all(torch.equal(vector, other) for other in comm.all_gather_object(vector))
-    quality = task.evaluate(model, is_final=True) if comm.rank == 0 else math.nan
-    return {
-        "quality": quality,
-        "quality_name": task.quality,
-        "validation": curve[-1][1] if curve else math.nan,
-        "curve": curve,
-        "payload_bytes": payload,
-        "skipped_steps": skipped,
-        "seconds": seconds,
-        "steps": num_steps,
-        "state_bytes": kept,
-        "num_parameters": vector.numel(),
-    }
-
-
-def average_buffers(model: nn.Module, comm: LocalComm) -> None:
-    for number, buffer in enumerate(model.buffers()):
-        if buffer.is_floating_point():
-            comm.all_reduce_async(buffer, f"buffer{number}").wait()
-            buffer /= comm.world_size
-
-
-def state_bytes(optimizer: DistributedOptimizer, model: nn.Module) -> dict[str, int]:
-    """Return what lives beside the parameters when a step is over, by kind, from the tensors."""
-    state = [t for s in optimizer.inner.state.values() for t in s.values() if torch.is_tensor(t)]
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return {
-        "gradients": sum(g.nbytes for g in gradients),
-        **optimizer.worker_state_bytes(),
-        "optimizer": sum(t.nbytes for t in state),
-    }
 
 
 def best_rate(key: tuple[str, float], seed: int, results: list[dict[str, Any]]) -> float:
     best = None
     for result in runs_of(key, results):
         is_words = result["quality_name"] == "perplexity"
-        score = "validation" if is_words else "quality"  # images have no third set
+        score = "validation" if is_words else "quality"  # images have no validation set
         if result["settings"]["seed"] == seed and (
             best is None or is_better(result["quality_name"], result[score], best[score])
         ):
@@ -232,16 +146,16 @@ def runs_of(key: tuple[str, float], results: list[dict[str, Any]]) -> list[dict[
 
 
 def summarize(key: tuple[str, float], seed: int, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a row: the mean over seeds at the best rate, and what was measured of it."""
+    """Return a row: means over seeds at the best rate."""
     lr = best_rate(key, seed, results)
     every = sorted(runs_of(key, results), key=lambda r: r["settings"]["seed"])
-    runs = [r for r in every if r["settings"]["lr"] == lr]
-    first = runs[0]
+    best = [r for r in every if r["settings"]["lr"] == lr]
+    first = best[0]
     return {
         "method": key[0],
         "density": key[1],
-        "quality": statistics.mean(r["quality"] for r in runs),
-        "qualities": [r["quality"] for r in runs],
+        "quality": statistics.mean(r["quality"] for r in best),
+        "qualities": [r["quality"] for r in best],
         "quality_name": first["quality_name"],
         "lr": lr,
         "quality_of_rate": {
@@ -250,8 +164,8 @@ def summarize(key: tuple[str, float], seed: int, results: list[dict[str, Any]]) 
         "state_bytes": first["state_bytes"],
         "payload_bytes": first["payload_bytes"],
         "num_parameters": first["num_parameters"],
-        "seconds_per_step": statistics.median(r["seconds"] / r["steps"] for r in runs),
-        "skipped_steps": sum(r["skipped_steps"] for r in runs),
+        "seconds_per_step": statistics.median(r["seconds"] / r["steps"] for r in best),
+        "skipped_steps": sum(r["skipped_steps"] for r in best),
         "steps": first["steps"],
         "settings": first["settings"],
         "curve": first["curve"],
@@ -286,7 +200,7 @@ COLUMNS: tables.Columns = {
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the validation over steps, a line a row."""
+    """Draw the quality on validation data over steps: a line for each row."""
     from matplotlib import colormaps
 
     figure, axes = tables.new_picture()

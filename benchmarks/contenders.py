@@ -1,4 +1,7 @@
-"""Every optimizer that the scripts here compare: ours, torch's own, and the rivals, by name."""
+"""The optimizers that the scripts here compare, by name: ours, torch's, and rivals of both.
+
+Also the bytes of an optimizer's state, and the time of a piece of work.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from optim import (
     SM3Adam,
 )
 
-BASELINE = "Adam"  # what times are given as multiples of
+BASELINE = "Adam"  # times are given as multiples of its time
 
 
 def _of(kind: type[Optimizer], **settings: Any) -> MakeOptimizer:
@@ -55,7 +58,7 @@ ALL = TORCH | OURS | RIVALS
 
 
 def state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
-    """Yield the live tensors of an optimizer's state, in whatever objects they lie."""
+    """Yield the tensors of an optimizer's state, also those inside of other objects."""
     seen: set[int] = set()
     pending: list[Any] = list(optimizer.state.values())
     while pending:
@@ -74,7 +77,7 @@ def state_tensors(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Return the bytes of the state's storages; one that several tensors share counts once."""
+    """Return the bytes of the state; a storage that several tensors share counts once."""
     storages = [tensor.untyped_storage() for tensor in state_tensors(optimizer)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -85,7 +88,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def milliseconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Return the time of one call; on a GPU that of the stream, by its events."""
+    """Return the time of one call; on a GPU by events of the stream."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

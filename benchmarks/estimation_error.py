@@ -1,15 +1,15 @@
-"""How far is each structure's second moment from the true one, in a real training run?
+"""How far are the second moments of each structure from the exact ones, in a real training run?
 
     OMP_NUM_THREADS=1 python benchmarks/estimation_error.py --data wikitext-2 \
         --json benchmarks/results/estimation-error.json \
         --picture benchmarks/results/estimation-error.png
 
-Dense Adam trains a word model on WikiText-2; every structure is fed the same gradients beside it,
-by its own kernel (an optimizer with rate 0). The true moment is the average of g^2 that forgets
-with 0.999, or the sum of g^2, element by element. What is compared is sqrt(estimate), which divides
-the step: for a cover what the step uses, not the larger accumulator that it leaves behind.
-error = |sqrt(estimate) - sqrt(true)| / |sqrt(true)| over the elements of a kind of tensor (L2);
-ratio = sqrt(estimate) / sqrt(true), where the true moment is not 0: median, 5% and 95%.
+Dense Adam trains a word model on WikiText-2. Beside it every structure is fed the same gradients,
+by its own kernel (an optimizer with rate 0). The true moment of an element is the average of g^2
+that forgets with 0.999, or the sum of g^2. What is compared is sqrt(estimate), by which a step
+divides. For a cover, this is the value that the step uses, not the larger accumulator after it.
+error = |sqrt(estimate) - sqrt(true)| / |sqrt(true)|, 2-norms over the elements of a kind of tensor;
+ratio = sqrt(estimate) / sqrt(true) where the true moment is not 0: median, 5% and 95% quantile.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BETA = 0.999
 BATCH_SIZE = 10
 SUMS = "sum"
 AVERAGES = "average"
-# name -> what is true, and the options of the optimizer that keeps it
+# name -> (which true moment it estimates, options of the optimizer that keeps it)
 STRUCTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": (AVERAGES, {"second_moment": "full"}),
     "factored": (AVERAGES, {"second_moment": "factored"}),
@@ -99,7 +99,7 @@ class Follower:
         return {key: self.optimizer.estimate(shadow) for key, shadow in self.shadows.items()}
 
     def used(self, before: dict[str, Tensor], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the step that has just been made divided by, from the estimates before it."""
+        """Return the moments by whose roots the last step divided; before: estimates before it."""
         if STRUCTURES[self.name][1]["second_moment"] != "cover":
             return self.estimates()
         old, new = (1.0, 1.0) if self.kind == SUMS else (BETA, 1 - BETA)
@@ -135,14 +135,14 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def is_drawn(step: int) -> bool:
-    """Whether the picture has a point there: 1, 3, 10, 30, 100, ..."""
+    """Tell whether the picture has a point at this step: 1, 3, 10, 30, 100, ..."""
     return str(step).strip("0") in ("1", "3")
 
 
 def train(
     model: WordModel, text: Tensor, options: argparse.Namespace
 ) -> Iterator[dict[str, Tensor]]:
-    """Train by dense Adam; yield each step's gradients of the matrices, after clipping."""
+    """Train with dense Adam; yield the clipped gradients of the matrices in each step."""
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
     step = 0
     while True:
@@ -200,7 +200,8 @@ def print_pivoted(rows: list[dict[str, Any]], steps: list[int]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw, for each kind of tensor, error over steps: a line a structure, dashed for sums."""
+    """Draw the error over steps for each kind of tensor: a line for each structure, dashed for
+    sums."""
     figure, all_axes = tables.new_picture(columns=3)
     for axes, tensor in zip(all_axes, ("embedding", "recurrent", "softmax"), strict=True):
         for number, name in enumerate(name for name in STRUCTURES if not name.startswith("full")):

@@ -1,8 +1,9 @@
-"""Who takes part in exchange_speed.py, by name: each trains a model of its own in equal steps.
+"""The contenders of exchange_speed.py, by name: each trains its own model by equal steps.
 
-A contender is made on every rank alike. Horovod's background thread asks the other ranks every
-millisecond what is ready, and MPI waits by spinning, which on fewer cores than ranks slows whoever
-else is at work: so Horovod is up only while one of its contenders is (`Contender.needs_horovod`).
+A contender is made on every rank in the same way. Horovod runs only while one of its contenders
+takes its turn (`Contender.needs_horovod`): its background thread asks the other ranks every
+millisecond what is ready, and MPI waits by spinning, which would slow the other contenders where
+there are fewer cores than ranks.
 """
 
 from __future__ import annotations
@@ -19,17 +20,16 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.compressed_methods import MXFP4, MXFP8
 from dgc import Compression, DistributedOptimizer
 from dgc.comm import HorovodComm, TorchComm
 
-Options = Any  # exchange_speed.py's command line
-START_POWER_SGD = (
-    2  # DDP lays its buckets out anew after the first step; PowerSGD has to wait for it
-)
+Options = Any  # the command line of exchange_speed.py
+START_POWER_SGD = 2  # DDP lays its buckets out anew after the first step, before PowerSGD can begin
 
 
 class Contender:
-    """Trains alone; the others below add their exchange."""
+    """Trains without an exchange; the contenders below add theirs."""
 
     needs_horovod = False
 
@@ -55,7 +55,7 @@ class Contender:
 
 
 def make_model(options: Options) -> nn.Module:
-    """Linear layers that begin near the identity, so that a few steps teach them something."""
+    """Return linear layers that begin near the identity, so that they learn within a few steps."""
     generator = torch.Generator().manual_seed(0)
     layers = [nn.Linear(options.size, options.size, bias=False) for _ in range(options.layers)]
     for layer in layers:
@@ -65,7 +65,8 @@ def make_model(options: Options) -> nn.Module:
 
 
 class Ddp(Contender):
-    """torch's DistributedDataParallel over a gloo group of its own: if it stalls, others go on."""
+    """torch's DistributedDataParallel, over a gloo group of its own, so that if it stalls the other
+    contenders go on."""
 
     def __init__(
         self,
@@ -108,19 +109,19 @@ class Ddp(Contender):
 
 
 def bf16_hook(group, bucket):
-    """torch's hook under another name: by its own DDP refuses it without CUDA; gloo can do it."""
+    """torch's hook under another name; under its own, DDP refuses it without CUDA."""
     return default_hooks.bf16_compress_hook(group, bucket)
 
 
-def power_sgd_in_turn(states, bucket):  # without annotations: DDP refuses those that are strings
+def power_sgd_in_turn(states, bucket):  # no annotations: DDP refuses annotations that are strings
     """PowerSGD with a process group for each bucket.
 
-    The hook starts later collectives from callbacks, and gloo matches collectives of a group by
-    the order in which each rank starts them: with several buckets in one group, that order is left
-    to the threads, differs between ranks, and a rank waits for a collective that others never join.
+    The hook starts its later collectives from callbacks, and gloo matches the collectives of a
+    group by the order in which each rank starts them. With several buckets in one group, threads
+    decide that order; when it differs between ranks, a rank waits for ever.
     """
     state = states[bucket.index()]
-    if not bucket.is_last():  # the hook counts steps by the last bucket
+    if not bucket.is_last():  # the hook counts a step only with the last bucket
         state.iter += 1
     return powerSGD_hook(state, bucket)
 
@@ -173,7 +174,7 @@ class OursOnTorch(Ours):
 
 @contextlib.contextmanager
 def horovod_for(contender: type[Contender] | Contender) -> Iterator[None]:
-    """Have Horovod up within the block if the contender needs it, set up as it would be alone."""
+    """Run Horovod in the block if the contender needs it, with the contender's own settings."""
     if not contender.needs_horovod:
         yield
         return
@@ -187,8 +188,6 @@ def horovod_for(contender: type[Contender] | Contender) -> Iterator[None]:
 
 
 ONE_BUCKET = {"bucket_mb": 4096.0}
-MXFP8 = {"value_dtype": "mxfp8", "index_coding": "elias_fano"}
-MXFP4 = {"value_dtype": "mxfp4", "index_coding": "elias_fano"}
 OURS: dict[str, dict[str, Any]] = {
     "ours 0.1%": {"density": 0.001},
     "ours 0.1%, mxfp8": {"density": 0.001, **MXFP8},

@@ -1,17 +1,18 @@
-"""Step time of one model on four emulated hosts, every way of exchanging gradients in one run.
+"""The time of a step on four emulated hosts, with every way to exchange gradients in one run.
 
     python benchmarks/exchange_speed.py --links 100mbit 1gbit 10gbit --json speed.json
     python benchmarks/exchange_speed.py --sweep --links 1gbit        ours by bucket size
     python benchmarks/exchange_speed.py --contenders "no communication" "DDP fp16" "ours 0.1%"
 
-Needs root, 16 GiB of memory for all contenders, and netlab, which gives each rank a host of its
-own behind a link of the given rate: one job for each link. Contenders take turns, a step to settle
-in and `--steps` that are timed, in `--rounds` rounds, so that noise hits all alike, and train from
-the same weights on the same data. Time is the slowest rank's, the median over rounds; `sent` is
-what the busiest host's interface sent a step in the last round, Horovod's chatter included. Who
-does not finish within `--limit` seconds is out (or ends the job, if on Horovod): its row says after
-how many steps, and the ranks print where their threads stand. A dense step at 100 Mbit/s takes 12 s
-or more: take fewer steps there.
+Needs root, 16 GiB of memory for all contenders, and netlab, which gives each rank an emulated host
+behind a link of the given rate. There is one job for each link. The contenders train from the same
+weights on the same data. In each of `--rounds` rounds they take turns: one step to settle in, then
+`--steps` steps that are timed. So what else the machine does falls on all of them.
+The time is that of the slowest rank, its median over rounds. `sent` is what the interface of the
+busiest host sent in a step of the last round, including Horovod's questions to other ranks. A
+contender whose turn takes more than `--limit` seconds drops out, or ends the job if it is on
+Horovod. Its row says after how many steps, and the ranks print where their threads stand.
+At 100 Mbit/s a dense step takes 12 s or more: take fewer steps there.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def main() -> None:
 
 
 def run_link(options: Any, link: str) -> list[tables.Row]:
-    """Run this program on emulated hosts behind links of one rate; print and return its rows."""
+    """Run this script on emulated hosts behind links of one rate; print and return its rows."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "rows.json"
         words = [str(options.netlab), str(options.hosts), link, "--"]
@@ -95,7 +96,7 @@ def run_link(options: Any, link: str) -> list[tables.Row]:
 
 
 def work(options: Any) -> None:
-    """Be one rank: join, take turns, let rank 0 write the rows, leave whatever may be stuck."""
+    """Be one rank: join the others, take turns, write the rows if it is rank 0, end."""
     names = options.contenders or [*CONTENDERS]
     if options.sweep:
         names = [ALONE, FP16, *SWEEP]
@@ -116,13 +117,13 @@ def work(options: Any) -> None:
 
     dist.barrier()
     MPI.Finalize()
-    os._exit(0)  # threads of a contender that stalled would be waited for
+    os._exit(0)  # a normal exit would wait for the threads of a contender that stalled
 
 
 def join(interface: str) -> None:
     """Make torch's default group, over gloo, of the ranks that mpirun started.
 
-    Started by mpi4py, MPI outlives hvd.shutdown(), so that Horovod may come again.
+    MPI is started by mpi4py, so that it outlives hvd.shutdown() and Horovod can start again.
     """
     from mpi4py import MPI
 
@@ -161,7 +162,7 @@ class Turns:
         if not self.failure:
             self.seconds.append(measured[0] / self.options.steps)
             self.sent_bytes = measured[1] / self.options.steps
-        libc.malloc_trim(0)  # what this contender freed would be held beside what the next takes
+        libc.malloc_trim(0)  # so that memory freed by this contender does not add to the next one's
 
     def _steps(self, num_steps: int) -> list[float]:
         """Return the seconds of the slowest rank, and the bytes that the busiest host sent."""
@@ -177,7 +178,7 @@ class Turns:
         dist.all_reduce(most, dist.ReduceOp.MAX)
         if most[2]:
             self.failure = self.failure or "failed on another rank"
-            if self.contender.needs_horovod:  # there is one Horovod, and it would not shut down
+            if self.contender.needs_horovod:  # all share one Horovod, which cannot shut down now
                 raise RuntimeError(f"{self.name} {self.failure}; others cannot go on without it")
         return most.tolist()
 
@@ -216,7 +217,7 @@ class Turns:
 
 
 class Task:
-    """Regression that can be learned: inputs and targets are linear in a few hidden numbers."""
+    """A regression that can be learned: inputs and targets are linear in a few hidden numbers."""
 
     NUM_HIDDEN = 32
 
@@ -243,7 +244,7 @@ class Task:
 
 
 def add_ratios(rows: list[tables.Row]) -> None:
-    """Give each row its median time, and how it stands to the two that all are measured by."""
+    """Add to each row its median time, and the ratios to no communication and to DDP in float16."""
     for row in rows:
         row["step_ms"] = 1000 * statistics.median(row["seconds"]) if row["seconds"] else None
     times = {row["contender"]: row["step_ms"] for row in rows}

@@ -4,16 +4,15 @@
         --json benchmarks/results/language-model.json \
         --picture benchmarks/results/language-model.png
 
-WikiText-2, 2-layer LSTM, full softmax, BPTT 35, batch 20 (Spring et al. 2019). `--scale full` is
-the paper's size; `short` fits two cores in half an hour: fewer words, a narrower network, a third
-of an epoch. Each method's rate is the one of its grid that is best on the validation text.
+WikiText-2, 2-layer LSTM, full softmax, BPTT 35, batch 20 (Spring et al. 2019). `--scale full` has
+the paper's size. `--scale short` takes half an hour on two cores: fewer words, a narrower network,
+a third of an epoch. Of each method's rates, the one that is best on the validation text counts.
 Runs that are in --out already are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import re
@@ -29,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import tables
+from benchmarks import runs, tables
 from benchmarks.contenders import state_bytes, synchronize
 from benchmarks.methods import METHODS, make_optimizer, takes_row_sparse
 from benchmarks.words import (
@@ -38,32 +37,25 @@ from benchmarks.words import (
     batches,
     clip_gradients,
     perplexity,
+    rate_factor,
     read_corpus,
 )
-from engine.checkpoint import write_atomically
 
 BATCH_SIZE = 20
 
 
 @dataclass(frozen=True)
 class Scale:
-    """`steps` None is `epochs` whole passes; a check measures perplexity on validation text."""
+    """The size of the training. A check measures the perplexity of validation text."""
 
     num_words: int
     width: int
     dropout: float
     epochs: int
-    steps: int | None
+    steps: int | None  # None: `epochs` whole epochs
     steps_per_check: int | None  # None: once an epoch
     check_words: int | None  # None: the whole validation text
-    cuts_rate_when_stalled: bool  # by 4, as the paper does; otherwise a fixed shape
-
-    def rate(self, step: int, num_steps: int) -> float:
-        """Return the fixed shape: up in the first twentieth, level, down in the last half."""
-        if self.cuts_rate_when_stalled:
-            return 1.0
-        done = step / num_steps
-        return min(1.0, 20 * (done + 1 / num_steps), 2 * (1 - done))
+    cuts_rate_when_stalled: bool  # divides it by 4, as the paper does; False: rate_factor
 
 
 SCALES = {
@@ -76,7 +68,7 @@ SCALES = {
 def main() -> None:
     options = parse()
     scale = SCALES[options.scale]
-    plan = [
+    settings_of_runs = [
         {
             "method": method,
             "lr": lr,
@@ -90,9 +82,9 @@ def main() -> None:
         for seed in options.seeds
     ]
     options.out.mkdir(parents=True, exist_ok=True)
-    jobs = [(settings, options.data, options.out) for settings in plan]
+    jobs = [(settings, options.data, options.out) for settings in settings_of_runs]
     context = multiprocessing.get_context("spawn")
-    with context.Pool(options.jobs, use_one_thread) as pool:
+    with context.Pool(options.jobs, runs.use_one_thread) as pool:
         results = pool.starmap(run_once, jobs, chunksize=1)
     rows = [summarize(method, results) for method in options.methods]
     tables.print_table(rows, COLUMNS)
@@ -118,22 +110,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def use_one_thread() -> None:
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # the tiny gradients of a saturated LSTM take ten times as long
-
-
 def run_once(settings: dict[str, Any], data: Path, out: Path) -> dict[str, Any]:
     """Return a run's result, after running it if it is not there."""
     words = [settings["method"], f"width-{settings['scale']['width']}", f"lr-{settings['lr']:g}"]
     words += [f"seed-{settings['seed']}", *(["rows"] if settings["sparse_embedding"] else [])]
     path = out / re.sub(r"[^\w.-]+", "-", f"{'.'.join(words)}.json")
-    result = tables.read_result(path, settings)
+    result = runs.read_result(path, settings)
     if result is None:
         corpus = read_corpus(data, settings["scale"]["num_words"])
-        result = Run(settings, corpus).train()
-        text = json.dumps(result, indent=2) + "\n"
-        write_atomically(path, lambda file: file.write(text.encode()))
+        result = runs.keep_result(path, Run(settings, corpus).train())
         print(f"{path.name}: {result['valid_perplexity']}", file=sys.stderr, flush=True)
     return result
 
@@ -163,16 +148,16 @@ class Run:
         steps_per_epoch = sum(1 for _ in batches(self.train_text, BATCH_SIZE))
         num_steps = self.scale.steps or self.scale.epochs * steps_per_epoch
         per_check = self.scale.steps_per_check or steps_per_epoch
-        scale_of_rate, hidden = 1.0, None
+        cuts, factor, hidden = self.scale.cuts_rate_when_stalled, 1.0, None
         for step, (words, targets) in zip(range(num_steps), self._endless(), strict=False):
             if step % steps_per_epoch == 0:
                 hidden = None
-            self._set_rate(scale_of_rate * self.scale.rate(step, num_steps))
+            self._set_rate(factor if cuts else rate_factor(step, num_steps))
             loss, hidden = self._step(words, targets, hidden)
             if not math.isfinite(loss):
                 return self._result(step + 1, math.inf, math.inf)
             if (step + 1) % per_check == 0 and self._check(step + 1):
-                scale_of_rate /= 4 if self.scale.cuts_rate_when_stalled else 1
+                factor /= 4
         if self.best_weights:
             self.model.load_state_dict(self.best_weights)
         valid, test = (
@@ -203,7 +188,7 @@ class Run:
         return value, hidden
 
     def _check(self, step: int) -> bool:
-        """Add a point to the curve; return whether it is no better than the best before."""
+        """Add a point to the curve; return whether it is no better than all points before."""
         value = perplexity(self.model, self.valid_text[: self.scale.check_words], BATCH_SIZE)
         is_stalled = value >= min((earlier for _, earlier in self.curve), default=math.inf)
         self.curve.append((step, value))
@@ -227,7 +212,7 @@ class Run:
 
 
 def summarize(method: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a row: the rate whose mean validation perplexity is least, and its test perplexity."""
+    """Return a row: the rate with the least mean validation perplexity, and its test perplexity."""
     by_rate: dict[float, list[dict[str, Any]]] = {}
     for result in results:
         if result["settings"]["method"] == method:
@@ -269,14 +254,14 @@ COLUMNS: tables.Columns = {
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw validation perplexity over steps, a line a method at its best rate."""
+    """Draw validation perplexity over steps: a line for each method, at its best rate."""
     from matplotlib import colormaps
 
     figure, axes = tables.new_picture()
     for number, row in enumerate(rows):
         style = "-" if number < 10 else "--"
         color = colormaps["tab10"](number % 10)
-        points = row["curve"] or [(0, math.nan)]  # one that diverged before its first check
+        points = row["curve"] or [(0, math.nan)]  # it diverged before its first check
         axes.plot(*zip(*points, strict=True), style, color=color, label=row["method"])
     best = min(value for row in rows for _, value in row["curve"])
     axes.set(xlabel="step", ylabel="perplexity, validation text", yscale="log",

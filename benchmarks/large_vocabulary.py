@@ -1,21 +1,24 @@
-"""Does a step of a million words cost what it touches? From lookup to update, on 1 and 2 workers.
+"""Does a step with a million words cost what it touches? From lookup to update, on 1 and 2 ranks.
 
     OMP_NUM_THREADS=1 python benchmarks/large_vocabulary.py \
         --json benchmarks/results/large-vocabulary.json
 
-An LSTM with an embedding and a sampled softmax, each 1,000,000 x 64, gradients row-sparse, on real
-Horovod ranks, which this starts; half an hour on two busy cores. Texts are words drawn uniformly,
-so that nearly each is another row. Cases and vocabularies take turns, so that the machine's own ups
-and downs cancel; times are medians. "processor" is the time of this rank's main thread, which does
-not count while another program has the core: ratios are of it. Rows: of embedding and softmax
-weight, over all ranks, which is what each rank's update touches. Kept: the optimizer's state. Peak:
-by how much the resident memory of a rank rises within a step, in jobs of their own, with all state
-touched before; of exchange and update: after backward. Dense: the same step with sparse=False, few
-times.
+An LSTM with an embedding and a sampled softmax, each 1,000,000 x 64, with row-sparse gradients, on
+real Horovod ranks, which this script starts; half an hour on two busy cores. Texts are words drawn
+uniformly, so that nearly every word is another row. Cases and vocabularies take turns, so that what
+else the machine does falls on all of them; times are medians.
 
-1,000,000 words are tried with texts of all of them, and with texts of the first 100,000: what the
-second costs above a vocabulary of 100,000 is work over whole tables, what the first costs above the
-second is memory that is farther apart.
+"processor": time of this rank's main thread, which does not count while another program has the
+    core. Ratios are of it.
+"rows": of embedding and softmax weight, over all ranks: those that the update of each rank touches.
+"kept": the optimizer's state.
+"peak": by how much the resident memory of a rank rises within a step, in jobs of their own, with
+    all state touched before; "of exchange and update": after backward.
+"dense": the same step with sparse=False, made a few times.
+
+A vocabulary of 1,000,000 words is tried with texts of all of them, and with texts of the first
+100,000 words only. What the second costs more than a vocabulary of 100,000 is work on whole tables;
+what the first costs more than the second is memory that lies farther apart.
 """
 
 from __future__ import annotations
@@ -31,7 +34,6 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -39,23 +41,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import tables
 from benchmarks.contenders import OURS, state_bytes
-from benchmarks.optimizer_speed import resident
+from benchmarks.large_vocabulary_tables import CASES, COLUMNS, PHASES, SUMMARY, summaries
+from benchmarks.resident import RETURNS_FREED, forget_peak, resident
 from dgc import DistributedOptimizer, row_sparse_names
 from dgc.comm import Comm, horovod_job
 from workloads.language_models import LSTMLanguageModel
 
 OPTIMIZERS = ["Adam, full, ours", "CS-MV", "CS-V", "SM3", "CS-momentum"]
-CASES = [(8, 512), (32, 512), (128, 512), (512, 512), (8, 8192)]  # texts a rank, sampled words
 DENSE_ROUNDS = 3
-MEBIBYTE = 2**20
 PEAKS = ("peak_bytes", "update_peak_bytes")
-PHASES = {
-    "forward": ["forward"],
-    "backward": ["backward"],
-    "exchange": ["compensate", "select", "pack", "merge"],
-    "wait": ["wait"],
-    "update": ["optimizer"],
-}
 
 
 def main() -> None:
@@ -90,7 +84,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(num_workers: int, options: argparse.Namespace) -> list[tables.Row]:
-    """Run both jobs of as many ranks; return the rows of the first with the peaks of the second."""
+    """Run a job for times and one for peaks of memory; return the rows of the first with both."""
     rows, peaks = (run_job(num_workers, job) for job in ("time", "memory"))
     for row, peak in zip(rows, peaks, strict=True):
         assert all(row[key] == peak[key] for key in ("optimizer", "words", "drawn_from", "texts"))
@@ -100,8 +94,8 @@ def measure(num_workers: int, options: argparse.Namespace) -> list[tables.Row]:
 
 def run_job(num_workers: int, job: str) -> list[tables.Row]:
     environment = os.environ | {"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
-    if job == "memory":  # freed memory goes back to the system at once
-        environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    if job == "memory":
+        environment |= RETURNS_FREED
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "rows.json"
         words = ["horovodrun", "-np", str(num_workers), "-H", f"localhost:{num_workers}",
@@ -117,17 +111,17 @@ def work(comm: Comm, options: argparse.Namespace) -> list[tables.Row]:
     for name in options.optimizers:
         start = time.perf_counter()
         workers = {num: Worker(comm, name, num, options) for num in (many, few)}
-        plans = [
-            Plan(workers[num], drawn_from, *case)
-            for case in CASES
+        cases = [
+            Case(workers[num], drawn_from, *sizes)
+            for sizes in CASES
             for num, drawn_from in ((many, many), (many, few), (few, few))
         ]
-        rows += run(plans, options.rounds, options)
-        del workers, plans
+        rows += run(cases, options.rounds, options)
+        del workers, cases
         gc.collect()
         if name in options.dense:
             rows += run(
-                [Plan(Worker(comm, name, many, options, dense=True), many, *CASES[0])],
+                [Case(Worker(comm, name, many, options, dense=True), many, *CASES[0])],
                 DENSE_ROUNDS,
                 options,
             )
@@ -138,7 +132,7 @@ def work(comm: Comm, options: argparse.Namespace) -> list[tables.Row]:
 
 
 class Worker:
-    """One optimizer's model of so many words."""
+    """One rank's model and optimizer, with a vocabulary of num_words."""
 
     def __init__(
         self,
@@ -164,23 +158,23 @@ class Worker:
         )  # fmt: skip
         for state in self.optimizer.state.values():
             for tensor in state.values():
-                tensor += 0  # a page that nobody has written is not there yet
+                tensor += 0  # memory that nobody has written does not count as resident
         self.generator = torch.Generator().manual_seed(comm.rank)
-        torch.manual_seed(1 + comm.rank)  # of the sampled words
+        torch.manual_seed(1 + comm.rank)  # seeds the sampled words
 
     def texts(self, num: int, drawn_from: int) -> torch.Tensor:
         return torch.randint(drawn_from, (self.positions + 1, num), generator=self.generator)
 
 
-class Plan:
-    """Steps of one case, in turn with those of others."""
+class Case:
+    """The steps of one worker in one case, and what is found in them."""
 
     def __init__(self, worker: Worker, drawn_from: int, texts: int, samples: int) -> None:
         self.worker, self.drawn_from, self.texts, self.samples = worker, drawn_from, texts, samples
         self.found: dict[str, list[float]] = defaultdict(list)
 
     def step(self, watched: str | None) -> None:
-        """Make a step, and note its "time" or "memory"."""
+        """Make a step; note its times and, for "memory", its peaks; None: note nothing."""
         model, optimizer = self.worker.model, self.worker.optimizer
         model.softmax.num_samples = self.samples
         texts = self.worker.texts(self.texts, self.drawn_from)
@@ -188,7 +182,7 @@ class Plan:
         self.worker.comm.barrier()
         if watched == "memory":
             before = resident("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak until now
+            forget_peak()
         start, cpu = time.perf_counter(), time.thread_time()
         loss = model(texts[:-1], texts[1:])[0]
         forward = time.perf_counter()
@@ -196,7 +190,7 @@ class Plan:
         backward = time.perf_counter()
         if watched == "memory":
             of_model = resident("VmHWM") - before
-            Path("/proc/self/clear_refs").write_text("5")
+            forget_peak()
         optimizer.step()
         end = time.perf_counter()
         if watched == "memory":
@@ -245,102 +239,13 @@ class Plan:
         }
 
 
-def run(plans: list[Plan], rounds: int, options: argparse.Namespace) -> list[tables.Row]:
+def run(cases: list[Case], rounds: int, options: argparse.Namespace) -> list[tables.Row]:
     if options.job == "memory":
         rounds = min(rounds, 5)
     for number in range(rounds + 2):
-        for plan in plans:
-            plan.step(options.job if number >= 2 else None)
-    return [plan.row() for plan in plans]
-
-
-# ---- tables --------------------------------------------------------------------------------------
-
-
-def summaries(rows: list[tables.Row], options: argparse.Namespace) -> list[tables.Row]:
-    """Return, for each number of workers and optimizer, how cost goes with rows and words."""
-    many, few = options.words
-    found = []
-    for workers in options.workers:
-        for name in options.optimizers:
-            mine = [r for r in rows if (r["workers"], r["optimizer"]) == (workers, name)]
-
-            def of(words: int, drawn_from: int, case: tuple[int, int], mine: Any = mine) -> Any:
-                key = ("row-sparse", words, drawn_from, *case)
-                names = ("gradients", "words", "drawn_from", "texts", "samples")
-                return next(r for r in mine if tuple(r[n] for n in names) == key)
-
-            found.append(
-                {
-                    "workers": workers,
-                    "optimizer": name,
-                    "least": of(many, many, CASES[0]),
-                    "most": of(many, many, CASES[3]),
-                    "same": [
-                        (of(many, many, case), of(many, few, case), of(few, few, case))
-                        for case in CASES
-                    ],
-                    "dense": next((r for r in mine if r["gradients"] == "dense"), None),
-                }
-            )
-    return found
-
-
-def _range(row: tables.Row, ratio: Any) -> str:
-    """Return the least and the largest over the cases, to two digits."""
-    values = [ratio(*triple) for triple in row["same"]]
-    return f"{min(values):.2f} to {max(values):.2f}"
-
-
-def _growth(row: tables.Row, key: str) -> str:
-    return f"{row['most'][key] / row['least'][key]:.1f}"
-
-
-def _dense(row: tables.Row, key: str) -> str:
-    return f"{row['dense'][key] / row['least'][key]:.0f}" if row["dense"] else "-"
-
-
-COLUMNS: tables.Columns = {
-    "workers": lambda row: str(row["workers"]),
-    "optimizer": lambda row: row["optimizer"],
-    "words (texts of)": lambda row: f"{row['words']:,} ({row['drawn_from']:,})",
-    "texts, samples": lambda row: f"{row['texts']}, {row['samples']}",
-    "rows": lambda row: (
-        f"{row['rows']:,.0f}" if row["gradients"] == "row-sparse" else f"dense: {row['rows']:,.0f}"
-    ),
-    "step, ms": lambda row: f"{row['step_ms']:.1f}",
-    "processor": lambda row: f"{row['cpu_ms']:.1f}",
-    ", ".join(PHASES): lambda row: ", ".join(f"{ms:.1f}" for ms in row["phase_ms"].values()),
-    "sent": lambda row: f"{row['sent_bytes']:,.0f}",
-    "kept, MiB": lambda row: f"{row['state_bytes'] / MEBIBYTE:.0f}",
-    "peak, MiB": lambda row: f"{row['peak_bytes'] / MEBIBYTE:.1f}",
-    "of exchange and update": lambda row: f"{row['update_peak_bytes'] / MEBIBYTE:.1f}",
-}
-
-SUMMARY: tables.Columns = {
-    "workers": lambda row: str(row["workers"]),
-    "optimizer": lambda row: row["optimizer"],
-    "words of text ×": lambda row: _growth(row, "texts"),
-    "rows ×": lambda row: _growth(row, "rows"),
-    "time ×": lambda row: _growth(row, "cpu_ms"),
-    "peak ×": lambda row: _growth(row, "peak_bytes"),
-    "exchange and update: peak bytes a row": lambda row: (
-        f"{row['most']['update_peak_bytes'] / row['most']['rows']:,.0f}"
-    ),
-    "sent ×": lambda row: _growth(row, "sent_bytes"),
-    "texts of the same words, words × 10: time": lambda row: _range(
-        row, lambda many, near, few: near["cpu_ms"] / few["cpu_ms"]
-    ),
-    "rows farther apart: time": lambda row: _range(
-        row, lambda many, near, few: many["cpu_ms"] / near["cpu_ms"]
-    ),
-    "words × 10: peak": lambda row: _range(
-        row, lambda many, near, few: many["peak_bytes"] / few["peak_bytes"]
-    ),
-    "dense / sparse: time": lambda row: _dense(row, "cpu_ms"),
-    "peak": lambda row: _dense(row, "peak_bytes"),
-    "sent": lambda row: _dense(row, "sent_bytes"),
-}
+        for case in cases:
+            case.step(options.job if number >= 2 else None)
+    return [case.row() for case in cases]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What language_model.py compares: what each method compresses and clips, the rates it tries."""
+"""The methods that language_model.py compares: optimizer, clipping, and rates to try."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ NOTHING = 2**62  # more elements than a tensor has
 
 @dataclass(frozen=True)
 class Method:
-    """`words_only`: as in the paper, the LSTM keeps full state, embedding and softmax do not."""
+    """How an optimizer is used. The paper's rates are 0.001 for Adam and 2.5 for momentum."""
 
-    rates: tuple[float, ...]  # the grid of `--scale short`; the paper's are 0.001 and 2.5
-    clip: float = 1.0  # norm of all gradients; the paper's values
-    words_only: bool = False
+    rates: tuple[float, ...]  # for `--scale short`
+    clip: float = 1.0  # bound of the norm of all gradients, as in the paper
+    words_only: bool = False  # as in the paper, the LSTM has full state
 
 
 ADAM_RATES = (3e-3, 1e-2, 3e-2)

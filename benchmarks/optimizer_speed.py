@@ -1,23 +1,20 @@
-"""How long does a dense step take, and what memory does it need? Ratios in one process.
+"""How long does a dense step take, and how much memory does it need?
 
     OMP_NUM_THREADS=1 python benchmarks/optimizer_speed.py --json benchmarks/results/step.json
 
-One tensor, 4096 x 2048 float32. In each round every optimizer makes one step, in turn, and ratios
-are taken within the round, so that what else the machine does falls on all of them; the median of
-the rounds is given. "Reference" is the plain torch implementation of the same operation.
-Share of a copy's speed: the bytes that a step must read and write (parameter, gradient, state) a
-second, over those of `Tensor.copy_`. Temporary memory: the most that one more step adds to the
-process (its own, started for that) or, on a GPU, to what torch has allocated.
+One tensor, 4096 x 2048 float32. In each round every optimizer makes one step, in turn. Ratios are
+taken within a round, so that what else the machine does falls on all; their median over rounds is
+given. "Reference" is the plain torch implementation of the same operation.
+"Share of a copy's speed": the bytes that a step must read and write (parameter, gradient, state) in
+a second, divided by those of `Tensor.copy_`. "Temporary": the most that a further step adds to the
+memory of a process started for that, or, on a GPU, to what torch has allocated.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import os
-import re
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +25,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import tables
-from benchmarks.contenders import ALL, BASELINE, milliseconds, state_bytes
+from benchmarks.contenders import ALL, BASELINE, state_bytes
+from benchmarks.resident import forget_peak, resident, spawn_peak
+from benchmarks.turns import COPY, Times, ratio, take_turns
 from parsimony_kernels.step import ops
 
-COPY = "copy of the tensor"
 REFERENCE = ", reference"
 REFERENCES = ("SM3", "FactoredAdam, beta1 = 0", "CMS, beta1 = 0", "CS-MV")
 MEBIBYTE = 2**20
@@ -90,12 +88,7 @@ def measure(names: list[str], options: argparse.Namespace) -> list[dict[str, Any
     target = torch.zeros_like(source)
     work = {name: each.step for name, each in contenders.items()}
     work |= {COPY: lambda: target.copy_(source)}
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(-2, options.rounds):
-        for name, step in work.items():
-            time = milliseconds(step, device)
-            if number >= 0:  # the first rounds make the state and warm up
-                times[name].append(time)
+    times = take_turns(work, options.rounds, device)
     size = source.numel()
     rows = [row(COPY, times, 0, 0, 8 * size, options)]
     for name, each in contenders.items():
@@ -106,23 +99,15 @@ def measure(names: list[str], options: argparse.Namespace) -> list[dict[str, Any
 
 
 def row(
-    name: str,
-    times: dict[str, list[float]],
-    state: int,
-    peak: int,
-    traffic: int,
-    options: argparse.Namespace,
+    name: str, times: Times, state: int, peak: int, traffic: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    def ratio(other: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
-
     size = options.shape[0] * options.shape[1]
     return {
         "optimizer": name,
         "ms": statistics.median(times[name]),
-        "of_adam": ratio(BASELINE),
-        "of_copy": ratio(COPY),
-        "share_of_copy_speed": traffic / (8 * size) / ratio(COPY),
+        "of_adam": ratio(times, name, BASELINE),
+        "of_copy": ratio(times, name, COPY),
+        "share_of_copy_speed": traffic / (8 * size) / ratio(times, name, COPY),
         "state_bytes_per_parameter": state / size,
         "temporary_bytes": peak,
         "shape": options.shape,
@@ -131,17 +116,6 @@ def row(
         "rounds": options.rounds,
         "torch": torch.__version__,
     }
-
-
-# ---- memory -------------------------------------------------------------------------------------
-
-
-def spawn_peak(name: str) -> int:
-    """Measure in a fresh process, whose allocator returns what is freed at once."""
-    words = [sys.executable, *sys.argv, "--peak-of", name]
-    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    done = subprocess.run(words, env=os.environ | settings, check=True, stdout=subprocess.PIPE)
-    return int(done.stdout.split()[-1])
 
 
 def peak_bytes(name: str, options: argparse.Namespace, each: Contender | None = None) -> int:
@@ -157,15 +131,10 @@ def peak_bytes(name: str, options: argparse.Namespace, each: Contender | None = 
         each.step()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak until now
+    forget_peak()
     before = resident("VmRSS")
     each.step()
     return max(0, resident("VmHWM") - before)
-
-
-def resident(field: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", text)[1])
 
 
 COLUMNS: tables.Columns = {

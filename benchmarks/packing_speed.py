@@ -1,11 +1,11 @@
-"""How long do a bucket's messages take: rounding, packing, unpacking, merging? In one process.
+"""How long does a rank work on a bucket's messages: rounding, packing, unpacking, merging?
 
     OMP_NUM_THREADS=1 python benchmarks/packing_speed.py --json benchmarks/results/packing.json
 
-The largest 0.1% of one tensor, 21 million float32. In each round everything is done once, in turn,
-and ratios are taken within the round, so that what else the machine does falls on all of it; the
-median of the rounds is given. "Reference" is the plain torch implementation of the same operation.
-A gather of P ranks costs each a round, a pack, P times an unpack, and a merge of P lists.
+0.1% of the entries of one tensor, 21 million float32. In each round every operation is done once,
+in turn. Ratios are taken within a round, so that what else the machine does falls on all; their
+median over rounds is given. "Reference" is the plain torch implementation of the same operation.
+In a gather of P ranks, each rank rounds and packs once, unpacks P times and merges P lists.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import tables
-from benchmarks.contenders import milliseconds
+from benchmarks.turns import COPY, Times, ratio, take_turns
 from dgc.wire.codec import Codec
 from parsimony_kernels.packing import ops as packing
 from parsimony_kernels.packing.message import INDEX_CODINGS, VALUE_DTYPES
 from parsimony_kernels.step import ops
 
-COPY = "copy of the tensor"
 REFERENCE = ", reference"
 
 
@@ -62,7 +61,7 @@ def entries(options: argparse.Namespace, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def operations(options: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], int]]:
-    """Return what to time, by name, and the bits of an entry where there is a message."""
+    """Return name -> (operation, bits of an entry of its message, 0 if it makes none)."""
     lists = [entries(options, seed) for seed in range(max(options.workers))]
     positions, values = lists[0]
     work: dict[str, tuple[Callable[[], Any], int]] = {}
@@ -84,33 +83,31 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     source = torch.randn(options.numel, device=device)
     target = torch.zeros_like(source)
     work = operations(options)
-    times: dict[str, list[float]] = {}
-    for number in range(-2, options.rounds):
-        found = {COPY: milliseconds(lambda: target.copy_(source), device)}
-        for name, (operation, _) in work.items():
-            for implementation, suffix in (("native", ""), ("reference", REFERENCE)):
-                with ops.use(implementation):
-                    found[name + suffix] = milliseconds(operation, device)
-        if number >= 0:  # the first rounds warm up
-            for name, time in found.items():
-                times.setdefault(name, []).append(time)
+    timed: dict[str, Callable[[], Any]] = {COPY: lambda: target.copy_(source)}
+    for name, (operation, _) in work.items():
+        timed[name] = using("native", operation)
+        timed[name + REFERENCE] = using("reference", operation)
+    times = take_turns(timed, options.rounds, device)
     return [row(name, times, bits, options) for name, bits in
             ((COPY, 0), *((name, bits) for name, (_, bits) in work.items()))]  # fmt: skip
 
 
-def row(
-    name: str, times: dict[str, list[float]], bits: float, options: argparse.Namespace
-) -> dict[str, Any]:
-    def ratio(first: str, second: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[first], times[second], strict=True))
+def using(implementation: str, operation: Callable[[], Any]) -> Callable[[], None]:
+    def call() -> None:
+        with ops.use(implementation):
+            operation()
 
+    return call
+
+
+def row(name: str, times: Times, bits: float, options: argparse.Namespace) -> dict[str, Any]:
     is_copy = name == COPY
     return {
         "operation": name,
         "ms": statistics.median(times[name]),
-        "of_copy": ratio(name, COPY),
+        "of_copy": ratio(times, name, COPY),
         "reference_ms": None if is_copy else statistics.median(times[name + REFERENCE]),
-        "faster_than_reference": None if is_copy else ratio(name + REFERENCE, name),
+        "faster_than_reference": None if is_copy else ratio(times, name + REFERENCE, name),
         "bits_per_entry": bits,
         "numel": options.numel,
         "entries": options.entries,

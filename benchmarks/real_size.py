@@ -1,19 +1,19 @@
-"""A model of real size, saved in mid-epoch, killed and resumed: seconds, memory, and the same bits.
+"""Train a model of real size: save it in mid-epoch, kill it, resume it to the same bits.
 
     OMP_NUM_THREADS=1 python benchmarks/real_size.py --data WIKITEXT-2 --json real-size.json
 
 BERT-Large (configs/bert/large.py, 335 million parameters) on two real ranks, with dense Adam and
-with configs/optim/parsimony.py; small batches, so that a step takes seconds. A run is left alone;
-another is killed (SIGKILL, all ranks) after its checkpoint in mid-epoch, and resumed. Every tensor
-of their last checkpoints must be equal, bit by bit.
+with configs/optim/parsimony.py; batches are small, so that a step takes seconds. One run is left
+alone. Another is killed (SIGKILL, all ranks) after its checkpoint in mid-epoch, and resumed. Every
+tensor of their last checkpoints must be equal, bit by bit.
 
-Each phase is timed on each rank, also in the processor's time, which other work on the machine
-changes less, beside what a script would do with torch alone: `torch.save` of the same values to a
-path, then fsync; `torch.load` of the shared file and of its own on every rank, then
-`model.load_state_dict`. Files are dropped from the page cache before each is loaded. Memory is how
-far the resident memory rose above where the phase began, and how high that was (VmHWM). Blocks of
-1 MiB and more go back to the system when they are freed (MALLOC_MMAP_THRESHOLD_), or a phase would
-use what another has left.
+Each phase is measured on each rank: its time, the time of the processor, which other work on the
+machine changes less, and its memory. Beside it stands what a script would do with torch alone:
+`torch.save` of the same values and fsync; `torch.load` of the shared file and of the rank's own on
+every rank, and `model.load_state_dict`. Files are dropped from the page cache before each is
+loaded. Memory is how far the resident memory rose above where the phase began, and its peak
+(VmHWM). Blocks of 1 MiB and more go back to the system when they are freed
+(MALLOC_MMAP_THRESHOLD_); otherwise a phase would use the memory that another one has freed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +35,16 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import train
 from benchmarks import tables
-from benchmarks.optimizer_speed import resident
-from engine.loop import Trainer
 
 ROOT = Path(__file__).parents[1]
+RANK = str(ROOT / "benchmarks/real_size_rank.py")
 METHODS = {"dense Adam": "configs/optim/adam.py", "parsimony": "configs/optim/parsimony.py"}
 RANKS, STEPS, SAVED_STEP = 2, 5, 3
-NOT_BITS = {"phase_seconds", "peak_memory_bytes"}  # a checkpoint holds these too
+NOT_BITS = {"phase_seconds", "peak_memory_bytes"}  # keys of a checkpoint that differ between runs
 
 
 def main() -> None:
-    if "--rank-of" in sys.argv:
-        run_rank(sys.argv[sys.argv.index("--rank-of") + 1 :])
-        return
     options = parse()
     rows = []
     with tempfile.TemporaryDirectory(dir=options.work, prefix="real-size-") as work:
@@ -73,7 +66,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(name: str, work: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run a method undisturbed, and killed and resumed; return its figures by phase and rank."""
+    """Run a method once undisturbed, once killed and resumed; return figures by phase and rank."""
     data = short_data(options.data, work / "data")
     words = [
         "--configs", "configs/bert/large.py", METHODS[name],
@@ -100,7 +93,7 @@ def measure(name: str, work: Path, options: argparse.Namespace) -> list[dict[str
 
 
 def short_data(source: Path, folder: Path) -> Path:
-    """Return WikiText-2 with its training text, and little to evaluate on."""
+    """Return a folder with WikiText-2's training text, and only little text for evaluation."""
     folder.mkdir(parents=True)
     (folder / "train.txt").symlink_to((source / "train.txt").resolve())
     for split in ("valid", "test"):
@@ -110,7 +103,7 @@ def short_data(source: Path, folder: Path) -> Path:
 
 
 class Job:
-    """A run's processes, one start after another."""
+    """A run that can be started several times, and its files."""
 
     def __init__(self, work: Path, words: list[Any]) -> None:
         self._work, self._starts = work, 0
@@ -119,7 +112,7 @@ class Job:
 
     def start(self) -> Job:
         self._starts += 1
-        python = [sys.executable, __file__, "--rank-of", str(self._work / f"start{self._starts}")]
+        python = [sys.executable, RANK, str(self._work / f"start{self._starts}")]
         mpirun = ["mpirun", *(["--allow-run-as-root"] if os.geteuid() == 0 else []),
                   "--oversubscribe", "--mca", "mpi_yield_when_idle", "1", "--bind-to", "none",
                   "-np", str(RANKS)]  # fmt: skip
@@ -176,114 +169,9 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
-def run_rank(arguments: list[str]) -> None:
-    """Be one rank of train.py, with a look at its phases."""
-    figures, *words = arguments
-    rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
-    Path(f"{figures}.rank{rank}.pid").write_text(str(os.getpid()))
-    watch(Phases(rank, Path(f"{figures}.rank{rank}.figures")), Path(f"{figures}.rank{rank}.plain"))
-    sys.argv = ["train.py", *words]
-    train.main()
-
-
-class Phases:
-    """One rank's figures, a line a phase."""
-
-    def __init__(self, rank: int, file: Path) -> None:
-        self._rank, self._file = rank, file
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak until now
-        before, start, cpu = resident("VmRSS"), time.perf_counter(), time.process_time()
-        yield
-        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-        peak = resident("VmHWM")
-        row = {"phase": phase, "rank": self._rank, "seconds": seconds, "cpu_seconds": cpu,
-               "above_start_bytes": peak - before, "peak_bytes": peak}  # fmt: skip
-        with self._file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def watch(phases: Phases, plain: Path) -> None:
-    """Have the trainer's phases measured, and what a script would do in their place."""
-    train.build_trainer = during(phases, "start: build", train.build_trainer)
-    Trainer.train_step = during(phases, "step", Trainer.train_step)
-    resume, save = Trainer._resume, Trainer._save
-
-    def resume_and_compare(trainer: Trainer) -> None:
-        if not list(trainer.checkpoints._folder.glob("*.json")):
-            with phases("start: agree on the model"):
-                resume(trainer)
-            return
-        plainly = "torch.load, to resume", load_plainly
-        for phase, load in (plainly, plainly, ("resume", resume)):
-            drop_from_cache(trainer)
-            with phases(phase):
-                load(trainer)
-                trainer.comm.barrier()
-
-    def save_and_compare(trainer: Trainer, *, is_best: bool) -> None:
-        for is_plain in (True, False, True):  # as a machine with other work has its moods
-            if not is_plain:
-                with phases("save"):
-                    save(trainer, is_best=is_best)
-            elif not is_best:
-                save_plainly(trainer, phases, plain)
-
-    Trainer._resume, Trainer._save = resume_and_compare, save_and_compare
-
-
-def during(phases: Phases, phase: str, do: Callable[..., Any]) -> Callable[..., Any]:
-    def measured(*arguments: Any, **settings: Any) -> Any:
-        with phases(phase):
-            return do(*arguments, **settings)
-
-    return measured
-
-
-def save_plainly(trainer: Trainer, phases: Phases, plain: Path) -> None:
-    files = {plain.with_suffix(".own"): trainer.state.worker()}
-    if trainer.comm.rank == 0:
-        files[plain.with_suffix(".shared")] = trainer.state.shared()
-    with phases("torch.save"):
-        for file, content in files.items():
-            torch.save(content, file)
-        trainer.comm.barrier()
-    with phases("fsync after torch.save"):
-        for file in files:
-            sync(file)
-        trainer.comm.barrier()
-    for file in files:
-        file.unlink()
-
-
-def load_plainly(trainer: Trainer) -> None:
-    """Read both parts on every rank; the optimizer would take up the tensors that were read."""
-    last = max(trainer.checkpoints._folder.glob("*.json"))
-    own = f"{last.stem}.rank-{trainer.comm.rank:04d}-of-{RANKS:04d}.pt"
-    parts = [torch.load(last.parent / name, map_location="cpu", weights_only=True)
-             for name in (f"{last.stem}.shared.pt", own)]  # fmt: skip
-    trainer.state.model.load_state_dict(parts[0]["model"])
-
-
-def drop_from_cache(trainer: Trainer) -> None:
-    if trainer.comm.rank == 0:
-        for file in trainer.checkpoints._folder.glob("*.pt"):
-            handle = os.open(file, os.O_RDONLY)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(handle)
-    trainer.comm.barrier()
-
-
-def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
 def summed_up(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row a phase: of rank 0, which has most to do, all times; the most memory of any."""
+    """Return a row for each phase: all times of rank 0, which does most, and the most memory of any
+    rank."""
     found = []
     for method, phase in dict.fromkeys((row["method"], row["phase"]) for row in rows):
         same = [row for row in rows if (row["method"], row["phase"]) == (method, phase)]

@@ -1,8 +1,8 @@
-"""The optimizers that ours are compared with, from the libraries that keep them.
+"""The optimizers of other libraries that ours are compared with.
 
     pip install --no-deps -r benchmarks/requirements.txt
 
-Each is made as its authors make it: only the rate is ours. None takes row-sparse gradients.
+Each has its authors' default settings, except for the rate. None takes row-sparse gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MakeOptimizer = Callable[[Any, float], Optimizer]
 
 
 def _from(module: str, name: str, package: str, **settings: Any) -> MakeOptimizer:
-    """Return a factory that imports `module` when called, and says what to do if it cannot."""
+    """Return a factory that imports `module` when called; if that fails, it says what to do."""
 
     def make(params: Any, lr: float) -> Optimizer:
         try:

@@ -1,9 +1,10 @@
-"""Does a row-sparse step cost what it touches? An embedding of 200,000 x 256, some rows of it.
+"""Does the time of a row-sparse step grow with the rows of the gradient, not with the table?
 
     OMP_NUM_THREADS=1 python benchmarks/row_sparse_speed.py --json benchmarks/results/rows.json
 
-The gradient is as `nn.Embedding(sparse=True)` leaves it: rows in any order, not yet coalesced. The
-dense step is of the same optimizer on a dense gradient of the same tensor.
+An embedding of 200,000 x 256. The gradient of some rows is like one of `nn.Embedding(sparse=True)`:
+rows in any order, not yet coalesced. The dense step is one of the same optimizer, with a dense
+gradient of the same tensor.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""How long do accumulating, selecting and masking take, in one pass and as usually written?
+"""How long do accumulating, selecting and masking take: in one pass, and as they usually are?
 
     OMP_NUM_THREADS=1 python benchmarks/selection_speed.py --json benchmarks/results/selection.json
 
-One tensor, 8.4 million elements, of which a thousandth is taken out. In each round every contender
-makes one step, in turn, and ratios are taken within the round, so that what else the machine does
-falls on all of them; the median of the rounds is given. "Fused": the pass of
-parsimony_kernels/buffers/ops.py
-with the right threshold, from the old buffers into new ones, as a step that can be undone needs it.
-"Torch operations": the predecessors' way, in float32 and in place: threshold from a sample of 1%,
-adapted, indices by `nonzero`. Before anything is timed, the fused pass is compared with plain torch
-to the bit.
+One tensor of 8.4 million elements, of which a thousandth is selected. In each round every contender
+makes one step, in turn. Ratios are taken within a round, so that what else the machine does falls
+on all; their median over rounds is given.
+"Fused" is the pass of parsimony_kernels/buffers/ops.py with the right threshold. It writes new
+buffers and keeps the old ones, so that a step can be undone. "Torch operations" is the way of the
+predecessors, in float32 and in place: the threshold comes from a sample of 1% and is then adapted,
+indices come from `nonzero`. Before anything is timed, the fused pass is compared with plain torch,
+bit by bit.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import tables
-from benchmarks.contenders import milliseconds
+from benchmarks.turns import COPY, Times, ratio, take_turns
 from dgc.selection.plan import plan_sparsity
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.runtime.operands import Correction, Selection
 from parsimony_kernels.step import ops
 
-COPY = "copy of the tensor"
 MOMENTUM = 0.9
-SAMPLE_RATIO, LOWERED, MOST_TRIES = 0.01, 0.8, 10
+SAMPLE_RATIO, LOWERED, MOST_TRIES = 0.01, 0.8, 10  # of the predecessors' threshold
 
 
 def main() -> None:
@@ -58,7 +57,7 @@ def parse() -> argparse.Namespace:
 
 
 class Fused:
-    """The pass from old buffers to new ones; every call does the same."""
+    """The fused pass from old buffers to new ones; every call does the same."""
 
     def __init__(self, grad_N: Tensor, dtype: str, with_velocity: bool, k: int) -> None:
         n, device = grad_N.numel(), grad_N.device
@@ -108,7 +107,7 @@ def filled(n: int, dtype: str, device: torch.device, seed: int) -> buffers.Buffe
 
 
 class TorchOperations:
-    """DGC's rule, one torch operation after another; momentum correction in place."""
+    """DGC's rule as one torch operation after another, with momentum correction in place."""
 
     def __init__(self, grad_N: Tensor, with_velocity: bool, k: int) -> None:
         n = grad_N.numel()
@@ -166,24 +165,19 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(9)
     grad_N = 0.1 * torch.randn(options.numel, generator=generator).to(device)
     k = round(options.numel * options.density)
-    work: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
     target_N = torch.zeros_like(grad_N)
-    work[COPY] = (lambda: None, lambda: target_N.copy_(grad_N))
+    work: dict[str, Callable[[], Any]] = {COPY: lambda: target_N.copy_(grad_N)}
+    prepare: dict[str, Callable[[], Any]] = {}
     for with_velocity in (False, True):
         usual = TorchOperations(grad_N, with_velocity, k)
         usual.check()
-        work[f"torch operations{velocity_name(with_velocity)}"] = (usual.reset, usual.step)
+        name = f"torch operations{velocity_name(with_velocity)}"
+        work[name], prepare[name] = usual.step, usual.reset
         for dtype in buffers.DTYPES:
             fused = Fused(grad_N, dtype, with_velocity, k)
             fused.check()
-            work[f"fused, {dtype}{velocity_name(with_velocity)}"] = (lambda: None, fused.step)
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(-2, options.rounds):
-        for name, (prepare, step) in work.items():
-            prepare()
-            time = milliseconds(step, device)
-            if number >= 0:  # the first rounds warm up
-                times[name].append(time)
+            work[f"fused, {dtype}{velocity_name(with_velocity)}"] = fused.step
+    times = take_turns(work, options.rounds, device, prepare)
     return [row(name, times, options) for name in work]
 
 
@@ -191,16 +185,13 @@ def velocity_name(with_velocity: bool) -> str:
     return ", velocity" if with_velocity else ""
 
 
-def row(name: str, times: dict[str, list[float]], options: argparse.Namespace) -> dict[str, Any]:
-    def ratio(above: str, below: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
-
+def row(name: str, times: Times, options: argparse.Namespace) -> dict[str, Any]:
     usual = f"torch operations{velocity_name(name.endswith('velocity'))}"
     return {
         "way": name,
         "ms": statistics.median(times[name]),
-        "of_copy": ratio(name, COPY),
-        "faster_than_torch_operations": ratio(usual, name),
+        "of_copy": ratio(times, name, COPY),
+        "faster_than_torch_operations": ratio(times, usual, name),
         "numel": options.numel,
         "density": options.density,
         "device": options.device,

@@ -1,7 +1,7 @@
-"""What compressed_training.py trains: three tasks whose data lie in memory, split over workers.
+"""The tasks that compressed_training.py trains; their data lie in memory.
 
-Each worker draws its own samples; the joined batch is the same number of samples whatever the
-number of workers.
+Each worker draws its own samples. The workers' batches together, the joined batch, have the same
+number of samples for any number of workers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.words import BPTT, WordModel, perplexity, read_corpus
+from engine.meters import smaller_is_better
 from workloads.datasets import cifar10, digits
 from workloads.models import SmallImageResNet
 
@@ -85,7 +86,8 @@ class Images:
 
 
 class Words:
-    """The word language model of words.py without dropout; workers read columns of one text."""
+    """The word language model of words.py without dropout. Each worker reads its own columns of one
+    text."""
 
     quality, clip_norm, joined_batch = "perplexity", 1.0, 20
 
@@ -131,7 +133,7 @@ def read_digits() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def read_cifar10(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read the images, normalized; keep them in one file beside the folder for the next time."""
+    """Return the images, normalized; keep them in a file beside the folder, for the next time."""
     kept = folder.with_suffix(".pt")
     if not kept.exists():
         splits: dict[str, tuple[Tensor, Tensor]] = {}
@@ -166,7 +168,7 @@ def wide_resnet20() -> nn.Module:
 
 
 def make_task(name: str, data: Path, num_steps: int | None) -> Task:
-    """Return a task by name; num_steps None is the task's own."""
+    """Return a task by name; num_steps: None: the task's own number."""
     if name == "digits":
         return Images(read_digits(), small_net, 128, num_steps or 400)
     if name == "cifar":
@@ -182,13 +184,7 @@ def make_task(name: str, data: Path, num_steps: int | None) -> Task:
 TASKS = ("digits", "cifar", "cifar-wide", "words")
 
 
-def rate_factor(step: int, num_steps: int) -> float:
-    """Return the rate's shape: up in the first twentieth, level, down in the last half."""
-    done = step / num_steps
-    return min(1.0, 20 * (done + 1 / num_steps), 2 * (1 - done))
-
-
 def is_better(quality: str, one: float, other: float) -> bool:
     if not math.isfinite(other):
         return math.isfinite(one)
-    return one > other if quality == "accuracy" else one < other
+    return one < other if smaller_is_better(quality) else one > other

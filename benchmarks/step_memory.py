@@ -1,12 +1,12 @@
-"""What a worker keeps, what it needs for a moment, and how long a step takes, beside dense Adam.
+"""How much memory a worker keeps and how much it needs at its peak, and how long a step takes.
 
     OMP_NUM_THREADS=1 python benchmarks/step_memory.py --json benchmarks/results/step-memory.json
 
-A network of linear layers, 16.8 million parameters, and a batch so small that activations are
-nothing. Kept: counted from the live tensors when `step` is over, gradients included. Peak: by how
-much the resident memory of a process of its own rises within a step, gradients included; the
-parameters are in neither. Time: forward, backward, selection and update of one worker alone, so
-without a network; the methods take turns.
+A network of linear layers with 16.8 million parameters, and a batch so small that activations do
+not count. Kept: the live tensors when `step` is over, gradients included. Peak: by how much the
+resident memory of a process rises within a step, gradients included. The parameters are in neither.
+Time: forward, backward, selection and update of a single worker, so without communication; each
+method takes turns with dense Adam.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import tables
 from benchmarks.compressed_methods import ALL, METHODS
-from benchmarks.compressed_training import state_bytes
-from benchmarks.optimizer_speed import resident
+from benchmarks.compressed_worker import state_bytes
+from benchmarks.resident import forget_peak, resident, spawn_peak
 from dgc import DistributedOptimizer
 from dgc.comm.local import LocalComm, run_local
 
@@ -91,7 +90,7 @@ class Worker:
 def measure(comm: LocalComm, options: argparse.Namespace) -> list[dict[str, Any]]:
     names = list(dict.fromkeys([BASELINE, *options.methods]))
     rows: list[dict[str, Any]] = []
-    for name in names:  # two at a time, so that the machine's own ups and downs cancel
+    for name in names:  # beside the baseline, so that what else the machine does falls on both
         base, worker = Worker(comm, BASELINE, options), Worker(comm, name, options)
         times = [(base.timed_step(), worker.timed_step()) for _ in range(options.rounds + 2)][2:]
         worker.step()
@@ -111,20 +110,12 @@ def measure(comm: LocalComm, options: argparse.Namespace) -> list[dict[str, Any]
     return rows
 
 
-def spawn_peak(name: str) -> int:
-    """Measure in a process of its own, whose freed memory goes back to the system at once."""
-    words = [sys.executable, *sys.argv, "--peak-of", name]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    result = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
-    return int(result.stdout)
-
-
 def peak_bytes(worker: Worker) -> int:
-    """Return by how much a step's peak is above what there is of parameters and nothing else."""
+    """Return the peak of a step above the memory of a process with only the parameters."""
     for _ in range(3):
         worker.timed_step()
     kept = sum(state_bytes(worker.optimizer, worker.model).values())
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak until now
+    forget_peak()
     before = resident("VmRSS") - kept
     worker.step()
     return resident("VmHWM") - before

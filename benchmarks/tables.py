@@ -1,4 +1,4 @@
-"""What the scripts here share: a table, the same rows as JSON, runs that are done only once."""
+"""What all scripts here do with their figures: print tables, write JSON, draw pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Columns = Mapping[str, Callable[[Row], str]]
 
 
 def path(text: str) -> Path:
-    """Return a path of the command line."""
+    """Return the path that a word of the command line names."""
     return Path(text).expanduser()
 
 
@@ -41,34 +41,24 @@ def write_json(rows: Sequence[Row], path: Path | None) -> None:
         path.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def read_result(path: Path, settings: Row) -> Row | None:
-    """Return the finished run that is kept at `path`, None if none is; refuse other settings."""
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text())
-    if result["settings"] != json.loads(json.dumps(settings)):
-        raise ValueError(f"{path} is of another run, {result['settings']}; name another --out")
-    return result
-
-
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Read a run's TensorBoard events: tag -> [(x, value)]."""
     from tensorboardX.proto.event_pb2 import Event
 
     found: dict[str, list[tuple[int, float]]] = {}
     for path in sorted(folder.glob("events.*")):
-        data, place = path.read_bytes(), 0
-        while place < len(data):  # length (8 bytes), checksum (4), event, checksum (4)
-            size = int.from_bytes(data[place : place + 8], "little")
-            event = Event.FromString(data[place + 12 : place + 12 + size])
+        data, offset = path.read_bytes(), 0
+        while offset < len(data):  # length (8 bytes), checksum (4), event, checksum (4)
+            size = int.from_bytes(data[offset : offset + 8], "little")
+            event = Event.FromString(data[offset + 12 : offset + 12 + size])
             for value in event.summary.value:
                 found.setdefault(value.tag, []).append((event.step, value.simple_value))
-            place += size + 16
+            offset += size + 16
     return found
 
 
 def new_picture(columns: int = 1) -> tuple[Any, Any]:
-    """Return a figure, and its axes."""
+    """Return a figure and its axes: a row of `columns` plots."""
     import matplotlib
 
     matplotlib.use("agg")

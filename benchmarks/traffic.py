@@ -1,13 +1,14 @@
-"""What one rank sends in a step, for 4 to 1,024 workers and each protocol: real selections counted.
+"""How many bytes a rank sends in a step, for 4 to 1,024 workers and each protocol.
 
     OMP_NUM_THREADS=1 python benchmarks/traffic.py --data ../shared/data \
         --json benchmarks/results/traffic.json --picture benchmarks/results/traffic.png
 
-Every worker reads its own part of WikiText-2, computes gradients of a word model at the same few
-parameter vectors (those of a short dense training), adds them to its residual and selects as in
-training. Of the last step's selections, all messages are counted as the codec would write them.
-Two levels: nodes of --node-size ranks sum their gradients first, and each local rank selects from
-its share of the sums. A ring is assumed for what is gathered and reduced, as in dgc.wire.cost.
+Counted from real selections: every worker reads its own part of WikiText-2, computes gradients of a
+word model at the same few parameter vectors (those of a short dense training), adds them to its
+residual and selects as in training. Counted are the messages that the codec would write for the
+last step's selections. In two levels, the --node-size ranks of a node first sum their gradients,
+and each selects from its own part of the sums. Gathers and reductions are taken to go around a
+ring, as in dgc.wire.cost.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def main() -> None:
 
 @dataclass
 class Layout:
-    """Compressible tensors, or a node's shares of them, joined in one bucket."""
+    """The compressible tensors, or a local rank's parts of them, joined in one bucket."""
 
     names: list[str]
     numels: list[int]
@@ -84,7 +85,7 @@ class Layout:
 
 
 class Worker:
-    """One residual, or a node's share of one, and what leaves it."""
+    """The residuals of one worker, or of a local rank's parts of tensors, and what leaves them."""
 
     def __init__(self, layout: Layout, density: float) -> None:
         self.layout, self.compensation = layout, Compensation()
@@ -166,16 +167,16 @@ def gradients(
 def select_in_node(
     sums: list[list[Tensor]], layout: Layout, options: argparse.Namespace
 ) -> list[Tensor]:
-    """Return the last step's positions by local rank, each of its share of the node's sums."""
+    """Return the last step's positions of each local rank, in its part of the node's sums."""
     found = []
-    for place in range(options.node_size):
+    for local_rank in range(options.node_size):
         worker = Worker(layout, options.density)
         for step in sums:
-            shares = []
+            parts = []
             for total, numel in zip(step, layout.numels, strict=True):
-                part = total[place * numel : (place + 1) * numel]
-                shares.append(nn.functional.pad(part, (0, numel - part.numel())))
-            positions = worker.step(shares)
+                part = total[local_rank * numel : (local_rank + 1) * numel]
+                parts.append(nn.functional.pad(part, (0, numel - part.numel())))
+            positions = worker.step(parts)
         found.append(positions)
     return found
 
@@ -188,7 +189,7 @@ def count(
     node_layout: Layout,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Return what a rank sends by each way, the mean over ranks."""
+    """Return the bytes that a rank sends in each way, averaged over ranks."""
     ring = 2 * (num_workers - 1) / num_workers
     row = {
         "workers": num_workers,
@@ -220,7 +221,7 @@ def gather_bytes(positions: Any, layout: Layout) -> float:
 
 
 def sparse_all_reduce_bytes(positions: Any, layout: Layout, options: argparse.Namespace) -> float:
-    """Count the messages to the owners, and the owners' sums on their way round the ring."""
+    """Count the messages to the owners, and the owners' sums, which go around the ring."""
     num_ranks, codec = len(positions), layout.codec
     shares = [codec.share(owner, num_ranks) for owner in range(num_ranks)]
     given = 0

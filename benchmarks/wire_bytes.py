@@ -1,14 +1,15 @@
-"""Is the payload that we count what the network carries? Run on emulated hosts, one rank each.
+"""Does the network carry as many bytes as we count? Run on emulated hosts, with one rank each.
 
     ../shared/netlab 2 1gbit -- python benchmarks/wire_bytes.py --json wire.json
 
-Exchanges random gradients and compares the bytes that rank 0's network interface sent with what
-the run counts as payload, times what a ring sends of it: in an all-reduce over P hosts
-2 (P - 1) / P of the buffer, in a gather P - 1 times the message. The last column but one is what
-a rank's gradient would be as float32, to what the interface sent of it to one other. Horovod's
-ranks also ask each other what is ready, by default every millisecond, busy or not: some 60 kB a
-second. That chatter is made rare here (HOROVOD_CYCLE_TIME, ms), so that it does not hide what is
-measured.
+Exchanges random gradients. Compares the bytes that the network interface of rank 0 sent with the
+ring volume: the payload that the run counts, times how often a ring sends it. In an all-reduce over
+P hosts, a ring sends 2 (P - 1) / P of the buffer; in a gather, P - 1 times the message. "Dense /
+interface" is the size of the gradient in float32, divided by what the interface sent of it to one
+other host.
+Horovod's ranks also ask each other what is ready: by default every millisecond, which makes some 60
+kB a second even if nothing happens. Here they ask seldom (HOROVOD_CYCLE_TIME, in ms), so that this
+does not hide what is measured.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def measure(
 
 
 def passes(row: dict[str, Any]) -> float:
-    """Return how often a byte of payload is sent on a ring."""
+    """Return how often a ring sends a byte of the payload."""
     return row["ring_bytes"] / row["payload_bytes"]
 
 

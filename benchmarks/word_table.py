@@ -4,23 +4,21 @@
         benchmarks/results/word-table.json
 
 Runs train.py under horovodrun: 2-layer LSTM (Spring et al. 2019, section 5), BPTT 35, 20 texts a
-rank; Adam, CS-MV, CS-V, SM3, momentum, CS-momentum; the gradient whole or 1% of it. Embedding and
-softmax are compressed by the sketches, the LSTM keeps full state, as in the paper.
+rank; Adam, CS-MV, CS-V, SM3, momentum, CS-momentum; the whole gradient is exchanged, or 1% of it.
+As in the paper, sketches keep the state of embedding and softmax, and the LSTM has full state.
 
     --softmax full       dense gradients of embedding and softmax, as in the paper
     --softmax sampled    row-sparse gradients of both; rows are exchanged as rows
-    --scale short        8,000 words, 128 wide, so many --steps; minutes a run on two cores
-    --scale full         the paper's size, epochs, rates and cuts on a plateau; for a GPU
+    --scale short        8,000 words, 128 wide, --steps steps; a run takes minutes on two cores
+    --scale full         size, epochs and rates of the paper, and its cuts of the rate; for a GPU
 
-A row is the rate with the least perplexity on the validation text. Runs that are complete are not
+A row has the rate with the least perplexity on the validation text. Runs that are complete are not
 run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,22 +26,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import tables
-from configs import load
+from benchmarks import runs, tables
 
-ROOT = Path(__file__).parents[1]
 BATCH_SIZE = 20
 
 
 @dataclass(frozen=True)
 class Method:
-    """Files of configs/optim; rates to try at --scale short and the paper's; its bound of norms."""
+    """An optimizer, as config files, and the rates to try."""
 
     files: tuple[str, ...]
-    rates: tuple[float, ...]
-    paper_rate: float
-    clip: float = 1.0
-    rival: str = ""  # what it is compared with: the same without sketches
+    rates: tuple[float, ...]  # at --scale short
+    paper_rate: float  # at --scale full
+    clip: float = 1.0  # bound of the gradient's norm
+    rival: str = ""  # the method that it is compared with: the same without sketches
 
 
 ADAM, MOMENTUM = "Adam", "momentum"
@@ -90,7 +86,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--update-scale", type=float, default=4.0,
                         help="of adaptive methods' sparse entries")  # fmt: skip
     parser.add_argument("-np", type=int, default=2, help="ranks")
-    parser.add_argument("--runs", type=tables.path, default="/tmp/word_runs", help="of all runs")
+    parser.add_argument("--runs", type=tables.path, default="/tmp/word_runs",
+                        help="folder of all runs")  # fmt: skip
     return parser.parse_args()
 
 
@@ -104,26 +101,16 @@ def run(
     """Return a run's result, after running it if it is not complete."""
     names, settings = description(options, name, exchange, lr, size_ratio)
     files = [f"configs/{each}.py" for each in names]
-    words = [w for key, value in settings.items() for w in (f"--configs.{key}", str(value))]
+    texts = {path: str(value) for path, value in settings.items()}
     suffix = f".lr-{lr:g}" + (f".size-{size_ratio:g}" if size_ratio else "")
-    folder = options.runs / load.run_name(files, options.np, suffix)
-    if not (folder / "result.json").exists():
-        command = ["horovodrun", "-np", str(options.np), "python", "train.py", "--configs", *files,
-                   *words, "--suffix", suffix, "--runs", str(options.runs)]  # fmt: skip
-        print(" ".join(command), file=sys.stderr, flush=True)
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    result = json.loads((folder / "result.json").read_text())
-    texts = {key: str(value) for key, value in settings.items()}
-    asked = load.flatten(load.compose([ROOT / file for file in files], texts))
-    if changed := load.changes(result["config"], asked):
-        sys.exit(f"{folder} is of another run; name another --runs:\n" + "\n".join(changed))
+    _, result = runs.trained(files, texts, options.np, suffix, options.runs)
     return result | {"lr": lr}
 
 
 def description(
     options: argparse.Namespace, name: str, exchange: str, lr: float, size_ratio: float | None
 ) -> tuple[list[str], dict[str, Any]]:
-    """Return the config files, and what is set beside them."""
+    """Return the names of the config files, and the settings that override them."""
     method, is_short = METHODS[name], options.scale == "short"
     names = ["wikitext/lstm_small" if is_short else "wikitext/lstm"]
     settings: dict[str, Any] = {"dataset.root": options.data.resolve()}
@@ -176,7 +163,7 @@ def summarize(
 
 
 def add_gaps(rows: list[dict[str, Any]]) -> None:
-    """Add by how much a method's perplexity is above its rival's with the same exchange."""
+    """Add to each row how far its perplexity is above its rival's, with the same exchange."""
     plain = {(row["method"], row["exchange"]): row for row in rows}
     for row in rows:
         rival = plain.get((METHODS[row["method"]].rival, row["exchange"]))

@@ -1,4 +1,4 @@
-"""WikiText-2 and the count-sketch paper's network for it, as several scripts here train them.
+"""WikiText-2 and the count-sketch paper's network for it, which several scripts here train.
 
 Source: Spring et al. 2019, section 5: words -> embedding -> 2-layer LSTM -> full softmax.
 Shapes: T positions, B texts side by side; a corpus is cut into B columns and read T rows at a time.
@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-BPTT = 35  # positions that a gradient reaches back
+BPTT = 35  # positions of a batch, through which gradients are propagated back
 Hidden = tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Word numbers, the most frequent word first."""
+    """Texts as numbers of words, which are numbered by falling frequency."""
 
     train: Tensor
     valid: Tensor
@@ -54,10 +54,11 @@ def batches(text: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class WordModel(nn.Module):
-    """Differs from the paper's: the softmax bias starts at the words' log frequencies, not at 0.
+    """The paper's network, but the softmax's bias starts at the words' log frequencies, not at 0.
 
-    From 0, Adam at any rate that learns soon saturates the LSTM, whose outputs serve as a bias
-    while the frequencies are learnt, and stays at their perplexity for more than 600 steps.
+    If it starts at 0, the LSTM's outputs serve as a bias until the frequencies are learnt. Adam,
+    with any rate at which it learns, soon saturates the LSTM in this way, and the perplexity then
+    stays that of the word frequencies for more than 600 steps.
     """
 
     def __init__(
@@ -75,19 +76,26 @@ class WordModel(nn.Module):
         self.softmax.bias.data = (counts / counts.sum()).log()
 
     def forward(self, words: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
-        """Return the logits (T * B, num_words), and the state for the text that follows."""
+        """Return the logits (T * B, num_words), and the state for the next batch."""
         outputs, hidden = self.recurrent(self.dropout(self.embedding(words)), hidden)
         return self.softmax(self.dropout(outputs)).flatten(0, 1), hidden
 
     def loss(self, words: Tensor, targets: Tensor, hidden: Hidden) -> tuple[Tensor, Hidden]:
-        """Return the mean loss a word, and the state, which carries no gradient on."""
+        """Return the mean loss of a word, and the state for the next batch, without gradient."""
         logits, (h, c) = self(words, hidden)
         return nn.functional.cross_entropy(logits, targets.flatten()), (h.detach(), c.detach())
 
 
+def rate_factor(step: int, num_steps: int) -> float:
+    """Return a step's factor of the rate: rising over the first twentieth of the run, then 1, then
+    falling to 0 over the last half."""
+    done = step / num_steps
+    return min(1.0, 20 * (done + 1 / num_steps), 2 * (1 - done))
+
+
 @torch.no_grad()
 def perplexity(model: WordModel, text: Tensor, batch_size: int) -> float:
-    """Return exp(mean loss) over the text; inf where that overflows."""
+    """Return exp(mean loss) over the text; inf if that overflows."""
     model.eval()
     hidden, total, count = None, 0.0, 0
     for words, targets in batches(text, batch_size):
@@ -99,7 +107,7 @@ def perplexity(model: WordModel, text: Tensor, batch_size: int) -> float:
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> None:
-    """Coalesce the row-sparse gradients; scale all so that their joint norm is at most this."""
+    """Coalesce row-sparse gradients; scale all gradients so that their norm is at most max_norm."""
     values = []
     for param in model.parameters():
         if param.grad is not None and param.grad.is_sparse:

@@ -108,7 +108,6 @@ class Train:
             batch_size_per_rank=(self.batch_size_per_rank >= 1, "1 or more"),
             eval_batch_size_per_rank=(self.eval_batch_size_per_rank >= 1, "1 or more"),
             micro_batches_per_step=(self.micro_batches_per_step >= 1, "1 or more"),
-
             polyak_decay=(
                 self.polyak_decay is None or 0 <= self.polyak_decay < 1,
                 "None or from 0 to below 1",

@@ -1,28 +1,40 @@
 """What this machine has for training, what it lacks, and the remedy for each.
 
 Standard library only, so that it runs where nothing is set up. Everything that may hang or crash
-(MPI, CUDA, a broken extension module) is asked of another process, with a time limit.
+(MPI, CUDA, a broken extension module) is run by another process, with a time limit (probes.py).
 Exit status: 0 if nothing required is missing, else 1.
 """
 
-import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.probes import (
+    ASK_CUPY,
+    ASK_HOROVOD,
+    ASK_KERNELS,
+    ASK_MPI4PY,
+    ASK_TORCH,
+    ASK_TORCHVISION,
+    ask,
+    environment_python,
+    last_line,
+    run,
+)
+
 SETUP = "launch/setup.sh"
 AGAIN = "launch/setup.sh --again"
-WITHOUT_HOROVOD = "parsimony-without-horovod"  # in the environment's folder: see launch/setup.sh
+WITHOUT_HOROVOD = "parsimony-without-horovod"  # a file in the environment: see launch/setup.sh
 
 
 class Check(NamedTuple):
-    """One line of the table. What is required and not good has a remedy."""
+    """One line of the table. A required thing that is missing or broken has a remedy."""
 
     name: str
     found: str
@@ -36,100 +48,6 @@ class Check(NamedTuple):
         return "optional" if self.remedy or self.found == "none" else "ok"
 
 
-def environment_python() -> str:
-    """The Python that training uses, or this one where nothing is set up yet."""
-    venv = os.path.expanduser(os.environ.get("PARSIMONY_VENV") or REPO / ".venv")
-    python = Path(venv) / "bin" / "python"
-    return str(python) if python.exists() else sys.executable
-
-
-def run(*command: str, seconds: int = 60, **options) -> tuple[int, str]:
-    """Exit status and output of a command; a missing or a hanging one is a failure like others."""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, check=False, **options
-        )
-    except OSError as error:
-        return 127, str(error)
-    except subprocess.TimeoutExpired:
-        return 124, f"no answer within {seconds} s"
-    return done.returncode, done.stdout + done.stderr
-
-
-def last_line(output: str) -> str:
-    """The last line that says something: Open MPI likes to end on a rule."""
-    lines = [line for line in output.splitlines() if any(map(str.isalnum, line))]
-    return lines[-1].strip() if lines else "no answer"
-
-
-def ask(code: str, seconds: int = 60) -> dict:
-    """Facts that `code` prints as a last line of JSON, or as "error" the last line it died with."""
-    status, output = run(environment_python(), "-c", code, seconds=seconds)
-    return json.loads(last_line(output)) if status == 0 else {"error": last_line(output)[:160]}
-
-
-# Which MPI a process has loaded is read from its memory map: the one thing that cannot be wrong.
-_LOADED_MPI = """
-def loaded_mpi():
-    import os
-    try:
-        lines = open("/proc/self/maps").read().splitlines()
-    except OSError:
-        return []
-    return sorted({os.path.realpath(line.split()[-1]) for line in lines if "/libmpi.so" in line})
-"""
-
-_ASK_TORCH = """
-import json, torch
-from torch import distributed
-gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "gpus": gpus,
-    "gloo": distributed.is_available() and distributed.is_gloo_available()}))
-"""
-
-_ASK_TORCHVISION = """
-import json, torchvision
-print(json.dumps({"version": torchvision.__version__}))
-"""
-
-_ASK_HOROVOD = (
-    _LOADED_MPI
-    + """
-import json, pathlib, horovod, horovod.torch as hvd
-built = json.loads((pathlib.Path(horovod.__file__).parent / "metadata.json").read_text())
-print(json.dumps({"version": horovod.__version__, "torch": built.get("pytorch"),
-    "mpi": bool(hvd.mpi_built()), "gloo": bool(hvd.gloo_built()), "nccl": bool(hvd.nccl_built()),
-    "libmpi": loaded_mpi()}))
-"""
-)
-
-_ASK_MPI4PY = (
-    _LOADED_MPI
-    + """
-import json, mpi4py
-mpi4py.rc.initialize = False
-from mpi4py import MPI
-print(json.dumps({"version": mpi4py.__version__, "libmpi": loaded_mpi()}))
-"""
-)
-
-# Compiles them, if this machine has not: better now than in a first run.
-_ASK_KERNELS = f"""
-import sys; sys.path.insert(0, {str(REPO)!r})
-from parsimony_kernels.runtime import build
-import json
-try:
-    print(json.dumps({{"library": build.host_library()._name}}))
-except RuntimeError as error:
-    print(json.dumps({{"error": " ".join(str(error).split())[:160]}}))
-"""
-
-_ASK_CUPY = """
-import json, cupy
-print(json.dumps({"version": cupy.__version__, "devices": cupy.cuda.runtime.getDeviceCount()}))
-"""
-
-
 def check_python() -> Check:
     python = environment_python()
     _, version = run(python, "-c", "import platform; print(platform.python_version())")
@@ -139,7 +57,7 @@ def check_python() -> Check:
 
 
 def find_compiler() -> list[str]:
-    """The words of the C++ compiler's command, as runtime/build.py finds it; empty if none."""
+    """Return the words of the C++ compiler's command, found as in runtime/build.py; [] if none."""
     chosen = os.environ.get("CXX")
     for words in ([chosen], chosen.split()) if chosen else (["g++"], ["c++"], ["clang++"]):
         if words and shutil.which(words[0]):
@@ -148,7 +66,7 @@ def find_compiler() -> list[str]:
 
 
 def check_compiler() -> Check:
-    """Horovod and our own kernels are C++20."""
+    """Check for a compiler of C++20, in which Horovod and our own kernels are written."""
     command = find_compiler()
     if not command and os.environ.get("CXX"):
         found = f"CXX is {os.environ['CXX']!r}, which is no command"
@@ -166,15 +84,15 @@ def check_compiler() -> Check:
 
 
 def is_compiled() -> bool:
-    """Whether Horovod and the kernels are there, as on a node that shares another's home."""
+    """Tell whether Horovod and the kernels are compiled, as on a node that shares a home folder."""
     plain = os.environ.get("PARSIMONY_KERNELS") == "reference"
-    kernels = {} if plain else ask(_ASK_KERNELS, seconds=300)
-    has_engine = is_without_horovod() or "error" not in ask(_ASK_HOROVOD)
+    kernels = {} if plain else ask(ASK_KERNELS, seconds=300)
+    has_engine = is_without_horovod() or "error" not in ask(ASK_HOROVOD)
     return "error" not in kernels and has_engine
 
 
 def check_headers() -> Check:
-    """Python.h, which a Python from a distribution keeps in a package of its own."""
+    """Check for Python.h, which Linux distributions keep in a package of its own."""
     code = "import sysconfig; print(sysconfig.get_path('include'))"
     header = Path(run(environment_python(), "-c", code)[1].strip()) / "Python.h"
     if header.exists():
@@ -194,14 +112,14 @@ def check_torch(facts: dict, driver: bool) -> Check:
 
 
 def check_torchvision(facts: dict) -> Check:
-    """A plain import, which set-up makes work beside a torch that the wheel does not fit."""
+    """Check a plain import; launch/setup.sh makes it work even if the wheel does not fit torch."""
     if "error" in facts:
         return Check("torchvision", facts["error"], f"run {AGAIN}")
     return Check("torchvision", facts["version"])
 
 
 def check_torchrun(facts: dict) -> Check:
-    """What TorchComm needs: to start ranks, and to carry their messages."""
+    """Check what TorchComm needs: torchrun to start ranks, gloo to send their messages."""
     torchrun = Path(environment_python()).with_name("torchrun")
     if not facts["gloo"]:
         return Check("torchrun", "this torch has no gloo", f"run {AGAIN}")
@@ -230,7 +148,7 @@ def check_horovod(facts: dict, torch_version: str) -> Check:
 
 
 def parse_mpirun_version(banner: str) -> str:
-    """'4.1.8' of "mpirun (Open MPI) 4.1.8"; empty for another MPI."""
+    """Return '4.1.8' for "mpirun (Open MPI) 4.1.8"; "" for another MPI."""
     match = re.search(r"\(Open MPI\) (\S+)", banner)
     return match[1] if match else ""
 
@@ -246,7 +164,7 @@ def check_mpirun(path: str, banner: str) -> Check:
 
 
 def check_start(mpirun: str) -> Check:
-    """Two processes on this machine: what a container or a firewall can forbid."""
+    """Start two processes on this machine, which a container or a firewall can forbid."""
     options = ("--allow-run-as-root", "-np", "2", "-H", "localhost:2", "-bind-to", "none")
     status, output = run(mpirun, *options, "true", seconds=30)
     if status == 0:
@@ -257,7 +175,7 @@ def check_start(mpirun: str) -> Check:
 
 
 def check_same_mpi(name: str, facts: dict, mpirun: str) -> Check:
-    """Whether a library uses the MPI that mpirun belongs to; another one runs, each rank alone."""
+    """Check that a library uses the MPI of mpirun; with another one, each rank would run alone."""
     if "error" in facts:
         return Check(name, facts["error"], f"run {AGAIN}")
     ours = str(Path(mpirun).parent.parent.resolve())
@@ -283,7 +201,7 @@ def find_nvcc() -> str:
 
 
 def check_gpu(driver: bool, torch: dict, horovod: dict) -> Iterator[Check]:
-    """What matters only beside a GPU; without one there is nothing to do about it."""
+    """Check what matters only on a machine with a GPU; without one, nothing of it is missing."""
     names = torch.get("gpus", [])
     trouble = "torch sees none: nvidia-smi, CUDA_VISIBLE_DEVICES" if driver and not names else ""
     yield Check("GPU", ", ".join(names) or "none", trouble, required=False)
@@ -298,7 +216,7 @@ def check_gpu(driver: bool, torch: dict, horovod: dict) -> Iterator[Check]:
     remedy = f"needs nvcc and a CUDA build of torch; then {AGAIN}" if nccl == "none" else ""
     yield Check("NCCL", nccl, remedy if driver else "", required=False)
 
-    cupy = ask(_ASK_CUPY)
+    cupy = ask(ASK_CUPY)
     remedy = f"run {AGAIN}" if driver and "error" in cupy else ""
     found = cupy.get("version") or ("none" if not driver else cupy["error"])
     yield Check("CuPy", found, remedy, required=False)
@@ -310,17 +228,17 @@ def all_checks() -> Iterator[Check]:
     to_compile = [check_compiler(), check_headers()]
     required = not any(check.remedy for check in to_compile) or not is_compiled()
     yield from (check._replace(required=required) for check in to_compile)
-    torch, horovod = ask(_ASK_TORCH), ask(_ASK_HOROVOD)
+    torch, horovod = ask(ASK_TORCH), ask(ASK_HOROVOD)
     yield check_torch(torch, driver)
     if "error" not in torch:
-        yield check_torchvision(ask(_ASK_TORCHVISION))
+        yield check_torchvision(ask(ASK_TORCHVISION))
         yield check_torchrun(torch)
     if "error" in horovod and is_without_horovod():
         yield Check("horovod", "none", "left out: jobs start with torchrun", required=False)
     else:
         yield from check_horovod_and_mpi(horovod, torch)
     if "error" not in torch:
-        yield check_kernels(ask(_ASK_KERNELS, seconds=300))
+        yield check_kernels(ask(ASK_KERNELS, seconds=300))
     yield from check_gpu(driver, torch, horovod)
 
 
@@ -333,7 +251,7 @@ def check_horovod_and_mpi(horovod: dict, torch: dict) -> Iterator[Check]:
         yield check_start(mpirun)
     if mpirun and "error" not in horovod:
         yield check_same_mpi("MPI of horovod", horovod, mpirun)
-    yield check_same_mpi("mpi4py", ask(_ASK_MPI4PY), mpirun or "/")
+    yield check_same_mpi("mpi4py", ask(ASK_MPI4PY), mpirun or "/")
 
 
 def main() -> int:

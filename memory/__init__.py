@@ -1,4 +1,8 @@
-"""What a run takes of memory: predicted before it trains, measured, and beside its rivals."""
+"""How much memory a run takes: predict it before training, measure it, compare it with rivals.
+
+The prediction runs the code that trains, on tensors without data (fakes.py, answers.py, inside.py),
+and follows which of them are alive (tracker.py).
+"""
 
 from memory.batches import largest_batch
 from memory.job import RECOMMENDED, Contender, Job, contenders, this_run

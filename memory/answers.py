@@ -1,9 +1,10 @@
-"""What fake tensors cannot tell: values that are asked for, shapes that depend on them, rows.
+"""Answer for fake tensors, which have no data, when code asks for values or shapes depend on them.
 
-A dispatch mode to be entered within a FakeTensorMode and a Tracker. In forward and backward it
-answers as a real run did (`Recorder`), or not at all; in the exchange and the step it answers for
-the steady state, in which nothing is infinite and nothing is refused. Tensors of rows keep their
-indices and values at hand, which torch's fake sparse tensors lose.
+`Answers` is a dispatch mode to be entered within a FakeTensorMode and a Tracker. In forward and
+backward it gives the answers that a real run gave (written down by `Recorder`), or none. In the
+exchange and the step it gives those of the steady state, in which every number is finite and
+nothing is refused. It also attaches to sparse tensors of rows their indices and values, which
+torch's fake sparse tensors lose.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default
 UNANSWERED = (DataDependentOutputException, DynamicOutputShapeException)
 
-_SPARSE = {  # maker of a sparse tensor -> where among its arguments the indices are
+_SPARSE = {  # operation that makes a sparse tensor -> number of its argument with the indices
     aten._sparse_coo_tensor_with_dims_and_tensors.default: 3,
     aten._sparse_coo_tensor_unsafe.default: 0,
     aten.sparse_coo_tensor.indices_size: 0,
 }
 _PARTS = {aten._indices.default: 0, aten.indices.default: 0,
           aten._values.default: 1, aten.values.default: 1}  # fmt: skip
-_SAME = (aten.detach.default, aten.clone.default)  # autograd clones but what we hold, too
+_SAME = (aten.detach.default, aten.clone.default)  # a clone, too: autograd clones what we hold
 _VALUE = (aten._local_scalar_dense.default, aten.item.default)
 _COALESCE = (aten._coalesce.default, aten.coalesce.default)
 
 
 def _mask(func: Any, args: Sequence[Any]) -> Tensor | None:
-    """Return what decides how many rows an operation returns; None for other operations."""
+    """Return the mask whose true entries an operation selects; None for other operations."""
     if func is aten.nonzero.default:
         return args[0]
     if func is aten.masked_select.default:
@@ -51,7 +52,7 @@ def _mask(func: Any, args: Sequence[Any]) -> Tensor | None:
 
 
 class Recorder(TorchDispatchMode):
-    """Writes down, in order, each value that a real run asks for and each share of a mask."""
+    """Writes down the values that a real run asks for, and the fractions of its masks, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,9 +68,10 @@ class Recorder(TorchDispatchMode):
 
 
 class Answers(TorchDispatchMode):
-    """Answers for fake tensors.
+    """Answers for fake tensors; see the module.
 
-    recorded: what a Recorder wrote in one forward and backward; None: those must not ask.
+    Args: recorded: the answers that a Recorder wrote down in one forward and backward; None: a
+        forward or backward pass that asks for a value fails.
     """
 
     def __init__(self, recorded: Sequence[Any] | None = None) -> None:
@@ -81,9 +83,9 @@ class Answers(TorchDispatchMode):
 
     @contextlib.contextmanager
     def steady(self, number: int = 1) -> Iterator[None]:
-        """Within: nothing is infinite, nothing is refused, masks hold everywhere.
+        """In the block, answer for the steady state: checks pass, and masks are true everywhere.
 
-        number: what every number is that is asked for.
+        Args: number: the answer for every number that is asked for.
         """
         before = self._is_steady, self._number
         self._is_steady, self._number = True, number
@@ -93,13 +95,13 @@ class Answers(TorchDispatchMode):
             self._is_steady, self._number = before
 
     def begin(self) -> None:
-        """Begin a forward: answer from the first record on."""
+        """Begin a forward pass: answer again from the first record on."""
         self._next = None if self._recorded is None else iter(self._recorded)
         self._rounding.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is _DEVICE:  # every other call: answered here, it is not passed on
+        if func is _DEVICE:  # half of all calls, so answered here, which is quicker
             return args[0].fake_device
         if func in _VALUE:
             return self._value(func, args[0])
@@ -120,7 +122,7 @@ class Answers(TorchDispatchMode):
             result = (*result[:3], result[3].new_empty(layer_workspace(*args)))
         elif func in _SAME and hasattr(args[0], "_rows"):
             result._rows = args[0]._rows
-            result._coalesced_(args[0].is_coalesced())  # torch finds no rows in it, so: coalesced
+            result._coalesced_(args[0].is_coalesced())  # torch takes it, without rows, as coalesced
         elif func in (aten.all.default, aten.all.dim):
             result._is_all = True
         return result
@@ -134,7 +136,7 @@ class Answers(TorchDispatchMode):
             if not self._is_steady:
                 raise
         if tensor.dtype == torch.bool:
-            return hasattr(tensor, "_is_all")  # what must hold for all does, and nothing else
+            return hasattr(tensor, "_is_all")  # a result of all() is True, any other flag is False
         return float(self._number) if tensor.dtype.is_floating_point else self._number
 
     def _recall(self, func: Any) -> Any:
@@ -143,16 +145,19 @@ class Answers(TorchDispatchMode):
         raise ValueError(f"the model asks for more values than it did of a real batch, with {func}")
 
     def _count(self, func: Any, mask: Tensor) -> int:
-        """Return how many of a mask's entries hold, each time the same. Parts that make a whole add
-        up to the whole."""
+        """Return how many entries of a mask are true; for the same mask always the same number.
+
+        Masks that divide the entries of a tensor among them have counts that add up to its numel:
+        fractions are summed before they are rounded.
+        """
         numel = mask.numel()
         if self._is_steady:
             return numel
-        share = self._recall(func)
+        fraction = self._recall(func)
         if not hasattr(mask, "_num_true"):
             before = self._rounding.get(numel, 0.0)
-            self._rounding[numel] = before + share
-            mask._num_true = round((before + share) * numel) - round(before * numel)
+            self._rounding[numel] = before + fraction
+            mask._num_true = round((before + fraction) * numel) - round(before * numel)
         return mask._num_true
 
 
@@ -168,7 +173,7 @@ def _rows_of(func: Any, args: Sequence[Any], mask: Tensor, count: int) -> Tensor
 
 
 def _coalesced(tensor: Tensor) -> Tensor:
-    """Return rows of which none comes twice: as many as there are, at most."""
+    """Return a coalesced tensor with the most rows possible: no row repeats."""
     indices, values = tensor._rows
     count = min(indices.shape[1], tensor.shape[0])
     rows = indices[:, :count].clone(), values[:count].clone()

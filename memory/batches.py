@@ -1,12 +1,12 @@
-"""The largest batch that a given memory allows, by prediction."""
+"""Find the largest micro-batch that fits into a given memory, by predictions."""
 
 from __future__ import annotations
 
 from memory.job import Contender
 from memory.predict import Prediction, Predictor
 
-LARGEST = 2**22  # samples of a micro-batch: beyond, nobody asks
-_NUM_GUESSES = 8  # by lines, before the distance is halved
+LARGEST = 2**22  # samples; larger micro-batches are not looked for
+_NUM_GUESSES = 8  # guesses by linear interpolation, before the search goes on by bisection
 
 
 def largest_batch(
@@ -14,9 +14,9 @@ def largest_batch(
 ) -> Prediction | None:
     """Return the prediction for the largest micro-batch whose peak is within `memory_bytes`.
 
-    None if not even one sample fits. That one sample more does not has been predicted, too; but a
-    peak that fits at LARGEST ends there.
-    Cost: some six predictions: the next size to look at is where a line meets the bound.
+    A micro-batch with one sample more has been predicted not to fit, unless the result is LARGEST.
+    Returns: None if not even one sample fits.
+    Cost:    about six predictions, since sizes are guessed by linear interpolation.
     """
     below, above = _ends(predictor, contender, memory_bytes)
     num_guesses = 0
@@ -33,7 +33,7 @@ def largest_batch(
 def _ends(
     predictor: Predictor, contender: Contender, memory_bytes: int
 ) -> tuple[Prediction | None, Prediction | None]:
-    """Return a size that fits, None if none does, and one that does not, None if all do."""
+    """Return a prediction that fits (None if none does) and one that does not (None if all fit)."""
     found = predictor(contender)
     if found.peak_bytes > memory_bytes:
         one = predictor(contender, 1)
@@ -49,7 +49,7 @@ def _ends(
 def _ahead(
     one: Prediction, other: Prediction, memory_bytes: int, start: Prediction | None = None
 ) -> int:
-    """Return how many samples beyond `start` (None: one) a line through both meets the bound."""
+    """Return by how many samples `start` (None: `one`) can grow, by the line through both."""
     slope = (other.peak_bytes - one.peak_bytes) / (other.batch_size - one.batch_size)
     room = memory_bytes - (start or one).peak_bytes
     return int(min(LARGEST, room / slope)) if slope > 0 else 0

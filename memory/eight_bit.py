@@ -1,8 +1,9 @@
-"""Adam with 8-bit state as bitsandbytes keeps it: its sizes, not its arithmetic.
+"""The state of bitsandbytes' 8-bit Adam, for predictions: its sizes, not its arithmetic.
 
-Source: Dettmers et al. 2022 (arXiv:2110.02861) and bitsandbytes 0.50: two moments in 8 bits, a
-float32 scale for each block of 256, and two maps of 256 levels that all tensors share; tensors of
-fewer than 4096 elements keep two float32 moments. Its step on a GPU takes no temporary memory.
+Source: Dettmers et al. 2022 (arXiv:2110.02861) and bitsandbytes 0.50. It keeps two moments in 8
+bits, a float32 scale for each block of 256 elements, and two maps of 256 levels that all tensors
+share. Tensors of fewer than 4096 elements have two float32 moments. Its step on a GPU takes no
+temporary memory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ BLOCK, LEAST = 256, 4096
 
 
 class EightBitAdam(Optimizer):
-    """For predictions: makes the state in the first step, and does not train."""
+    """Makes the state of 8-bit Adam in the first step; it does not train."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {})

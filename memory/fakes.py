@@ -1,12 +1,13 @@
-"""dgc and optim on tensors without memory: their own code runs, and takes and frees what it would.
+"""Run dgc and optim on tensors without data, so that their use of memory can be followed.
 
-Within `without_data` the kernels do nothing but allocate what they would return, and what depends
-on values is taken as in a step of the steady state: every gradient is finite, every threshold finds
-the entries that it aims at, every message is of the length expected. All else is the code that
-trains, so that a prediction changes when that code does.
-Not foreseen: steps that look through a residual again, or put back what is too much. Of 0.1% of the
-entries that is nothing; of 1% up to 4% of a small model's peak, of 10% up to a quarter. Nor what
-plain torch takes and frees in a step in float64, where elements arrive or a sketch is fed.
+In `without_data` the kernels only allocate what they would return, and functions whose result
+depends on values return that of a step of the steady state: every gradient is finite, every
+threshold finds the number of entries that it aims at, every message has its expected length.
+Everything else is the code that trains, so that a prediction changes when that code does.
+Not predicted: steps that look through a residual again, or put entries back because too many were
+found. At a density of 0.1% these take nothing; at 1% up to 4% of the peak of a small model, at 10%
+up to a quarter. Nor what plain torch allocates within a step in float64 when elements arrive or a
+sketch is updated.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ from parsimony_kernels.step import reference
 
 @dataclass(frozen=True)
 class _Aimed(Selection):
-    """A selection that knows how many entries it is to find."""
+    """A selection with the number of entries that it aims at."""
 
     aim: int = 0
 
 
 @contextlib.contextmanager
 def without_data() -> Iterator[None]:
-    """Let kernels, and what asks for values, work on fake tensors. Not for several threads."""
+    """Make kernels, and functions that read values, work on fake tensors. Not thread-safe."""
     replaced: list[tuple[Any, str, Any]] = [
         *((module, "implementing_module", _implementing_module) for module in
           (step, buffers, packing)),
@@ -85,7 +86,7 @@ def _accumulate(
     key: int,
     selection: Selection | None = None,
 ) -> Found:
-    """Take what buffers/host.py does, or buffers/device.py: lists with room for all."""
+    """Allocate what buffers/host.py or buffers/device.py does: lists with room for all entries."""
     values = residual.codes if isinstance(residual, Blocks) else residual
     device = values.device
     room = 0 if selection is None else min(selection.capacity, values.numel())
@@ -105,7 +106,7 @@ def _accumulate(
 
 
 def _merge(positions: Sequence[Tensor], values: Sequence[Tensor], dim: int) -> Any:
-    """Take what a merge does, of positions that meet by chance."""
+    """Allocate what a merge does; as many positions coincide as of random ones are expected to."""
     total = sum(part.numel() for part in positions)
     room = positions[0].new_empty(total)
     universe = getattr(positions[0], "_universe", 0) or math.inf
@@ -133,7 +134,7 @@ _MODULES = {
 
 
 def _unless_sketched(operation: Any) -> Any:
-    """Run plain torch's operation; not with a sketch, where shapes depend on the hashes."""
+    """Return plain torch's operation, skipped for sketches, in which shapes depend on hashes."""
     return lambda *args: None if any(isinstance(x, Table) for x in args) else operation(*args)
 
 
@@ -150,11 +151,11 @@ def _implementing_module(
 
 
 def _data_ptr(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata  # other than 0, and equal where memory is
+    return tensor.untyped_storage()._cdata  # not 0, and equal for tensors that share memory
 
 
 def _copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-    """Copy as a real tensor does; torch's way for fake ones copies their mode, too, and leaks."""
+    """Deep-copy as for a real tensor; torch's copy of a fake one copies its mode too, and leaks."""
     if id(tensor) not in memo:
         copy = tensor.detach().clone()
         is_parameter = isinstance(tensor, nn.Parameter)
@@ -182,7 +183,7 @@ def _settle(
 
 
 def _largest_indices(magnitude_N: Tensor, k: int) -> Tensor:
-    """Take what a ranking does."""
+    """Allocate and free what the ranking of magnitudes does."""
     n = magnitude_N.numel()
     if k >= n:
         return magnitude_N.new_empty(n, dtype=torch.int64)
@@ -212,7 +213,7 @@ def _split_messages(codec: Codec, gathered: Tensor, num_messages: int) -> list[T
 
 
 def _split(codec: Codec, positions_K: Tensor, values_M: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return each tensor's entries: in proportion to its elements."""
+    """Return the entries of each tensor: as many as are its part of all elements."""
     if len(codec.names) == 1:
         return [(positions_K, values_M)]
     total, before, start, parts = sum(codec.numels), 0, 0, []

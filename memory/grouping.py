@@ -1,4 +1,4 @@
-"""The kinds of memory as tables and pictures show them."""
+"""The kinds of memory in the order in which tables and pictures show them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ORDER = (
 
 
 def grouped(by_kind: dict[str, int]) -> dict[str, int]:
-    """Return bytes by kind, all optimizer state as one, in the order of the tables."""
+    """Return bytes by kind, with all optimizer state as one kind, in the order of the tables."""
     found: dict[str, int] = {}
     for kind in sorted(by_kind, key=rank):
         name = STATE_KIND if kind.startswith(STATE) else kind
@@ -23,6 +23,6 @@ def grouped(by_kind: dict[str, int]) -> dict[str, int]:
 
 
 def rank(kind: str) -> tuple[int, str]:
-    """Return what to sort kinds by."""
+    """Return the key by which kinds are sorted."""
     name = STATE_KIND if kind.startswith(STATE) else kind
     return (ORDER.index(name) if name in ORDER else len(ORDER)), kind

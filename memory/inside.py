@@ -1,9 +1,10 @@
-"""What an operation on a CPU takes and gives back within itself, beside what it returns.
+"""The memory that an operation on a CPU allocates and frees within itself.
 
 oneDNN computes in layouts of its own, and in float32 where the processor has no 16-bit arithmetic.
-In float32, what it takes is much the same on all processors, and is told by rules. In 16 bits it
-differs with the instructions that there are: the operation is run for real, on small tensors, and
-torch's allocator is read. So a prediction in 16 bits is of the machine on which it is made.
+For float32 tensors its workspace is much the same on all processors, and rules predict it. For
+16-bit tensors it depends on the processor's instructions: the operation is run on small real
+tensors while torch's allocator is watched. So a prediction for 16 bits holds for processors like
+the one on which it was made.
 """
 
 from __future__ import annotations
@@ -20,22 +21,23 @@ from torch.utils._python_dispatch import _disable_current_modes
 aten = torch.ops.aten
 LAYER = aten.mkldnn_rnn_layer.default
 _LAYERS = (LAYER, aten.mkldnn_rnn_layer_backward.default)
-_GATES = 4  # of an LSTM, and so wide is what oneDNN lays aside for each word
-_PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1,  # -> where the left factor is
+_GATES = 4  # of an LSTM; oneDNN stores so many numbers for each word and hidden unit
+_PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1,  # operation -> number of its left factor
              aten.bmm.default: 0, aten.baddbmm.default: 1}  # fmt: skip
-# -> which of the arguments have an axis of samples
+# operation -> numbers of the arguments that have an axis of samples
 _CONVOLUTIONS = {aten.convolution.default: (0,), aten.convolution_backward.default: (0, 1)}
 _SHORT = (torch.bfloat16, torch.float16)
 _SMALL = 256  # rows and columns of the product that is tried
-_FEW, _MORE = 8, 16  # samples of the convolutions that are tried
-_SLACK = 4096  # bytes: what is taken beside an accumulator, at most
+_FEW, _MORE = 8, 16  # samples of the two convolutions that are tried
+_SLACK = 4096  # bytes: the most that a product allocates beside its accumulator
 
 
 def taken_inside(func: Any, args: Sequence[Any]) -> list[Tensor]:
-    """Return, as tensors without data, what an operation takes within itself, where that is much.
+    """Return, as fake tensors, what an operation allocates within itself, for those that need much.
 
-    In float32 within 4% of what it took in our networks: the gradient of a convolution's weight is
-    computed in a layout of its own, from the outputs' gradient in another.
+    In float32 this is within 4% of what our networks' operations took. The gradient of a
+    convolution's weight is computed in a layout of its own, from the gradient of the outputs in
+    another layout.
     """
     if func in _LAYERS:
         return _of_layer(func, args[0], args[1:3], args[5])
@@ -54,9 +56,11 @@ def taken_inside(func: Any, args: Sequence[Any]) -> list[Tensor]:
 def _of_layer(
     func: Any, words: Tensor, weights: Sequence[Tensor], state: Tensor
 ) -> list[Tensor]:
-    """Return what an LSTM's layer takes: both weights in another layout, and the gates of every
-    word; in 16 bits weights, and the gradients that it computes, are in float32, and gates are laid
-    aside only where the processor lacks such arithmetic."""
+    """Return what a layer of an LSTM allocates: both weights in another layout, the gates of words.
+
+    With 16-bit tensors, the copies of the weights and the gradients that it computes are float32,
+    and gates are stored only if the processor has no 16-bit arithmetic.
+    """
     taken = [weight.new_empty(weight.shape, dtype=torch.float32) for weight in weights]
     if words.dtype in _SHORT and func is not LAYER:
         taken += [x.new_empty(x.shape, dtype=torch.float32) for x in (words, *weights)]
@@ -74,7 +78,7 @@ def _of_product(func: Any, left: Tensor, right: Tensor) -> list[Tensor]:
 
 @functools.cache
 def _accumulates_apart(func: Any, dtype: torch.dtype) -> bool:
-    """Tell whether a product is summed up in a float32 matrix of its own, on this processor."""
+    """Tell whether this processor sums up a product in a float32 matrix beside the result."""
     is_matrix = func in (aten.mm.default, aten.addmm.default)
     shape = (_SMALL, _SMALL) if is_matrix else (1, _SMALL, _SMALL)
     size = 4 * _SMALL * _SMALL
@@ -85,7 +89,7 @@ def _accumulates_apart(func: Any, dtype: torch.dtype) -> bool:
 
 
 def _of_convolution(func: Any, args: Sequence[Any]) -> int:
-    """Return the bytes that a convolution takes: linear in the samples, from two tries on few."""
+    """Return the bytes that a convolution allocates, by a line through two tries on few samples."""
     num_samples = args[0].shape[0]
     described = tuple(_described(arg) for arg in args)
     if num_samples <= _MORE:
@@ -95,7 +99,7 @@ def _of_convolution(func: Any, args: Sequence[Any]) -> int:
 
 
 class _Described(NamedTuple):
-    """A tensor, as far as an operation's memory depends on it."""
+    """The properties of a tensor on which an operation's memory depends."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -114,19 +118,20 @@ def _described(arg: Any) -> Any:
 def _tried(func: Any, described: Sequence[Any], num_samples: int) -> int:
     args = []
     with _disable_current_modes():
-        for place, arg in enumerate(described):
+        for number, arg in enumerate(described):
             if isinstance(arg, _Described):
-                shape = (num_samples, *arg.shape[1:]) if place in _CONVOLUTIONS[func] else arg.shape
+                has_samples = number in _CONVOLUTIONS[func]
+                shape = (num_samples, *arg.shape[1:]) if has_samples else arg.shape
                 arg = torch.zeros(shape, dtype=arg.dtype, device="cpu")
-                arg = arg.contiguous(memory_format=described[place].order)
+                arg = arg.contiguous(memory_format=described[number].order)
             args.append(list(arg) if isinstance(arg, tuple) else arg)
     return _beside_results(lambda: func(*args))
 
 
 def _beside_results(call: Callable[[], Any]) -> int:
-    """Return the most that a call had from torch's allocator at once, less what it returned."""
+    """Return the peak of a call's allocations, less what is still allocated when it returns."""
     with _disable_current_modes():
-        call()  # what is kept for later calls is made
+        call()  # once before, for what a first call makes and keeps
     with (
         _disable_current_modes(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen,
@@ -141,17 +146,19 @@ def _beside_results(call: Callable[[], Any]) -> int:
     return peak - live
 
 
-_SAMPLES = 16  # oneDNN rounds up what it needs for fewer
+_SAMPLES = 16  # for fewer samples oneDNN rounds its workspace up
 
 
 def layer_workspace(*args: Any) -> int:
-    """Return the bytes that oneDNN's recurrent layer keeps for backward, of which torch's fake one
-    knows nothing: by running it on few samples."""
+    """Return the bytes that oneDNN's recurrent layer keeps for backward.
+
+    Torch's fake layer does not know them, so the real one is run on few samples.
+    """
     num_samples = args[0].shape[1]
     few = min(num_samples, _SAMPLES)
     small = [(x.shape[0], few, *x.shape[2:]) if n == 0 else (few, *x.shape[1:]) if n in (5, 6)
              else x.shape for n, x in enumerate(args[:7])]  # fmt: skip
-    with _disable_current_modes(), torch.enable_grad():  # else nothing is kept
+    with _disable_current_modes(), torch.enable_grad():  # without gradients it keeps nothing
         zeros = [torch.zeros(shape, dtype=args[0].dtype, device="cpu") for shape in small]
         found = aten.mkldnn_rnn_layer.default(*zeros, *args[7:])
     return found[3].numel() * num_samples // few

@@ -1,10 +1,10 @@
-"""What is asked about: a job, and the optimizers and exchanges that could train it."""
+"""The job whose memory is predicted, and the optimizers and exchanges to compare for it."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,26 +14,29 @@ from torch.optim import Optimizer
 
 import optim
 from dgc import Compression
+from engine.precision import autocast
 from memory.eight_bit import EightBitAdam
 
 Task = Callable[[nn.Module, Sequence[Tensor], Any], tuple[Tensor, Tensor, Any]]
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 _CPU = torch.device("cpu")
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A training job of which only the sizes matter.
+    """A training job, described by what its use of memory depends on.
 
-    make_model: builds the model in the current default device, with parameters in their dtype.
-    task: as engine.interfaces.Task: (model, batch, carried) -> (loss, sums, carried).
-    make_batch: of a number of samples, the tensors of a real batch, on the CPU.
-    batch_size: samples of a micro-batch on one rank. precision: of forward and loss, by autocast.
-    optimizer: makes one of parameter groups; groups: of a model, its groups (None: one).
-    compression: None for a dense all-reduce. density: the one to predict for; None: that after
-    warm-up. ranks_per_node: None for one rank a node, so one level.
-    is_averaged: a Polyak average of the parameters is kept.
+    make_model: builds the model on the current default device, its parameters in their dtypes.
+    task: see engine.interfaces.Task: (model, batch, carried) -> (loss, sums, carried).
+    make_batch: number of samples -> the tensors of a real batch, on the CPU.
+    batch_size: samples of a micro-batch on one rank.
+    precision: of forward and loss, by autocast.
+    optimizer: parameter groups -> optimizer.
+    groups: model -> parameter groups; None: one group.
+    compression: None: a dense all-reduce.
+    density: the density to predict for; None: the one after warm-up.
+    ranks_per_node: None: one rank on each node, so that the exchange has one level.
+    is_averaged: whether a Polyak average of the parameters is kept.
     """
 
     make_model: Callable[[], nn.Module]
@@ -54,9 +57,7 @@ class Job:
 
     def autocast(self) -> AbstractContextManager[None]:
         """Return the context in which forward and loss run."""
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, _DTYPES[self.precision])
+        return autocast(self.precision, self.device)
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         return self.groups(model) if self.groups else [{"params": list(model.parameters())}]
@@ -64,10 +65,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Contender:
-    """An optimizer and what of its gradient is exchanged; compression None: all, densely.
+    """An optimizer to compare, with the exchange of its gradients.
 
-    takes_rows: it takes row-sparse gradients; for one that does not, embeddings have dense ones.
-    exchanges: False: torch alone, as on one GPU: no exchange, hence no buffers of one.
+    compression: None: the exchange is dense.
+    takes_rows: whether the optimizer takes row-sparse gradients; if not, the gradients of
+        embeddings are dense.
+    exchanges: False: torch alone, as on one GPU, without an exchange and its buffers.
     """
 
     name: str
@@ -88,7 +91,7 @@ def this_run(job: Job) -> Contender:
 
 
 def contenders(job: Job) -> list[Contender]:
-    """Return this run and its rivals: the same model, batch and exchange."""
+    """Return this run and its rivals, for the same model and batch."""
     density = RECOMMENDED.density if job.compression is None else job.compression.density
     ours = dataclasses.replace(RECOMMENDED, density=density if density < 1 else 0.001)
     return [

@@ -1,8 +1,9 @@
-"""What torch's allocator gave out in real steps.
+"""Measure the memory that torch's allocator gives out in real steps.
 
-On a GPU its own counters. On a CPU the memory events of torch.profiler, which know the blocks that
-were taken while it ran: the others are counted from the tensors that hold them. What C++ takes past
-the allocator (oneDNN's reordered weights, a kernel's small lists, Horovod's buffers) is in neither.
+On a GPU by the allocator's own counters. On a CPU by the memory events of torch.profiler, which
+show the blocks that were allocated while it ran; blocks from before are counted from the tensors
+that hold them. Neither shows what C++ code allocates without torch's allocator: oneDNN's reordered
+weights, a kernel's small lists, Horovod's buffers.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ _STEP = "parsimony.memory.step"
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes of one rank, in real steps. peak: the most that was given out in a step but the first.
+    """Bytes of one rank in real steps.
 
-    kept: by kind, when the steps were over, in the words of engine.state.RunState.state_bytes:
-    parameters, buffers, gradients, residual, velocity, statistics, optimizer, averaged.
+    peak_bytes: the most that was allocated at any moment of the steps after the first.
+    kept: kind -> bytes after the last step, with the kinds of engine.state.RunState.state_bytes.
+    how: what measured the peak.
     """
 
     peak_bytes: int
@@ -46,9 +48,11 @@ def measure(
 ) -> Measured:
     """Run real steps and read the allocator.
 
-    Args: step: does one whole step, also what is random in it. held: returns the tensors that live
-            between steps (`held_by`). kept: their bytes by kind, for the result.
-        num_steps: the first makes state and is not looked at; 2 or more.
+    Args:
+        step: makes one whole step.
+        held: returns the tensors that live between steps (see `held_by`).
+        kept: returns their bytes by kind, for the result.
+        num_steps: 2 or more; the first one makes state and is not measured.
     """
     if num_steps < 2:
         raise ValueError(f"num_steps is {num_steps}; allowed: 2 or more, as the first makes state")
@@ -65,7 +69,7 @@ def measure(
 
 
 def held_by(model: nn.Module, optimizer: Any, *others: Any) -> list[Tensor]:
-    """Return the tensors that live between steps: of a model, an optimizer, and what else."""
+    """Return the tensors that live between steps: of the model, the optimizer and other values."""
     worker = getattr(optimizer, "worker_state_dict", dict)()
     values = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
     values += tree_leaves([list(dict(optimizer.state).values()), worker, list(others)])

@@ -1,8 +1,8 @@
-"""One rank of a job without the others: each collective takes the memory that it would, here.
+"""A comm for one rank of a job without the other ranks, whose collectives allocate as real ones do.
 
-What the others would send is what this rank sends, so it also runs on real tensors. As Horovod
-does: sums are in place, what is gathered is a tensor of its own. What Horovod, MPI and NCCL keep
-for themselves outside torch's allocator is in none of this.
+It takes what this rank sends for what the other ranks would send, so it also runs on real tensors.
+As with Horovod, sums are made in place, and a gather returns a new tensor. The buffers that
+Horovod, MPI and NCCL keep outside torch's allocator are not part of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dgc.comm.pieces import check_sendable
 
 
 class _Group:
-    """Collectives among `world_size` ranks of which this is the first."""
+    """The collectives of a group of `world_size` ranks, of which this is rank 0."""
 
     def __init__(self, world_size: int) -> None:
         self.rank, self.world_size = 0, world_size
@@ -42,7 +42,7 @@ class _Group:
 
 
 class OneOfMany(_Group, Names):
-    """Rank 0 of `world_size`, with `ranks_per_node` on each node."""
+    """The comm of rank 0 of `world_size` ranks, with `ranks_per_node` on each node."""
 
     can_split = True
 
@@ -74,7 +74,7 @@ class OneOfMany(_Group, Names):
 
 
 class _Arrived:
-    """A collective that is done."""
+    """The handle of a collective that is complete."""
 
     def __init__(self, result: Any) -> None:
         self._result = result

@@ -1,4 +1,4 @@
-"""The contenders' memory at the peak as bars, one kind on top of another."""
+"""Draw the contenders' memory at the peak as horizontal bars, divided by kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from memory.predict import Prediction
 
 
 def draw(rows: Sequence[Prediction], path: Path) -> None:
-    """Write a picture: a bar a contender, its kinds from left to right, at its peak."""
+    """Write a picture with a bar for each contender, whose parts are the kinds of memory."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -27,9 +27,9 @@ def draw(rows: Sequence[Prediction], path: Path) -> None:
         axes.barh(range(len(rows)), sizes, left=left, label=kind,
                   color=colours[number % len(colours)])  # fmt: skip
         left = [a + b for a, b in zip(left, sizes, strict=True)]
-    for place, (row, end) in enumerate(zip(rows, left, strict=True)):
+    for height, (row, end) in enumerate(zip(rows, left, strict=True)):
         text = f" {row.peak_bytes / row.num_parameters:.1f} bytes a parameter"
-        axes.text(end, place, text, va="center", fontsize=8)
+        axes.text(end, height, text, va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), [row.contender for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max(left))

@@ -1,4 +1,4 @@
-"""A step's memory before anything is trained: the same code as in training, on fake tensors."""
+"""Predict the memory of a training step, by running the code that trains on fake tensors."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from memory.rehearsal import Rehearsal
 from memory.tracker import Tracker
 
 _NOT_KEPT = (kinds.ACTIVATIONS, kinds.INPUTS, kinds.TEMPORARIES)
-NUM_STEPS = 2  # the first makes state; in the second what is renewed is there twice
+NUM_STEPS = 2  # the first makes state; in the second, renewed buffers are there in old and new form
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes of one rank. kept: by kind, when a step is over, gradients included; peak: by kind, at
-    the moment of a step when most is alive; phase: forward, backward or step; peaks: of each phase.
+    """The predicted bytes of one rank.
 
-    by_tensor: parameter -> kind -> bytes kept. recorded: shapes that depend on data are those of a
-    real batch. note: what is to be known of it.
+    kept: kind -> bytes alive when a step is over, gradients included.
+    peak: kind -> bytes at the moment of a step when most bytes are alive.
+    phase: in which this moment is: forward, backward or step. peaks: phase -> its own peak.
+    by_tensor: parameter -> kind -> bytes kept.
+    recorded: whether shapes that depend on data were taken from a real batch.
+    note: a remark for the tables.
     """
 
     contender: str
@@ -52,7 +55,7 @@ class Prediction:
 
 
 class Predictor:
-    """Predicts for one job; what must be seen of real batches it looks at once."""
+    """Predicts the memory of one job with any contender. Looks at real batches only once."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -60,9 +63,9 @@ class Predictor:
         self._recorded: list[Any] | None = None
 
     def __call__(self, contender: Contender, batch_size: int | None = None) -> Prediction:
-        """Predict for a contender, at the job's batch size or another.
+        """Predict for a contender, with the job's batch size or another one.
 
-        Raises: ValueError where a model does what fake tensors cannot.
+        Raises: ValueError if the model does something that fake tensors cannot do.
         """
         batch_size = batch_size or self.job.batch_size
         try:
@@ -93,7 +96,7 @@ class Predictor:
 def summarize(
     run: Rehearsal, kept: kinds.Moment, batch_size: int, recorded: bool = False
 ) -> Prediction:
-    """Return what a rehearsal's tracker saw of its last step."""
+    """Return the prediction that follows from the last step of a rehearsal."""
     peak = run.tracker.at_peak()
     contender = run.contender
     return Prediction(
@@ -111,7 +114,7 @@ def summarize(
 
 
 def record(job: Job) -> list[Any]:
-    """Run one forward and backward for real; return the answers that it asked of its data."""
+    """Run one forward and backward on a real batch; return the values that it asked for."""
     batch = [tensor.to(job.device) for tensor in job.make_batch(job.batch_size)]
     with torch.device(job.device) if job.device.type != "cpu" else contextlib.nullcontext():
         model = job.make_model()
@@ -123,9 +126,10 @@ def record(job: Job) -> list[Any]:
 
 
 class BatchShapes:
-    """The shapes of a batch of any size: each axis is linear in the number of samples.
+    """The shapes of the tensors of a batch of any size.
 
-    Two real batches tell which do, of the size asked for and of half of it.
+    Each axis is taken to be linear in the number of samples. The line is found from two real
+    batches, of the given size and of half of it.
     """
 
     def __init__(self, make_batch: Callable[[int], Sequence[Tensor]], batch_size: int) -> None:
@@ -134,7 +138,7 @@ class BatchShapes:
         self._other: tuple[int, list[Any]] | None = None
 
     def at(self, batch_size: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """Return shapes and dtypes for so many samples."""
+        """Return the shapes and dtypes of a batch of so many samples."""
         if batch_size == self._size:
             return self._batch
         if self._other is None:

@@ -1,7 +1,7 @@
-"""A contender's training, step by step: on fake tensors to predict, on real ones to measure.
+"""Train a contender step by step, on fake tensors or on real ones, while a tracker watches.
 
 The steps are those of engine.loop: micro-batches of forward and backward, the exchange, the
-optimizer, then gradients are let go.
+optimizer's step, and then gradients are freed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from memory.one_of_many import OneOfMany
 from memory.tracker import Tracker
 
 FORWARD, BACKWARD, STEP = "forward", "backward", "step"
-STATE = "state: "  # what the kinds of optimizer state begin with
+STATE = "state: "  # begins the kinds of optimizer state
 
 
 class Rehearsal:
     """One rank's model, optimizer and exchange, followed by a tracker.
 
-    fake: the mode, entered, in which tensors are made; None: they are real.
+    Args: answers: answer for fake tensors; None: tensors are real. fake: the fake mode, which the
+        caller has entered; None: tensors are real.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Rehearsal:
         tracker.label(kinds.BUFFERS, self.model.buffers())
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self._hook(parameters, self._before_exchange)
-        with self._steady(0):  # steps that were done
+        with self._steady(0):  # of what is asked here, the number of steps made: 0
             self.optimizer = self._make_optimizer()
         self._hook(parameters, self._after_exchange)
         self._carried: Any = None
@@ -64,11 +65,11 @@ class Rehearsal:
         self._label_state()
 
     def step(self, batches: Sequence[Callable[[], Sequence[Tensor]]]) -> kinds.Moment:
-        """Do one step; return what is alive at its end, before gradients are let go.
+        """Make one step; return what is alive at its end, before gradients are freed.
 
-        batches: of each micro-batch, what makes its tensors on the job's device.
+        Args: batches: a function for each micro-batch, which makes its tensors on the job's device.
         """
-        before = [buffer.clone() for buffer in self.model.buffers()]  # as a step may be undone
+        before = [buffer.clone() for buffer in self.model.buffers()]  # as for a step to be undone
         self.tracker.label(kinds.BUFFERS, before)
         for make_batch in batches:
             batch = make_batch()
@@ -110,7 +111,7 @@ class Rehearsal:
     def _make_optimizer(self) -> Any:
         job, contender = self.job, self.contender
         optimizer = contender.optimizer(job.param_groups(self.model))
-        for group in optimizer.param_groups:  # fake tensors are of a class that torch does not know
+        for group in optimizer.param_groups:  # torch's default is foreach, but not for fake tensors
             if job.device.type == "cuda" and "foreach" in group and not group.get("fused"):
                 group["foreach"] = group["foreach"] is not False
         if not contender.exchanges:
@@ -131,7 +132,7 @@ class Rehearsal:
 
     def _before_exchange(self, parameter: Tensor) -> None:
         grad = parameter.grad
-        if isinstance(grad, HandedOver):  # it stands for the last micro-batch's
+        if isinstance(grad, HandedOver):  # a placeholder for the last micro-batch's gradient
             grad = grad.added
         self.tracker.label(kinds.GRADIENTS, [grad])
         self._in_exchange = contextlib.ExitStack()
@@ -156,7 +157,7 @@ class Rehearsal:
                     self.tracker.label(_joined(kind), tensors)
 
     def state_by_tensor(self) -> dict[str, dict[str, list[Tensor]]]:
-        """Return, by parameter, the tensors of each kind that are kept for it."""
+        """Return parameter -> kind -> the tensors of this kind that are kept for it."""
         worker = self._worker_state()
         state = self.optimizer.state
         found: dict[str, dict[str, list[Tensor]]] = {}
@@ -189,7 +190,7 @@ class Rehearsal:
 
 
 def _joined(kind: str) -> str:
-    """Return the kind without a number at its end: accumulator_0 and accumulator_1 are one."""
+    """Return a kind without the number at its end: accumulator_0, accumulator_1 -> accumulator."""
     stem, _, number = kind.rpartition("_")
     return stem if number.isdigit() else kind
 
@@ -205,7 +206,7 @@ def _make_dense(model: nn.Module) -> None:
 
 
 def _build(make_model: Callable[[], nn.Module], fake: FakeTensorMode | None) -> nn.Module:
-    """Build the model; for real first where that asks for values."""
+    """Build the model; if that asks fake tensors for values, build it for real and convert it."""
     try:
         return make_model()
     except UNANSWERED:

@@ -1,6 +1,6 @@
 """The memory report: this run by kind and by tensor, its rivals, and the largest batch of each.
 
-Answers what reviewers of SM3 asked for: the saving of the whole, not of one structure.
+It shows what a method saves of the whole memory of training, not only of optimizer state.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from memory.predict import Prediction, Predictor
 from memory.rehearsal import STATE
 
 _MEASURED_NAMES = {"optimizer": STATE_KIND, "averaged": "averaged parameters"}
-NUM_TENSORS_TOLD = 10
+NUM_TENSORS_SHOWN = 10
 
 
 def predict(job: Job, contender: Contender | None = None, **options: Any) -> Prediction:
-    """Return what a contender (None: the job itself) keeps and takes; see Predictor."""
+    """Return the prediction for a contender (None: the job itself); options: see Predictor."""
     return Predictor(job)(contender or this_run(job), **options)
 
 
@@ -38,12 +38,12 @@ def report(
     measured: Measured | None = None,
     rivals: Sequence[Contender] | None = None,
 ) -> dict[str, Any]:
-    """Tell what a job takes, and what it would with rivals; return all of it, JSON-ready.
+    """Print tables of what a job takes, and would take with rivals; return it all as plain values.
 
-    Args: memory_bytes: for which the largest batch is looked for; None: not.
-        folder: where memory.json and memory.png go; None: nowhere.
-        measured: of real steps of the same job, to be held against the prediction.
-        rivals: with whom to compare; None: memory.job.contenders.
+    Args: memory_bytes: find the largest batches that fit in so much; None: do not.
+        folder: where memory.json and memory.png are written; None: they are not.
+        measured: real steps of the same job, shown beside the prediction.
+        rivals: the contenders to compare with; None: those of memory.job.contenders.
     """
     predictor = Predictor(job)
     mine = predictor(this_run(job))
@@ -60,23 +60,34 @@ def report(
         largest = {each.name: largest_batch(predictor, each, memory_bytes) for each in others}
         say(batch_table(largest, memory_bytes))
     result = {
-        "predicted": [as_row(row) for row in rows],
-        "measured": None if measured is None else dataclasses.asdict(measured),
-        "peak_error": None if measured is None else mine.peak_bytes / measured.peak_bytes - 1,
+        **_compared(rows, measured),
         "peak_in_warm_up": None if warming is None else warming[1],
         "memory_bytes": memory_bytes,
         "largest_batch": {n: None if p is None else p.batch_size for n, p in largest.items()},
         "job": _settings(job),
     }
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
-        draw(rows, folder / "memory.png")
+        _write(folder, rows, result)
     return result
 
 
+def _compared(rows: Sequence[Prediction], measured: Measured | None) -> dict[str, Any]:
+    """Return the predictions, the first of which is this run's, and what was measured of it."""
+    predicted = {"predicted": [as_row(row) for row in rows]}
+    if measured is None:
+        return {**predicted, "measured": None, "peak_error": None}
+    error = rows[0].peak_bytes / measured.peak_bytes - 1
+    return {**predicted, "measured": dataclasses.asdict(measured), "peak_error": error}
+
+
+def _write(folder: Path, rows: Sequence[Prediction], result: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
+    draw(rows, folder / "memory.png")
+
+
 def _in_warm_up(job: Job) -> tuple[float, int] | None:
-    """Return the largest density of the warm-up, and its peak; None without a warm-up."""
+    """Return the largest density of the warm-up and the peak with it; None without a warm-up."""
     if job.compression is None or not job.compression.density_warmup_epochs:
         return None
     epochs = range(job.compression.density_warmup_epochs)
@@ -95,7 +106,7 @@ def _plain(value: Any) -> Any:
 
 
 def as_row(row: Prediction) -> dict[str, Any]:
-    """Return a prediction, and its totals, as plain values."""
+    """Return a prediction and its totals as plain values."""
     return {
         **dataclasses.asdict(row),
         "kept_bytes": row.kept_bytes,
@@ -109,7 +120,7 @@ def as_row(row: Prediction) -> dict[str, Any]:
 
 
 def run_table(mine: Prediction, measured: Measured | None) -> str:
-    """Return this run by kind, with what was measured beside what was predicted."""
+    """Return a table of this run by kind, with measured bytes beside the predicted ones."""
     found = {_MEASURED_NAMES.get(k, k): v for k, v in (measured.kept if measured else {}).items()}
     states = [kind for kind in mine.peak if kind.startswith(STATE)]
     lines = []
@@ -124,15 +135,8 @@ def run_table(mine: Prediction, measured: Measured | None) -> str:
     if measured is not None:
         error = mine.peak_bytes / measured.peak_bytes - 1
         total = [*total[:-2], "", f"{measured.peak_bytes:,} at the peak ({error:+.1%})"]
-    heading = [
-        "kind",
-        "kept",
-        "a parameter",
-        "at the peak",
-        "a parameter",
-        "measured kept",
-        "error",
-    ]
+    heading = ["kind", "kept", "a parameter", "at the peak", "a parameter", "measured kept",
+               "error"]  # fmt: skip
     text = (f"predicted bytes of one rank, {mine.num_parameters:,} parameters, micro-batches of "
             f"{mine.batch_size}; the peak is in {mine.phase}")  # fmt: skip
     if mine.recorded:
@@ -149,18 +153,18 @@ def _run_line(name: str, mine: Prediction, kept: int, peak: int, measured: int |
 
 
 def tensor_table(mine: Prediction) -> str:
-    """Return the tensors for which most is kept."""
+    """Return a table of the tensors for which most bytes are kept."""
     order = sorted(mine.by_tensor.items(), key=lambda item: -sum(item[1].values()))
     lines = [
         [name, f"{sum(parts.values()):,}",
          ", ".join(f"{kind.removeprefix(STATE)} {size:,}" for kind, size in parts.items())]
-        for name, parts in order[:NUM_TENSORS_TOLD]
+        for name, parts in order[:NUM_TENSORS_SHOWN]
     ]  # fmt: skip
     return "\n".join(["kept, by tensor:", *_table([["tensor", "bytes", "of which"], *lines])])
 
 
 def rivals_table(rows: Sequence[Prediction]) -> str:
-    """Return the contenders: what each keeps and takes in all, and the largest parts of it."""
+    """Return a table of what each contender keeps and takes: in all, and by kind at the peak."""
     shown = [kinds.PARAMETERS, kinds.GRADIENTS, "residual", "velocity", "statistics", STATE_KIND,
              kinds.EXCHANGE, kinds.ACTIVATIONS, kinds.TEMPORARIES]  # fmt: skip
     heading = ["predicted", "kept MiB", "a parameter", "peak MiB", "a parameter", "of this run",
@@ -178,7 +182,7 @@ def rivals_table(rows: Sequence[Prediction]) -> str:
 
 
 def batch_table(largest: dict[str, Prediction | None], memory_bytes: int) -> str:
-    """Return the largest micro-batch of each."""
+    """Return a table of the largest micro-batch of each contender."""
     lines = [["contender", "largest micro-batch", "its peak MiB"]]
     for name, found in largest.items():
         size = "none" if found is None else f"{found.batch_size:,}"
@@ -191,6 +195,6 @@ def _mib(num_bytes: int) -> str:
 
 
 def _table(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Return Markdown; the first line is the heading."""
+    """Return the lines of a Markdown table; the first of `lines` is its heading."""
     rows = [f"| {' | '.join(line)} |" for line in lines]
     return [rows[0], "| --- " * len(lines[0]) + "|", *rows[1:]]

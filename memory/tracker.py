@@ -1,11 +1,11 @@
-"""Which bytes are alive, of what kind, at every moment of a run: of real tensors or of fake ones.
+"""Follow how many bytes of each kind are alive at every moment of a run, on real or fake tensors.
 
-A dispatch mode that sees every operation below autograd, notes each new storage, and is told by a
-weak reference when it goes. What it writes is a log; the kinds at the peak are read from the log
-when the run is over, so that a gradient counts as one from the moment its memory was taken, not
-from when autograd handed it over.
-What operations take and give back within themselves (the workspace of a convolution) is not seen.
-Learnt from torch.distributed._tools.mem_tracker, which is private to torch and is not used.
+`Tracker` is a dispatch mode that sees every operation below autograd. It notes each new storage in
+a log, and learns from a weak reference when the storage is freed. The kinds at the peak are read
+from the log when the run is over, so that a gradient counts as a gradient from the moment when its
+memory is allocated, though it can be labelled only when autograd hands it over.
+Not seen is what operations allocate and free within themselves, such as a convolution's workspace.
+The idea is that of torch.distributed._tools.mem_tracker, which is private to torch and not used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ALLOCATED, _FREED, _LABELLED = range(3)
 
 @dataclass(frozen=True)
 class Moment:
-    """What was alive at one moment: bytes by kind, and in which phase of the step that was."""
+    """The bytes alive at one moment, by kind, and the phase of the step that the moment is in."""
 
     by_kind: dict[str, int] = field(default_factory=dict)
     phase: str = ""
@@ -45,10 +45,11 @@ class Moment:
 
 
 class Tracker(TorchDispatchMode):
-    """Follows storages from `with` on; those made before are followed from when they are labelled.
+    """Follows storages that are made in its `with` block, and older ones once they are labelled.
 
-    Not for several threads. device_type: storages on others (hashes' seeds, counters) count too,
-    unless it is "cuda": then what lies on the CPU is left out and sizes are whole sectors.
+    Not thread-safe.
+    Args: device_type: of the job. "cpu": storages on all devices count. "cuda": storages on the
+        CPU, such as hash seeds and counters, are left out, and sizes are rounded up to sectors.
     """
 
     def __init__(self, device_type: str = "cpu") -> None:
@@ -69,7 +70,7 @@ class Tracker(TorchDispatchMode):
 
     @contextlib.contextmanager
     def phase(self, name: str, default: str = TEMPORARIES) -> Iterator[None]:
-        """Within: peaks are of this phase; what is made and never labelled is of this kind."""
+        """In the block, count peaks for this phase; unlabelled storages are of kind `default`."""
         before = self._phase, self._default
         self._phase, self._default = name, default
         try:
@@ -78,8 +79,7 @@ class Tracker(TorchDispatchMode):
             self._phase, self._default = before
 
     def label(self, kind: str, tensors: Iterable[Any]) -> None:
-        """Say of what kind these tensors' memory is from now on; the first label counts from the
-        beginning."""
+        """Set the kind of these tensors' memory from now on; a first label holds from its start."""
         for tensor in tensors:
             for part in parts_of(tensor):
                 number = self._note(part)
@@ -92,7 +92,7 @@ class Tracker(TorchDispatchMode):
         self._began = self._next
 
     def label_new(self, kind: str) -> None:
-        """Label all that was made since `mark`, is alive, and has no label."""
+        """Label the storages that were made since `mark`, are alive and have no label."""
         for number in self._sizes:
             if number >= self._began and number not in self._is_labelled:
                 self._log.append((_LABELLED, number, kind))
@@ -110,7 +110,7 @@ class Tracker(TorchDispatchMode):
         return Moment(self._by_kind(len(self._log)), self._phase)
 
     def at_peak(self) -> Moment:
-        """Return what was alive at the peak, by kinds as they were known then, or first after."""
+        """Return what was alive at the peak; storages without a label then have their next one."""
         return Moment(self._by_kind(self._peak_at), self._peak_phase)
 
     def _by_kind(self, at: int) -> dict[str, int]:
@@ -142,7 +142,10 @@ class Tracker(TorchDispatchMode):
         return result
 
     def _note(self, tensor: Tensor) -> int | None:
-        """Follow a tensor's storage, or its new size; return its number."""
+        """Follow a tensor's storage, or note its new size; return the number of the storage.
+
+        Returns: None for a storage that does not count.
+        """
         if self._on_gpu and tensor.device.type == "cpu":
             return None
         storage = tensor.untyped_storage()
@@ -177,7 +180,10 @@ class Tracker(TorchDispatchMode):
 
 
 def parts_of(value: Any) -> list[Tensor]:
-    """Return the tensors with memory that a value is: of a sparse tensor its indices and values."""
+    """Return the dense tensors in which a tensor has its memory; [] for other values.
+
+    Of a sparse tensor these are its indices and values.
+    """
     has_memory = isinstance(value, Tensor) and not isinstance(value, HandedOver)
     if not has_memory or value.device.type == "meta":
         return []

@@ -1,1 +1,1 @@
-"""What a config names: models and datasets, from libraries first."""
+"""The models, datasets and tasks that config files name, where libraries do not have them."""

@@ -1,6 +1,6 @@
-"""Datasets by name: functions that return {"train": ..., "test": ...} of (input, label) samples.
+"""Image datasets: functions that return {"train": ..., "test": ...} of (input, label) samples.
 
-Refuses: a missing folder, with where it looked and what to do.
+Where a folder is missing, the error says where it was looked for and what to do.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def digits(test_fraction: float = 0.2) -> Splits:
     """Scikit-learn's 1,797 images of handwritten digits, (1, 8, 8), scaled to mean 0 and std 1.
 
-    They come with its wheel. The split is the same always, and keeps the classes' shares.
+    They come with its wheel. The split is always the same; both parts have the same proportions of
+    classes.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -44,10 +45,10 @@ def digits(test_fraction: float = 0.2) -> Splits:
 
 
 def cifar10(root: str, download: bool = True) -> Splits:
-    """CIFAR-10 under `root`: as train/<class>/*.png and test/..., or in torchvision's own layout.
+    """CIFAR-10 under `root`, as train/<class>/*.png and test/..., or in torchvision's own layout.
 
-    Training images are padded by 4, cropped to 32 x 32 at random and flipped at random.
-    With neither layout there, torchvision downloads its own, where that is possible.
+    Training images are padded by 4 pixels, then cropped to 32 x 32 and flipped at random.
+    Args: download: if neither layout is there, let torchvision download its own.
     """
     normalize = _to_normalized(_CIFAR10_MEAN, _CIFAR10_STD)
     augment = transforms.Compose(
@@ -70,7 +71,7 @@ def cifar10(root: str, download: bool = True) -> Splits:
 
 
 def _damaged(root: str) -> str:
-    """Name the files of torchvision's layout that are there and not as published."""
+    """Return words for a message: the files of torchvision's layout that are damaged."""
     published = torchvision.datasets.CIFAR10
     files = [*published.train_list, *published.test_list]
     files.append((published.meta["filename"], published.meta["md5"]))

@@ -1,4 +1,4 @@
-"""Published archives, fetched whole or not at all."""
+"""Download published archives, and keep their files only if all are complete."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from http.client import HTTPException
 from pathlib import Path
 
 _TIMEOUT_S = 30
-_HEADERS = {"User-Agent": "Mozilla/5.0 (parsimony)"}  # some hosts refuse urllib's own
+_HEADERS = {"User-Agent": "Mozilla/5.0 (parsimony)"}  # some hosts refuse the default of urllib
 
 
 def fetch_zip(addresses: Sequence[str], folder: Path, sha1: Mapping[str, str]) -> None:
     """Put the files named in `sha1` into `folder`, from the first address that has them.
 
-    Files already in the folder stay. Those fetched appear complete, each at once.
-    Args:   sha1: of each file's bytes, by its name in the archive without folders.
-    Raises: OSError if none of the addresses gives an archive with these very files.
+    A file appears in the folder only when it is complete. Other files there are not touched.
+    Args:   sha1: file name, without folders -> SHA-1 of its bytes.
+    Raises: OSError if no address gives an archive with these files and hashes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     failures = []
@@ -37,7 +37,7 @@ def fetch_zip(addresses: Sequence[str], folder: Path, sha1: Mapping[str, str]) -
             for name in sha1:
                 os.replace(Path(scratch) / name, folder / name)
             return
-    with contextlib.suppress(OSError):  # it was there before, with other files
+    with contextlib.suppress(OSError):  # it is not empty: it was there before
         folder.rmdir()
     raise OSError("; ".join(failures))
 

@@ -1,8 +1,8 @@
 """Models of the next word: an LSTM and a Transformer, with any output layer of workloads.softmax.
 
-Both are called with words (T, B), the words that follow (T, B; -100 where none counts) and the
-state that the texts before ended with; they return the mean loss and the state for those that
-follow, which carries no gradient.
+Both are called with words (T, B), targets (T, B), which are the words that follow (-100: none is
+to be predicted), and the state in which the batch before ended. They return the mean loss and the
+state for the next batch, without gradient.
 
 Shapes: T positions, B texts side by side, D width, V words, L layers.
 """
@@ -24,9 +24,9 @@ State = tuple[Tensor, Tensor] | None
 
 
 def run_layer(layer: nn.Module, *inputs: object, recompute: bool) -> object:
-    """Call a layer; with `recompute`, keep only its inputs, and call it again in backward.
+    """Call a layer. With `recompute`, keep only its inputs, and call it again in backward.
 
-    Random numbers are drawn again as they were, so dropout repeats.
+    The second call draws the same random numbers, so that dropout repeats.
     """
     if not recompute or not torch.is_grad_enabled():
         return layer(*inputs)
@@ -37,13 +37,16 @@ class LSTMLanguageModel(nn.Module):
     """Words -> embedding -> LSTM -> softmax.
 
     Source: Spring et al. 2019, section 5; with projection_dim and a sampled softmax, the models of
-        Jozefowicz et al. 2016 (arXiv:1602.02410): projection_dim is what a layer hands on.
-    Differs: as benchmarks/words.py, uniform weights of +-0.1 and, given word_counts, a bias of log
-        frequencies. The layers are LSTMs of their own, not one of num_layers, since cuDNN draws the
-        dropout between its layers from a state that no checkpoint sees and no recomputation
-        repeats.
-    Args: word_counts: (V,) of the training text. checkpoint_activations: keep what enters a layer,
-        and not what it computes within.
+        Jozefowicz et al. 2016 (arXiv:1602.02410).
+    Differs: weights of embedding and softmax start uniform in +-0.1; given word_counts, the
+        softmax's bias starts at the log frequencies (benchmarks/words.py says why). Each layer is
+        an nn.LSTM of its own, not one nn.LSTM with num_layers: cuDNN draws the dropout between its
+        layers from a state that no checkpoint contains and no recomputation repeats.
+    Args:
+        projection_dim: width of a layer's output; None: hidden_dim.
+        word_counts: (V,), of the training text.
+        checkpoint_activations: keep only the inputs of each layer for backward, and recompute the
+            rest.
     """
 
     def __init__(
@@ -77,19 +80,14 @@ class LSTMLanguageModel(nn.Module):
             for i in range(num_layers)
         )
         self.softmax = make_softmax(
-            softmax,
-            width,
-            num_words,
-            num_samples=num_samples,
-            cutoffs=cutoffs,
-            word_counts=word_counts,
-            checkpoint_logits=checkpoint_activations,
-        )
+            softmax, width, num_words, num_samples=num_samples, cutoffs=cutoffs,
+            word_counts=word_counts, checkpoint_logits=checkpoint_activations,
+        )  # fmt: skip
 
     def forward(
         self, words: Tensor, targets: Tensor, state: State = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the mean loss, and (h (L, B, width), c (L, B, hidden_dim))."""
+        """Return the mean loss, and the state (h (L, B, width), c (L, B, hidden_dim))."""
         x, states = self.dropout(self.embedding(words)), []
         for i, layer in enumerate(self.layers):
             before = None if state is None else (state[0][i : i + 1], state[1][i : i + 1])
@@ -106,7 +104,7 @@ class LSTMLanguageModel(nn.Module):
 
 
 def _autocast_where_lstms_can(x: Tensor) -> AbstractContextManager[None]:
-    """Return a context without autocast where it would ask oneDNN for an LSTM that it lacks."""
+    """Return a context without autocast if oneDNN has no LSTM of autocast's dtype here."""
     if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return nullcontext()
     if _has_lstm(torch.get_autocast_dtype("cpu")):
@@ -116,9 +114,9 @@ def _autocast_where_lstms_can(x: Tensor) -> AbstractContextManager[None]:
 
 @functools.cache
 def _has_lstm(dtype: torch.dtype) -> bool:
-    """Tell whether oneDNN trains an LSTM of this dtype on this processor, by asking it for one.
+    """Tell whether oneDNN can train an LSTM of this dtype on this processor, by trying it.
 
-    It has none of float16, and of bfloat16 only beside AVX-512.
+    It has none for float16, and one for bfloat16 only on processors with AVX-512.
     """
     with _disable_current_modes(), torch.enable_grad(), torch.autocast("cpu", dtype):
         shapes = [*[(1, 1, 8)] * 3, *[(32, 8)] * 2, *[(32,)] * 2]
@@ -134,11 +132,11 @@ def _has_lstm(dtype: torch.dtype) -> bool:
 class TransformerLanguageModel(nn.Module):
     """Words and learned positions -> pre-norm Transformer layers -> norm -> softmax.
 
-    Source: Radford et al. 2019 (GPT-2): norms before the parts of a layer and after the last, GELU,
-        weights from a normal distribution of deviation 0.02, those that end a layer's parts divided
-        by sqrt(2 L).
-    Differs: the softmax is not tied to the embedding, and any of workloads.softmax.
-    Args: checkpoint_activations: keep what enters a layer, and not what it computes within.
+    Source: Radford et al. 2019 (GPT-2): a norm before the attention and the feed-forward part of
+        each layer and one after the last layer; GELU; weights from a normal distribution of
+        deviation 0.02, which is divided by sqrt(2 L) for the last linear layer of each part.
+    Differs: the softmax is any of workloads.softmax, and is not tied to the embedding.
+    Args: checkpoint_activations: see LSTMLanguageModel.
     """
 
     def __init__(
@@ -158,10 +156,7 @@ class TransformerLanguageModel(nn.Module):
         word_counts: Tensor | Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if width % num_heads:
-            raise ValueError(
-                f"num_heads is {num_heads} for a width of {width}; allowed: divisors of the width"
-            )
+        check_heads(num_heads, width)
         self.checkpoint_activations = checkpoint_activations
         self.embedding = nn.Embedding(num_words, width, sparse=sparse_embedding)
         self.positions = nn.Embedding(max_positions, width)
@@ -175,14 +170,9 @@ class TransformerLanguageModel(nn.Module):
         self.norm = nn.LayerNorm(width)
         self._initialise()
         self.softmax = make_softmax(
-            softmax,
-            width,
-            num_words,
-            num_samples=num_samples,
-            cutoffs=cutoffs,
-            word_counts=word_counts,
-            checkpoint_logits=checkpoint_activations,
-        )
+            softmax, width, num_words, num_samples=num_samples, cutoffs=cutoffs,
+            word_counts=word_counts, checkpoint_logits=checkpoint_activations,
+        )  # fmt: skip
 
     def _initialise(self) -> None:
         initialise_transformer(self)
@@ -192,11 +182,11 @@ class TransformerLanguageModel(nn.Module):
                     last.weight.div_((2 * len(self.layers)) ** 0.5)
 
     def forward(self, words: Tensor, targets: Tensor, state: None = None) -> tuple[Tensor, None]:
-        """Return the mean loss, and None: nothing is carried from text to text."""
+        """Return the mean loss, and None: there is no state for the next batch."""
         num_positions = len(words)
         check_positions(num_positions, self.positions)
-        places = torch.arange(num_positions, device=words.device).unsqueeze(1)
-        x = self.dropout(self.embedding(words) + self.positions(places))
+        positions = torch.arange(num_positions, device=words.device).unsqueeze(1)
+        x = self.dropout(self.embedding(words) + self.positions(positions))
         mask = nn.Transformer.generate_square_subsequent_mask(
             num_positions, device=x.device, dtype=x.dtype
         )
@@ -204,6 +194,13 @@ class TransformerLanguageModel(nn.Module):
         for layer in self.layers:
             x = run_layer(layer, x, mask, None, True, recompute=recompute)
         return self.softmax(self.norm(x).flatten(0, 1), targets.flatten()), None
+
+
+def check_heads(num_heads: int, width: int) -> None:
+    if width % num_heads:
+        raise ValueError(
+            f"num_heads is {num_heads} for a width of {width}; allowed: divisors of the width"
+        )
 
 
 def check_positions(num_positions: int, table: nn.Embedding) -> None:

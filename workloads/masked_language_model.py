@@ -1,6 +1,6 @@
 """A model of masked words in the shape of BERT.
 
-Shapes: B texts, T positions, D width, V words, M positions a text that may be predicted.
+Shapes: B texts, T positions, D width, V words, M positions of a text that are predicted at most.
 """
 
 from __future__ import annotations
@@ -8,7 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from workloads.language_models import check_positions, initialise_transformer, run_layer
+from workloads.language_models import (
+    check_heads,
+    check_positions,
+    initialise_transformer,
+    run_layer,
+)
 from workloads.softmax import full_loss
 from workloads.tasks import NOT_COUNTED
 
@@ -16,14 +21,16 @@ from workloads.tasks import NOT_COUNTED
 class MaskedLanguageModel(nn.Module):
     """Words, positions and types -> post-norm Transformer layers -> a head tied to the embedding.
 
-    Source: Devlin et al. 2019 (arXiv:1810.04805); as it stands, BERT-Large: 335,174,458 parameters.
-    Differs: no second task (which text follows), and so no pooler; texts fill their T positions, so
-        none is hidden from attention as padding.
-    Args: max_predictions: how many positions a text the head works on in training, as in BERT's own
-        code (20 of 128, 80 of 512), which saves the logits of the others; where a text has more
-        that are to be predicted, the first ones are. None: the head works on all T. In eval mode it
-        always does. checkpoint_activations: keep what enters a layer, and not what it computes
-        within; nor the logits.
+    Source: Devlin et al. 2019 (arXiv:1810.04805). The defaults are BERT-Large, with 335,174,458
+        parameters.
+    Differs: there is no second task (which text follows), and so no pooler. Texts fill all T
+        positions, so there is no padding to hide from the attention.
+    Args:
+        max_predictions: in training, the head computes logits only for so many positions of a text
+            (in BERT's own code 20 of 128, 80 of 512): the first ones that are to be predicted.
+            None, and always in eval mode: for all T.
+        checkpoint_activations: keep only the inputs of each layer for backward, and recompute the
+            rest, logits included.
     """
 
     def __init__(
@@ -40,10 +47,7 @@ class MaskedLanguageModel(nn.Module):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        if width % num_heads:
-            raise ValueError(
-                f"num_heads is {num_heads} for a width of {width}; allowed: divisors of the width"
-            )
+        check_heads(num_heads, width)
         if max_predictions is not None and max_predictions < 1:
             raise ValueError(
                 f"max_predictions is {max_predictions}; allowed: 1 or more, or None for no limit"
@@ -70,8 +74,8 @@ class MaskedLanguageModel(nn.Module):
     def forward(self, words: Tensor, targets: Tensor, types: Tensor | None = None) -> Tensor:
         """Return the mean loss over the targets other than -100.
 
-        Args: words, targets: (B, T). types: (B, T), which of num_types texts in one a position
-            belongs to; None: all to the first.
+        Args: words, targets: (B, T). types: (B, T), the number of the segment of its text that a
+            position belongs to, below num_types; None: all 0.
         """
         check_positions(words.shape[1], self.positions)
         hidden = self.encode(words, types)
@@ -83,9 +87,9 @@ class MaskedLanguageModel(nn.Module):
 
     def encode(self, words: Tensor, types: Tensor | None = None) -> Tensor:
         """Return the last layer's outputs (B, T, D)."""
-        places = torch.arange(words.shape[1], device=words.device)
+        positions = torch.arange(words.shape[1], device=words.device)
         types = torch.zeros_like(words) if types is None else types
-        x = self.embedding(words) + self.positions(places) + self.types(types)
+        x = self.embedding(words) + self.positions(positions) + self.types(types)
         x = self.dropout(self.norm(x)).transpose(0, 1)
         recompute = self.checkpoint_activations and self.training
         for layer in self.layers:
@@ -94,11 +98,11 @@ class MaskedLanguageModel(nn.Module):
 
 
 def _to_predict(hidden: Tensor, targets: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Return hidden (B, M, D) and targets (B, M) of each text's first positions that count.
+    """Return hidden (B, M, D) and targets (B, M) of the first M counted positions of each text.
 
-    Where fewer count, others that do not fill up.
+    A text with fewer counted positions gets others, whose targets are -100.
     """
     is_counted = (targets != NOT_COUNTED).byte()
-    places = is_counted.sort(dim=1, descending=True, stable=True).indices[:, :num]
-    index = places.unsqueeze(2).expand(-1, -1, hidden.shape[2])
-    return hidden.gather(1, index), targets.gather(1, places)
+    positions = is_counted.sort(dim=1, descending=True, stable=True).indices[:, :num]
+    index = positions.unsqueeze(2).expand(-1, -1, hidden.shape[2])
+    return hidden.gather(1, index), targets.gather(1, positions)

@@ -1,7 +1,8 @@
-"""Texts in which some words are masked, to be guessed from those around them.
+"""Texts with masked words, which a model predicts from the words around them.
 
 Source:  Devlin et al. 2019 (arXiv:1810.04805), section 3.1, masked language model.
-Differs: whole words of a plain text, not word pieces of two segments; sequences run over line ends.
+Differs: a sample is a piece of one plain text, in whole words and across line ends; BERT's samples
+         are two segments in word pieces.
 
 Shapes: T = sequence_length words of a sample.
 """
@@ -19,7 +20,7 @@ from workloads.tasks import NOT_COUNTED
 from workloads.text import folder_files, wikitext_files
 from workloads.vocabulary import Vocabulary, read_texts
 
-_SHARE_MASKED, _SHARE_RANDOM = 0.8, 0.1  # of the words chosen; the others stay
+_MASKED, _RANDOM = 0.8, 0.1  # chances that a chosen word becomes <mask>, or any word
 
 
 def masked_wikitext(
@@ -30,7 +31,7 @@ def masked_wikitext(
     mask_fraction: float = 0.15,
     download: bool = True,
 ) -> dict[str, MaskedText]:
-    """WikiText as masked samples. Args: as in `workloads.text.wikitext` and `MaskedText`."""
+    """WikiText as masked samples. Args: see `workloads.text.wikitext` and `MaskedText`."""
     files = wikitext_files(root, name, download)
     return _masked(files, sequence_length, max_words, mask_fraction)
 
@@ -41,19 +42,20 @@ def masked_text_folder(
     max_words: int | None = 30522,
     mask_fraction: float = 0.15,
 ) -> dict[str, MaskedText]:
-    """Plain text as masked samples. Args: as in `workloads.text.text_folder` and `MaskedText`."""
+    """Plain text as masked samples. Args: see `workloads.text.text_folder` and `MaskedText`."""
     return _masked(folder_files(root), sequence_length, max_words, mask_fraction)
 
 
 class MaskedText(Dataset):
-    """Samples (inputs (T,) int64, targets (T,) int64), targets -100 where nothing is to be guessed.
+    """Samples (inputs (T,) int64, targets (T,) int64).
 
-    Of each sample round(mask_fraction * T) words, one at least, are to be guessed. In the inputs a
-    word of these is, with chance 80%, 10%, 10%: `<mask>`, any word of the vocabulary, itself. All
-    draws are torch's default generator's.
+    In each sample round(mask_fraction * T) words, at least one, are chosen to be predicted; the
+    other targets are -100. Of the chosen words, 80% are replaced by `<mask>` in the inputs, 10% by
+    any word of the vocabulary, and 10% stay. Everything is drawn from torch's default generator.
 
-    Args:   words: (N,) int32; what fills no sample at its end is left out.
-            vocabulary: `<mask>` is numbered after its words, and one of facts["num_words"].
+    Args:   words: (N,) int32; words at the end that do not fill a sample are left out.
+            vocabulary: of the text. `<mask>` gets the number after its words, and is counted in
+                facts["num_words"].
     Raises: ValueError if the text does not fill a sample.
     """
 
@@ -67,7 +69,7 @@ class MaskedText(Dataset):
                 f"lower configs.dataset.sequence_length"
             )
         self._samples = words[: num_samples * sequence_length].view(num_samples, sequence_length)
-        self._num_to_guess = max(1, round(mask_fraction * sequence_length))
+        self._num_chosen = max(1, round(mask_fraction * sequence_length))
         self._mask = len(vocabulary)
         counts = torch.cat([vocabulary.word_counts, vocabulary.word_counts.new_zeros(1)])
         self.facts = {"num_words": self._mask + 1, "word_counts": counts}
@@ -77,13 +79,13 @@ class MaskedText(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         words = self._samples[index].long()
-        chosen = torch.randperm(len(words))[: self._num_to_guess]
+        chosen = torch.randperm(len(words))[: self._num_chosen]
         targets = torch.full_like(words, NOT_COUNTED)
         targets[chosen] = words[chosen]
         draw = torch.rand(len(chosen))
         others = torch.randint(self._mask, (len(chosen),))
-        shown = torch.where(draw < _SHARE_MASKED + _SHARE_RANDOM, others, words[chosen])
-        words[chosen] = shown.masked_fill(draw < _SHARE_MASKED, self._mask)
+        shown = torch.where(draw < _MASKED + _RANDOM, others, words[chosen])
+        words[chosen] = shown.masked_fill(draw < _MASKED, self._mask)
         return words, targets
 
 

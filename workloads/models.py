@@ -1,4 +1,4 @@
-"""Networks that torchvision lacks: the residual networks for small images.
+"""The residual networks for small images, which torchvision does not have.
 
 Source: He et al. 2016 (arXiv:1512.03385), section 4.2: 6n + 2 layers, 16, 32 and 64 channels,
 shortcuts without parameters (their option A), Kaiming initialisation.
@@ -12,7 +12,7 @@ from workloads.vision import torchvision
 
 
 class _PaddedShortcut(nn.Module):
-    """Halve height and width by taking every second pixel; fill the new channels with zeros."""
+    """Halves height and width by taking every second pixel; fills the new channels with zeros."""
 
     def __init__(self, num_new_channels: int) -> None:
         super().__init__()
@@ -24,10 +24,10 @@ class _PaddedShortcut(nn.Module):
 
 
 class SmallImageResNet(nn.Sequential):
-    """A residual network of 6 * blocks_per_stage + 2 layers for (batch, channels, 8..64, 8..64).
+    """A residual network of 6 * blocks_per_stage + 2 layers for images of 8 x 8 to 64 x 64 pixels.
 
-    20 layers at 3 input channels and 10 classes: 269,722 parameters; with width 48 instead of 16
-    channels in the first stage, 2,412,730.
+    With 20 layers, 3 input channels and 10 classes it has 269,722 parameters; with a width of 48
+    instead of 16 channels in the first stage, 2,412,730.
     """
 
     def __init__(

@@ -1,9 +1,10 @@
-"""Output layers of language models: hidden states and the words that follow, in; a mean loss, out.
+"""Output layers of language models: they turn hidden states and targets into a mean loss.
 
-All are called with hidden (N, D) and targets (N,), and return the mean loss over the targets that
-count (those other than -100) as a float32 scalar; 0 where none does. In training it is what the
-layer learns from, in eval mode the exact loss over the whole vocabulary, so that its exponential is
-the perplexity. Words are numbered by falling frequency: cutoffs and samples rest on that.
+All are called with hidden (N, D) and targets (N,), and return the mean loss over the targets other
+than -100 as a float32 scalar (0 if there are none). In training that is the loss to learn from,
+which SampledSoftmax approximates; in eval mode it is the exact loss over the whole vocabulary, so
+that its exponential is the perplexity. Cutoffs and samples assume that words are numbered by
+falling frequency.
 
 Shapes: N positions, D width, V words, S samples.
 """
@@ -22,18 +23,19 @@ from torch.utils.checkpoint import checkpoint
 from workloads.tasks import NOT_COUNTED
 
 MAX_LOGITS = 2**26
-"""How many logits are made at a time where they come in chunks: 256 MiB in float32."""
+"""The most logits that are made at a time where they are made in chunks: 256 MiB in float32."""
 
-_REMOVED = -1e30  # exp of it is 0; unlike -inf, it leaves no NaN where nothing else is there
+_REMOVED = -1e30  # exp(-1e30) is 0; -inf would give NaN where all samples are removed
 
 
 class FullSoftmax(nn.Module):
     """A linear layer and the cross entropy over all words.
 
-    Args: word_counts: (V,) of the training text; the bias starts at the log frequencies, else at 0
-        (benchmarks/words.py tells why that matters with an adaptive optimizer). checkpoint_logits:
-        also in training, make at most MAX_LOGITS logits at a time, and again in the backward pass,
-        instead of keeping N x V of them.
+    Args:
+        word_counts: (V,), of the training text: the bias starts at the log frequencies.
+            None: at 0. benchmarks/words.py says why that matters with an adaptive optimizer.
+        checkpoint_logits: in training, too, make at most MAX_LOGITS logits at a time, and make
+            them again in backward instead of keeping N x V of them.
     """
 
     def __init__(
@@ -55,12 +57,13 @@ class FullSoftmax(nn.Module):
 
 
 class AdaptiveSoftmax(nn.Module):
-    """Frequent words at full width, rarer ones in clusters of falling width; exact in training too.
+    """Frequent words have full width, rarer ones are in clusters of smaller and smaller width.
 
-    Source: Grave et al. 2017 (arXiv:1609.04309), as torch.nn.AdaptiveLogSoftmaxWithLoss has it.
-    Differs: the head has a bias, which starts like FullSoftmax's; logarithms are taken in float32
-        under autocast on any device; targets that do not count are left out.
-    Cost: shapes depend on the targets, so the host waits for the device.
+    Its loss is exact in training too.
+    Source: Grave et al. 2017 (arXiv:1609.04309), as torch.nn.AdaptiveLogSoftmaxWithLoss.
+    Differs: the head has a bias, which starts like FullSoftmax's; under autocast, logarithms are
+        taken in float32 on any device; targets of -100 are left out.
+    Cost: shapes depend on the targets, so that the host waits for the device.
     """
 
     def __init__(
@@ -107,24 +110,26 @@ class AdaptiveSoftmax(nn.Module):
 
 
 class SampledSoftmax(nn.Module):
-    """Train against a sample of words that all positions share; gradients are row-sparse.
+    """Trains against a sample of words, the same for all positions; gradients are row-sparse.
 
-    Source: Jean et al. 2015 (arXiv:1412.2007), section 3, with the words and the correction of
-        Jozefowicz et al. 2016 (arXiv:1602.02410), section 3.1: word k is drawn with P(k) =
-        (log(k+2) - log(k+1)) / log(V+1); from every logit goes the logarithm of how often its word
-        is expected among the samples; samples that are a position's target are removed there.
-    Differs: num_samples words are drawn independently, and each stands once however often it was
-        drawn. So word k is there with probability Q(k) = 1 - (1 - P(k))^S, which is the correction,
-        exactly; theirs draws until S are different, and takes Q from how often that was needed.
-        Shapes are fixed: a repetition keeps its place, with a logit that counts as nothing. Of
-        8,192 draws from 793,470 words some 4,600 are different.
-    The sum of exp(logit) / Q over the samples has exactly the mean that it has over all words.
-    The loss, a logarithm of it, is only right as S grows, and a target that is rare weighs
-    exp(logit) / Q instead of exp(logit). That is meant: a rare word that is pushed up where it is
-    the target is seldom there to be pushed down where it is not, and the weight makes up for it.
-    In a toy of 1,000 words and one context, this one's optimum is at a divergence of 0.003 (S = 30)
-    and 0.001 (300) from the truth; with targets uncorrected, whose gradient is nearer to the full
-    softmax's for each target, at 3.2 and 0.58.
+    Source: Jean et al. 2015 (arXiv:1412.2007), section 3, with the distribution and the correction
+        of Jozefowicz et al. 2016 (arXiv:1602.02410), section 3.1. Word k is drawn with P(k) =
+        (log(k+2) - log(k+1)) / log(V+1). From each logit is subtracted the logarithm of how often
+        its word is expected among the samples. Where a sample is the position's own target, it is
+        removed.
+    Differs: num_samples words are drawn independently, and a word that is drawn several times
+        counts once. So word k is among the samples with probability Q(k) = 1 - (1 - P(k))^S, and
+        the correction is exactly log Q(k). Theirs draws until S words are different, and estimates
+        Q from the number of draws. To keep shapes fixed, a repeated word stays in the list, with a
+        logit whose exponential is 0. Of 8,192 draws from 793,470 words about 4,600 are different.
+    Why targets are corrected too: the sum of exp(logit) / Q over the samples has, on average,
+        exactly the value of the sum of exp(logit) over all words; the loss, its logarithm, becomes
+        right only as S grows. A rare target weighs exp(logit) / Q instead of exp(logit). That is
+        wanted: a rare word is pushed up where it is the target, but is seldom among the samples to
+        be pushed down where it is not, and the weight makes up for this. In a toy with 1,000 words
+        and one context, the optimum of this loss has a divergence from the truth of 0.003 (S = 30)
+        and 0.001 (S = 300). Without the correction of targets the gradient of each single target
+        is nearer to that of the full softmax, but the optimum is at 3.2 and 0.58.
     """
 
     def __init__(
@@ -152,22 +157,22 @@ class SampledSoftmax(nn.Module):
         return self.loss(hidden, targets, self.draw(hidden.device))
 
     def draw(self, device: torch.device) -> Tensor:
-        """Return (num_samples,) words, ascending, with repetitions, from the device's generator."""
-        # float32 has too few digits to reach every word of a million
+        """Draw (num_samples,) words, ascending, possibly repeated, by the device's generator."""
+        # in float32 not every one of a million words could be drawn
         uniform = torch.rand(self.num_samples, dtype=torch.float64, device=device)
         words = (uniform * math.log(self.num_words + 1)).exp().long() - 1
         return words.clamp(0, self.num_words - 1).sort().values
 
     def log_expected_counts(self, words: Tensor) -> Tensor:
-        """Return the logarithms of the probabilities that words are among the samples, float64."""
+        """Return log Q of words, float64: how probable it is that they are among the samples."""
         probability = (words.double() + 1).reciprocal().log1p() / math.log(self.num_words + 1)
         return (-torch.expm1(self.num_samples * torch.log1p(-probability))).log()
 
     def loss(self, hidden: Tensor, targets: Tensor, samples: Tensor) -> Tensor:
-        """Return the mean loss, given (num_samples,) words that are ascending."""
+        """Return the mean loss, given the samples, (num_samples,) words that are ascending."""
         is_counted = targets != NOT_COUNTED
         targets = torch.where(is_counted, targets, 0)
-        words = torch.cat([targets, samples])  # one lookup of each table, one row-sparse gradient
+        words = torch.cat([targets, samples])  # looked up at once: one gradient for each table
         weights, biases = self.weight(words), self.bias(words)[:, 0]
         biases = _upcast(biases) - self.log_expected_counts(words).to(_upcast(biases).dtype)
         num = len(targets)
@@ -176,10 +181,10 @@ class SampledSoftmax(nn.Module):
         is_repeated = functional.pad(samples[1:] == samples[:-1], (1, 0))
         sample_biases = biases[num:].masked_fill(is_repeated, _REMOVED)
         logits = functional.linear(hidden, weights[num:]) + sample_biases
-        places = torch.searchsorted(samples, targets).clamp(max=len(samples) - 1)
-        is_hit = samples[places] == targets
+        columns = torch.searchsorted(samples, targets).clamp(max=len(samples) - 1)
+        is_hit = samples[columns] == targets  # a position's target is among the samples
         hits = torch.where(is_hit, _REMOVED, 0.0).to(logits.dtype)
-        logits.scatter_add_(1, places.unsqueeze(1), hits.unsqueeze(1))
+        logits.scatter_add_(1, columns.unsqueeze(1), hits.unsqueeze(1))
         # -log(exp(true) / (exp(true) + sum exp(logits)))
         losses = functional.softplus(logits.logsumexp(1) - true_logits)
         return _mean(torch.where(is_counted, losses, 0.0).sum(), is_counted)
@@ -210,8 +215,8 @@ def full_loss(
 ) -> Tensor:
     """Return the mean cross entropy of hidden @ weight.T + bias, in float32.
 
-    Args: in_chunks: make at most MAX_LOGITS logits at a time (but those of one position), and none
-        are kept for the backward pass, which makes them again.
+    Args: in_chunks: make at most MAX_LOGITS logits at a time, but at least those of one position;
+        keep none of them for backward, which makes them again.
     """
     rows = _rows_of(len(weight)) if in_chunks else max(len(hidden), 1)
     total = _loss_sum if not in_chunks else _recomputed(_loss_sum)
@@ -229,7 +234,7 @@ def _recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def call(*arguments: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return function(*arguments)
-        # nothing is drawn in it, so no generator has to be put back
+        # the function draws no random numbers, so checkpoint need not restore generators
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
     return call
@@ -244,7 +249,7 @@ def _rows_of(num_words: int) -> int:
 
 
 def _upcast(x: Tensor) -> Tensor:
-    """Return float32, which autocast does not see to everywhere; float64 stays."""
+    """Return x in float32, or float64 if it is that; autocast does not do so for all operations."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -257,7 +262,7 @@ def _to_float32(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Ten
 
 
 def _log_frequencies(word_counts: Tensor | Sequence[int], num_words: int) -> Tensor:
-    # as plain numbers, so that they may be real where a model is built of fake tensors
+    # by plain numbers, so that real counts work in a model of fake tensors
     plain = word_counts.tolist() if isinstance(word_counts, Tensor) else word_counts
     counts = torch.tensor(plain, dtype=torch.float64, device="cpu")
     if counts.shape != (num_words,):
@@ -265,7 +270,7 @@ def _log_frequencies(word_counts: Tensor | Sequence[int], num_words: int) -> Ten
             f"word_counts has shape {tuple(counts.shape)}; allowed: ({num_words},), a count for "
             f"each word, as torch.bincount(text, minlength={num_words}) returns them"
         )
-    counts = counts.clamp(min=1)  # a word that the text lacks is as rare as one seen once
+    counts = counts.clamp(min=1)  # a word that the text does not have counts as seen once
     return (counts / counts.sum()).log()
 
 

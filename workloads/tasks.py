@@ -1,7 +1,8 @@
-"""What a model is trained for: how a batch becomes a loss, and which figures are told of many.
+"""Tasks: what a model is trained for. A task computes a batch's loss and the metrics of many.
 
-A task is called with a model, a batch, and what the batch before left to go on from; it returns the
-mean loss, sums over the batch in float64, and what the next batch goes on from.
+A task is called with a model, a batch, and the state that the batch before has left; it returns
+the mean loss, sums over the batch in float64, and the state for the next batch. The protocol is
+engine.interfaces.Task.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 NOT_COUNTED = -100
-"""A target that is not predicted; torch's losses ignore it."""
+"""The target of a position where nothing is to be predicted; torch's losses ignore it."""
 
 
 class Classification:
-    """One of several classes for each sample of a batch (inputs (B, ...), labels (B,)).
+    """Predict one of several classes for each sample of a batch (inputs (B, ...), labels (B,)).
 
-    Args: loss: of logits (B, classes) and labels; top_k: accuracies told: the label is among the k
-        best.
+    Args: loss: of logits (B, classes) and labels. top_k: for each k, report how often the label is
+        among the k best classes.
     """
 
     def __init__(self, loss: nn.Module, top_k: Sequence[int] = (1, 5)) -> None:
@@ -44,7 +45,7 @@ class Classification:
     def metrics(self, sums: Sequence[float], split: str) -> dict[str, float]:
         """Return the mean loss, and accuracies in percent."""
         num_samples, loss, *hits = sums
-        num_samples = num_samples or math.nan  # where every step was undone
+        num_samples = num_samples or math.nan  # 0 if every step was undone
         accuracies = {
             f"acc/{split}_top{k}": 100 * hit / num_samples
             for k, hit in zip(self._top_k, hits, strict=True)
@@ -53,9 +54,9 @@ class Classification:
 
 
 class LanguageModelling:
-    """The next word, for models called with (words (T, B), targets (T, B), state).
+    """Predict the next word, with a model called with (words (T, B), targets (T, B), state).
 
-    They return the mean loss a target and their state, which the next batch's texts go on from.
+    The model returns the mean loss of a target, and the state for the next batch.
     """
 
     num_sums = 2
@@ -72,7 +73,7 @@ class LanguageModelling:
 
 
 class MaskedLanguageModelling:
-    """The words behind masks, for models called with (words (B, T), targets (B, T)).
+    """Predict masked words, with a model called with (words (B, T), targets (B, T)).
 
     Source: Devlin et al. 2019 (arXiv:1810.04805), without their second task.
     """
@@ -91,18 +92,18 @@ class MaskedLanguageModelling:
 
 
 def _loss_sums(loss: Tensor, targets: Tensor) -> Tensor:
-    """Return (2,) how many targets count, and the sum of their losses."""
+    """Return (2,): the number of targets other than -100, and the sum of their losses."""
     num_targets = (targets != NOT_COUNTED).sum()
-    # with no target the mean is 0 / 0, and adds nothing
+    # without targets the mean loss is 0 / 0
     total = torch.where(num_targets > 0, loss.detach().double() * num_targets, 0.0)
     return torch.stack([num_targets.double(), total])
 
 
 def _loss_and_perplexity(sums: Sequence[float], split: str) -> dict[str, float]:
-    """Return the mean loss, and its exponential where the loss is that of the whole vocabulary."""
+    """Return the mean loss, and in evaluation the perplexity, its exponential."""
     num_targets, total = sums
-    loss = total / (num_targets or math.nan)  # where every step was undone
+    loss = total / (num_targets or math.nan)  # 0 if every step was undone
     metrics = {f"loss/{split}": loss}
-    if split != "train":  # a sampled softmax trains on another loss
+    if split != "train":  # a sampled softmax has another loss in training
         metrics[f"perplexity/{split}"] = math.exp(loss) if loss < 700 else math.inf
     return metrics

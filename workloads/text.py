@@ -1,11 +1,10 @@
 """Texts held in memory, and their batches for truncated back-propagation through time.
 
-A text of N words is cut into C columns, B = batch_size of them on each rank; a batch is T = bptt
-rows of a rank's columns, and the next batch goes on where it ends, so a recurrent network's state
-may be carried from one to the next. A sample is T words of one column.
+A text of N words is cut into C columns, of which each rank has B = batch_size. A batch is T = bptt
+rows of a rank's columns. The next batch continues where it ends, so that the state of a recurrent
+network can be handed from one batch to the next. A sample is T words of one column.
 
-Refuses: a missing folder, with where it looked and what to do; a batch for which a text is too
-short.
+Errors about a missing folder say where it was looked for and what to do.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _SHA1 = {  # of the files in the published archives
         "wiki.test.tokens": "8a5befc548865cec54ed4273cf87dbbad60d1e47",
     },
 }
-_MIRRORS = (  # the author's, and the first one, which no longer answers everywhere
+_MIRRORS = (  # the author's site, and the original one, which no longer answers everywhere
     "https://wikitext.smerity.com/{name}-v1.zip",
     "https://s3.amazonaws.com/research.metamind.io/wikitext/{name}-v1.zip",
 )
@@ -51,30 +50,31 @@ def wikitext(
     """WikiText-2 or WikiText-103, word level, as "train", "valid" and "test".
 
     Source: Merity et al. 2016 (arXiv:1609.07843).
-    Args:   root: the folder of train.txt, valid.txt and test.txt, or of the published
-                wiki.train.tokens etc., or the folder above, where they are in one called `name`.
+    Args:   root: a folder with train.txt, valid.txt and test.txt, or with the published
+                wiki.train.tokens etc.; or a folder in which a folder called `name` has them.
             bptt: rows T of a batch.
-            max_words: words of the vocabulary, `<unk>` and `<eos>` among them; None: all of the
-                training text (33,278 and 267,735).
-            download: fetch the published archive (4 and 190 MB) where no folder has the files.
+            max_words: size of the vocabulary, including `<unk>` and `<eos>`; None: all words of
+                the training text (33,278 and 267,735).
+            download: download the published archive (4 and 190 MB) if the files are not there.
     """
     return _in_memory(wikitext_files(root, name, download), bptt, max_words)
 
 
 def text_folder(root: str, bptt: int = 35, max_words: int | None = None) -> dict[str, Text]:
-    """Text under `root`: train, and valid or test or both, each a .txt file or a folder.
+    """Your own text as "train", and "valid" or "test" or both.
 
-    Args: root: has train.txt, or train/ with *.txt in it, read in the order of their names;
-              likewise valid and test. Each may be compressed by gzip, as *.txt.gz.
-          bptt, max_words: as in `wikitext`.
+    Args: root: a folder with train.txt, or with a folder train of *.txt files, which are read in
+              the order of their names; likewise valid and test. Each file may be compressed by
+              gzip, as *.txt.gz.
+          bptt, max_words: see `wikitext`.
     """
     return _in_memory(folder_files(root), bptt, max_words)
 
 
 class Text:
-    """A split: one text in memory. Its length is that of the text.
+    """A split: one text in memory, of len() words.
 
-    Args: words: (N,) int32; facts: of the vocabulary; bptt: rows T of a batch.
+    Args: words: (N,) int32. facts: those of the vocabulary. bptt: rows T of a batch.
     """
 
     def __init__(self, words: Tensor, facts: Mapping[str, Any], bptt: int) -> None:
@@ -97,9 +97,11 @@ class Text:
     ) -> ColumnBatches:
         """Return batches of (words (T, B) int64, targets (T, B) int64): targets are the next words.
 
-        Training: rows that fill no batch are left out; which, each epoch draws anew.
-        Evaluation: each word but the text's first is a target once, over all ranks; columns are
-        filled up with targets of -100. A column's first words are predicted from themselves alone.
+        Training: rows that do not fill a batch are left out; each epoch draws at random how many
+        of them at the beginning of the columns.
+        Evaluation: each word except the text's first one is a target exactly once, over all ranks;
+        columns are filled up with targets of -100. The first words of a column are predicted
+        without the words before them, which are in another column.
         Raises: ValueError if an epoch holds less than one batch.
         """
         num_columns = batch_size * world_size
@@ -118,7 +120,7 @@ class Text:
         return ColumnBatches(inputs[mine], targets[mine], self._bptt, num_batches, seed)
 
     def _training_columns(self, num_columns: int) -> tuple[Tensor, Tensor]:
-        """Return views (C, L): inputs, and targets; a column's last target begins the next."""
+        """Return inputs and targets, views (C, L) that are shifted by one word."""
         length = max(0, len(self) - 1) // num_columns
         size = num_columns * length
         return tuple(
@@ -126,7 +128,7 @@ class Text:
         )
 
     def _evaluation_columns(self, num_columns: int) -> tuple[Tensor, Tensor]:
-        """Return (C, L) inputs and targets, L the least multiple of T that holds the text."""
+        """Return inputs and targets (C, L); L is the least multiple of T that fits the text."""
         num_targets = max(0, len(self) - 1)
         length = -(-num_targets // (num_columns * self._bptt)) * self._bptt
         filling = (0, num_columns * length - num_targets)
@@ -136,7 +138,7 @@ class Text:
 
 
 class ColumnBatches:
-    """T rows after T rows of B columns. Args: inputs, targets: (B, L) int32."""
+    """Batches of T rows each of B columns. Args: inputs, targets: (B, L) int32."""
 
     def __init__(
         self, inputs: Tensor, targets: Tensor, bptt: int, num_batches: int, seed: int
@@ -147,7 +149,7 @@ class ColumnBatches:
     def start(
         self, epoch: int, first: int, position: Mapping[str, Any]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of an epoch from number `first` on."""
+        """Yield the batches of an epoch, beginning with number `first`."""
         left_out = self._inputs.shape[1] - self.num_batches * self._bptt
         begin = int(torch.randint(left_out + 1, (), generator=seeded(self._seed, epoch)))
         for number in range(first, self.num_batches):
@@ -158,12 +160,12 @@ class ColumnBatches:
             )
 
     def position(self) -> dict[str, Any]:
-        """Return {}: epoch and number say where a batch is."""
+        """Return {}: the epoch and the number of a batch say where it begins."""
         return {}
 
 
 def seeded(seed: int, epoch: int) -> torch.Generator:
-    """Return a generator that depends on these two alone."""
+    """Return a generator whose numbers depend on seed and epoch alone."""
     return torch.Generator().manual_seed(hash((seed, epoch)) & 0x7FFFFFFFFFFFFFFF)
 
 
@@ -175,7 +177,7 @@ def check_bptt(bptt: int) -> None:
 def too_short(
     num_words: int, bptt: int, batch_size: int, world_size: int, samples_per_epoch: int | None
 ) -> str:
-    """Return the message for an epoch without a batch."""
+    """Return the error message for an epoch that has no batch."""
     limit = "" if samples_per_epoch is None else f" (at most {samples_per_epoch} texts an epoch)"
     return (
         f"{num_words} words{limit} do not fill one batch of {batch_size} texts a rank x "
@@ -186,7 +188,7 @@ def too_short(
 
 
 def wikitext_files(root: str, name: str, download: bool) -> dict[str, list[Path]]:
-    """Return the files of each split, downloaded where there are none. See `wikitext`."""
+    """Return the files of each split; download them if they are not there. See `wikitext`."""
     if name not in _SHA1:
         raise ValueError(f"name is {name!r}; allowed: {', '.join(_SHA1)}")
     root, failures = os.path.expanduser(root), ""
@@ -213,7 +215,7 @@ def wikitext_files(root: str, name: str, download: bool) -> dict[str, list[Path]
 
 
 def folder_files(root: str) -> dict[str, list[Path]]:
-    """Return the files of each split that a folder of plain text has. See `text_folder`."""
+    """Return the files of the splits that a folder has. See `text_folder`."""
     root, files = os.path.expanduser(root), {}
     for split in ("train", "valid", "test"):
         found = _texts(Path(root), split) or sorted(_texts(Path(root) / split, "*"))
@@ -230,7 +232,7 @@ def folder_files(root: str) -> dict[str, list[Path]]:
 
 
 def _texts(folder: Path, name: str) -> list[Path]:
-    """Return the texts of a pattern; packed ones if they do not lie there unpacked too."""
+    """Return the text files of a pattern: *.txt, and *.txt.gz that are not there as *.txt too."""
     plain = list(folder.glob(f"{name}.txt"))
     packed = [path for path in folder.glob(f"{name}.txt.gz") if path.with_suffix("") not in plain]
     return [path for path in plain + packed if path.is_file()]

@@ -1,7 +1,7 @@
-"""Files that hold text: plain, or compressed by gzip. Anything else is refused by its first bytes.
+"""Open text files, plain or compressed by gzip; recognise other files by their first bytes.
 
-A text begins behind its byte order mark, if it has one; positions and sizes are of the unpacked
-text, so that they, and with them a run's numbers, are those of the plain file.
+A text begins after its byte order mark, if it has one. Positions and sizes are those of the
+unpacked text, so that a run has the same numbers whether a file is compressed or not.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
+Span = tuple[int, int]
+"""The bytes from a first one up to, not including, a last one."""
+
 _GZIP, _UTF8_MARK = b"\x1f\x8b\x08", b"\xef\xbb\xbf"
 _HEAD_BYTES = 8192
 _INSTEAD = " {0} > {0}.new && mv {0}.new {0}"
 _EXPORT = "write its texts to a file, a line each"
-# What a file is that begins so, and how its text is got out of it.
+# (first bytes, what such a file is, how to get text out of it)
 _OTHERS = [
     (rb"\xff\xfe\0\0|\0\0\xfe\xff", "text in UTF-32", f"iconv -f UTF-32 -t UTF-8{_INSTEAD}"),
     (rb"\xff\xfe|\xfe\xff", "text in UTF-16", f"iconv -f UTF-16 -t UTF-8{_INSTEAD}"),
@@ -49,11 +52,12 @@ _KINDS = [(re.compile(begin, re.DOTALL), what, remedy) for begin, what, remedy i
 
 
 def open_text(path: Path, buffer_bytes: int = io.DEFAULT_BUFFER_SIZE) -> BinaryIO:
-    """Open a file where its text begins, to be read and sought in; `tell` then says where that is.
+    """Open a text file for reading and seeking, at the position where its text begins.
 
-    Cost:   of gzip, seeking forward unpacks what lies between, and seeking back all from the start.
-    Raises: ValueError for what is no text, with what it is and the remedy; and, when it is read
-        through, for damaged gzip.
+    Cost:   in a gzip file, seeking forward unpacks the bytes in between, and seeking back unpacks
+                from the start.
+    Raises: ValueError for a file that is no text, with what it is and the remedy. A damaged gzip
+                file raises ValueError later, when the damaged bytes are read.
     """
     file: Any = open(path, "rb", buffering=max(buffer_bytes, _HEAD_BYTES))
     try:
@@ -71,9 +75,26 @@ def open_text(path: Path, buffer_bytes: int = io.DEFAULT_BUFFER_SIZE) -> BinaryI
 
 
 def is_plain(path: Path) -> bool:
-    """Tell whether the file's bytes are the text's."""
+    """Tell whether the bytes of the file are those of the text: no gzip, no byte order mark."""
     with open(path, "rb") as file:
         return not file.read(len(_GZIP)).startswith((_GZIP, _UTF8_MARK))
+
+
+def line_spans(path: Path, num_parts: int) -> list[Span]:
+    """Divide a text into parts of nearly equal size at the starts of lines; return their spans."""
+    bounds = [0]
+    with open_text(path) as file:
+        start = file.tell()
+        size = file.seek(0, os.SEEK_END) - start
+        for part in range(1, num_parts):
+            wanted = size * part // num_parts
+            if wanted > bounds[-1]:
+                file.seek(start + wanted - 1)
+                file.readline()
+                bounds.append(file.tell() - start)
+            else:  # inside the line that ends the part before
+                bounds.append(bounds[-1])
+    return list(zip(bounds, [*bounds[1:], size], strict=True))
 
 
 def _check(path: Path, head: bytes, file: BinaryIO) -> None:
@@ -96,15 +117,15 @@ def _has_newline(piece: bytes, file: BinaryIO) -> bool:
 
 
 class _Gzip(gzip.GzipFile):
-    """A gzip file that says which it is when it is damaged."""
+    """A gzip file whose errors name the file and a remedy."""
 
     def read(self, size: int | None = -1) -> bytes:
-        return self._told(super().read, size)
+        return self._with_name(super().read, size)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._told(super().seek, offset, whence)
+        return self._with_name(super().seek, offset, whence)
 
-    def _told(self, do: Any, *arguments: Any) -> Any:
+    def _with_name(self, do: Any, *arguments: Any) -> Any:
         try:
             return do(*arguments)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:

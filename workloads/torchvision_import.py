@@ -1,23 +1,23 @@
-"""Lets `import torchvision` work beside a torch that its compiled library does not fit.
+"""Make `import torchvision` work where its compiled library does not fit the installed torch.
 
 torchvision's wheel on the package index is linked against CUDA. Beside a CPU build of torch its
-library cannot be loaded, and the import then fails over two operators of object detection that
-have no schema. Defining the schemas, and no more, lets its models, datasets and transforms work;
-where the library loads, nothing is defined.
+library cannot be loaded, and the import then fails because two operators of object detection have
+no schema. This module defines the two schemas, which is enough for torchvision's models, datasets
+and transforms. If the library can be loaded, it defines nothing.
 
-Importing this module makes it hold for every later `import torchvision` of the process, whoever
-writes it. launch/setup.sh copies this file into the environment and has each Python import it at
-its start: it is on its own, and costs nothing until torchvision is imported.
+Importing this module affects every later `import torchvision` of the process. launch/setup.sh
+copies this file into the environment, where each Python imports it at its start. So it imports
+nothing of this repository, and does nothing until torchvision is imported.
 """
 
 import importlib.machinery
 import sys
 
-_kept = []  # torch takes an operator back when the library object that defined it dies
+_kept = []  # keeps the library objects alive: torch removes their operators when they die
 
 
 class TorchvisionFinder:
-    """Finds torchvision where Python does, and sees to its operators before it runs."""
+    """Finds torchvision where Python does, and defines its missing operators before it runs."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
@@ -48,5 +48,6 @@ def _define_missing_operators(folder):
         _kept.append(library)
 
 
-if all(type(finder).__name__ != "TorchvisionFinder" for finder in sys.meta_path):  # the copy's too
+# by name, because the copy in the environment has a class of its own
+if all(type(finder).__name__ != "TorchvisionFinder" for finder in sys.meta_path):
     sys.meta_path.insert(0, TorchvisionFinder())

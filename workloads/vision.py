@@ -1,7 +1,7 @@
-"""torchvision, importable whether or not its compiled operators fit the installed torch.
+"""Import torchvision, whether or not its compiled operators fit the installed torch.
 
-In an environment that launch/setup.sh made, and in config files, a plain `import torchvision` does
-the same; elsewhere import it through this module: `from workloads.vision import torchvision`.
+A plain `import torchvision` does the same in an environment that launch/setup.sh made, and in
+config files. Elsewhere write `from workloads.vision import torchvision`.
 """
 
 import workloads.torchvision_import  # noqa: F401

@@ -1,7 +1,7 @@
-"""Words and their numbers, and text files (workloads.text_files) as numbers.
+"""Vocabularies: they number words, and turn text files into numbers.
 
-A text is bytes, in any encoding that keeps ASCII's white space; what lies between white space is a
-word, and every end of a line is one more, `<eos>`, as in the published WikiText-2.
+A text is bytes in any encoding that keeps the white space of ASCII. Words are separated by white
+space, and each end of a line is one more word, `<eos>`, as in the published WikiText-2.
 
 Shapes: N words of a text, V of a vocabulary.
 """
@@ -23,16 +23,17 @@ from torch import Tensor
 from workloads.text_files import is_plain, open_text
 
 END, UNKNOWN = b"<eos>", b"<unk>"
-_END_SPELLINGS = (END, b"</S>", b"</s>", b"<S>")  # 1b_word_vocab.txt has <S> at both ends
+_END_SPELLINGS = (END, b"</S>", b"</s>", b"<S>")  # 1b_word_vocab.txt writes <S> for start and end
 _UNKNOWN_SPELLINGS = (UNKNOWN, b"<UNK>")
 COUNTS_PREFIX = "word_counts."
 _PIECE_BYTES = 4 * 2**20
 
 
 class Vocabulary:
-    """V words, numbered in the order given, with the times that each occurs in the training text.
+    """V words, numbered in the order given, and how often each occurs in the training text.
 
-    Raises: ValueError if a word is there twice, or none ends a line or stands for unknown words.
+    Raises: ValueError if a word is there twice, or if there is no word for the end of a line or
+        for unknown words.
     """
 
     def __init__(self, words: Sequence[bytes], word_counts: Tensor) -> None:
@@ -48,9 +49,11 @@ class Vocabulary:
     def most_frequent(
         cls, words: Sequence[bytes], counts: Tensor, max_words: int | None, min_count: int = 1
     ) -> Vocabulary:
-        """Number words by falling count, ties as given; others are counted as `<unk>`.
+        """Make a vocabulary of the most frequent words, numbered by falling count.
 
-        Args: words must hold `<eos>` and `<unk>`, which always stay and are among max_words.
+        Words of equal count keep their order. The words left out are counted as `<unk>`.
+        Args: words: must contain `<eos>` and `<unk>`, which are always kept, and are counted in
+            max_words.
         """
         if max_words is not None and max_words < 3:
             raise ValueError(f"max_words is {max_words}; allowed: None, or 3 or more")
@@ -72,18 +75,18 @@ class Vocabulary:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a model may ask for: num_words V, word_counts (V,) int64."""
+        """The facts that a model may take as arguments: num_words V, word_counts (V,) int64."""
         return {"num_words": len(self), "word_counts": self.word_counts}
 
     def encode_line(self, line: bytes) -> list[int]:
-        """Return the numbers of a line's words and of its end."""
+        """Return the numbers of the words of a line, and that of its end."""
         number, unknown = self.numbers.get, self.unknown
         numbers = [number(word, unknown) for word in line.split()]
         numbers.append(self.end)
         return numbers
 
     def encode(self, paths: Iterable[Path]) -> Tensor:
-        """Return the files' words one after the other, (N,) int32. Cost: as `read_texts`."""
+        """Return the numbers of the files' words in order, (N,) int32. Cost: see `read_texts`."""
         number, unknown = self.numbers.get, self.unknown
         end = self.words[self.end]
         return _join(_encode_pieces(paths, end, lambda word: number(word, unknown)))
@@ -92,13 +95,14 @@ class Vocabulary:
 def read_texts(
     files: Mapping[str, Sequence[Path]], max_words: int | None
 ) -> tuple[Vocabulary, dict[str, Tensor]]:
-    """Return the vocabulary of the files named "train", and each name's text, (N,) int32.
+    """Return the vocabulary of the split "train", and the text of each split, (N,) int32.
 
-    Cost: each file is read once, 6 million words a second on one core: WikiText-103's 103 million
-        take 20 s and 0.4 GB, and as much again for the moment in which its pieces are joined.
+    Args: files: split -> its files.
+    Cost: each file is read once, at 6 million words a second on one core. The 103 million words of
+        WikiText-103 take 20 s and 0.4 GB, and another 0.4 GB while their pieces are joined.
     """
     first_seen: defaultdict[bytes, int] = defaultdict(itertools.count().__next__)
-    number = first_seen.__getitem__  # gives a word that it has not seen the next number
+    number = first_seen.__getitem__  # gives each new word the next number
     pieces = list(_encode_pieces(files["train"], END, number))
     number(END), number(UNKNOWN)
     words = list(first_seen)
@@ -116,9 +120,9 @@ def read_texts(
 
 
 def count_words(paths: Iterable[Path]) -> dict[bytes, int]:
-    """Return every word with its count, most frequent first, ties by their bytes.
+    """Return word -> count, sorted by falling count, words of equal count by their bytes.
 
-    Cost: 6 million words a second on one core; memory for the distinct words alone.
+    Cost: 6 million words a second on one core; memory only for the distinct words.
     """
     counts: Counter[bytes] = Counter()
     for path in paths:
@@ -128,14 +132,15 @@ def count_words(paths: Iterable[Path]) -> dict[bytes, int]:
 
 
 def read_or_count(paths: Sequence[Path], root: str, file: str | None) -> dict[bytes, int]:
-    """Return `count_words` from the file that keeps it, written now if it is not there.
+    """Return `count_words` from a file; if there is none, count and write it.
 
-    Its lines are word, tab, count; whenever it is there, it is complete.
-    Args:   file: its path; None: one in root, named after the texts' number and size.
-    Raises: ValueError if it cannot be written, before anything is counted.
+    The lines of the file are word, tab, count. If the file exists, it is complete.
+    Args:   file: its path; None: a file in root, named after the number and size of the texts.
+    Raises: ValueError if the file cannot be written, before anything is counted.
     """
     size = sum(path.stat().st_size for path in paths)
-    kind = "" if all(map(is_plain, paths)) else "unpacked."  # once, such files were counted as is
+    # "unpacked": earlier versions counted compressed files as they are, under the name without it
+    kind = "" if all(map(is_plain, paths)) else "unpacked."
     name = f"{COUNTS_PREFIX}{len(paths)}_files.{size}_bytes.{kind}tsv"
     target = Path(os.path.expanduser(file or Path(root) / name))
     if target.is_file():
@@ -161,7 +166,7 @@ def read_or_count(paths: Sequence[Path], root: str, file: str | None) -> dict[by
 
 
 def read_word_list(path: Path) -> list[bytes]:
-    """Return the first word of each line; a count may stand behind it."""
+    """Return the first word of each line; a count may follow it."""
     if not path.is_file():
         raise FileNotFoundError(
             f"no vocabulary {path.resolve()}: a file with a word a line. Name it with "
@@ -173,7 +178,7 @@ def read_word_list(path: Path) -> list[bytes]:
 
 
 def with_counts(words: Sequence[bytes], counts: Mapping[bytes, int]) -> Vocabulary:
-    """Return the vocabulary of these words, in this order, with a text's counts."""
+    """Return the vocabulary of these words, in this order, with their counts in a text."""
     word_counts = torch.tensor([counts.get(word, 0) for word in words], dtype=torch.int64)
     vocabulary = Vocabulary(words, word_counts)
     word_counts[vocabulary.end] = counts.get(END, 0)
@@ -191,7 +196,7 @@ def _spelling(numbers: Mapping[bytes, int], spellings: Sequence[bytes], meaning:
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
-    """Yield the file in pieces of whole lines; the last line ends like the others."""
+    """Yield the text in pieces of whole lines; the last line always ends with a newline."""
     with open_text(path) as file:
         while piece := file.read(_PIECE_BYTES):
             piece += file.readline()

@@ -1,5 +1,4 @@
-"""Adam with full moments that takes row-sparse gradients; rows without a gradient stay as they are.
-"""
+"""Adam with full moments that takes row-sparse gradients; rows without one do not change."""
 
 import fiddle as fdl
 

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "dgc": {"parsimony_kernels"},
     "optim": {"parsimony_kernels"},
     "engine": set(),
-    "memory": {"dgc", "optim", "parsimony_kernels"},
+    "memory": {"dgc", "engine", "optim", "parsimony_kernels"},
     "launch": set(),
     "configs": {"dgc", "optim", "workloads"},
     "assembly": {"configs", "dgc", "engine", "memory", "optim", "parsimony_kernels", "workloads"},

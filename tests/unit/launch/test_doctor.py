@@ -86,7 +86,7 @@ def test_a_probe_that_hangs_or_crashes_is_an_answer():
 def test_without_horovod_torch_alone_is_asked_for(monkeypatch):
     facts = {"version": "2.13.0", "cuda": None, "gpus": [], "gloo": True}
     monkeypatch.setattr(doctor, "ask", lambda code, seconds=60: (
-        facts if code is doctor._ASK_TORCH else {"error": "No module named 'horovod'"}
+        facts if code is doctor.ASK_TORCH else {"error": "No module named 'horovod'"}
     ))  # fmt: skip
     for wanted, status in (("0", "missing"), ("1", "optional")):
         monkeypatch.setenv("PARSIMONY_WITHOUT_HOROVOD", wanted)

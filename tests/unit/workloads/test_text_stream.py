@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from workloads.text_stream import _line_spans, lm1b, text_shards
+from workloads.text_files import line_spans
+from workloads.text_stream import lm1b, text_shards
 
 
 def write_shards(folder, num_shards, num_lines=40, seed=0, last_newline=True):
@@ -70,7 +71,7 @@ def columns_of(epoch):
 def test_each_line_is_in_one_part(tmp_path, content, num_parts):
     path = tmp_path / "shard"
     path.write_bytes(content)
-    spans = _line_spans(path, num_parts)
+    spans = line_spans(path, num_parts)
     assert len(spans) == num_parts
     parts = [content[begin:end] for begin, end in spans]
     assert b"".join(parts) == content

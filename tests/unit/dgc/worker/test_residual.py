@@ -58,6 +58,15 @@ def test_sending_all_each_step_is_momentum_sgd(nesterov):
     torch.testing.assert_close(ours, theirs.detach())
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_several_gradients_of_a_step_count_as_their_sum(nesterov):
+    apart, joined = (Compensation(0.9, nesterov) for _ in range(2))
+    for g in grads():
+        apart.accumulate("w", 0.25 * g)
+        whole = accumulate(joined, g)
+        torch.testing.assert_close(accumulate(apart, 0.75 * g), whole)
+
+
 def test_masking_zeroes_velocity_where_sent():
     sent = torch.tensor([3, 40])
     for mask_velocity in (True, False):
@@ -142,6 +151,16 @@ def test_what_was_sent_and_what_is_left_make_up_what_was_added():
             sent = sent.index_add(0, taken.indices_K, values.double())
         compensation.end_step(stands=True)
     torch.testing.assert_close(sent + compensation.residual["w"], added, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_rounding_is_drawn_anew_in_each_step_and_on_each_rank(dtype):
+    (grad,) = grads(num_steps=1, size=1000)
+    ranks = [Compensation(residual_dtype=dtype, seed=rank) for rank in range(2)]
+    first, other_ranks = (accumulate(rank, grad) for rank in ranks)
+    del ranks[0].residual["w"]  # the next step rounds the same values
+    second = accumulate(ranks[0], grad)
+    assert not torch.equal(first, other_ranks) and not torch.equal(first, second)
 
 
 def test_a_tensor_that_is_sent_whole_keeps_no_residual():
