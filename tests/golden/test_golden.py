@@ -9,7 +9,7 @@ import pytest
 
 from tests.golden import record
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("golden")]
 
 
 @pytest.fixture(scope="module")
