@@ -18,6 +18,7 @@ from tests import jobs
 HERE = Path(__file__).parent
 COMMAND = "python -m tests.golden.record"
 NUM_RANKS = (1, 2)
+PATIENCE = 240.0  # seconds for a job: the first on a machine compiles the kernels
 
 ARITHMETIC = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE",
               "OMP_NUM_THREADS": "1", "PARSIMONY_KERNELS": "native"}  # fmt: skip
@@ -46,7 +47,7 @@ def compute() -> Curves:
         with tempfile.TemporaryDirectory() as written:
             program = [str(HERE / "runs.py"), written]
             with mock.patch.dict(os.environ, ARITHMETIC):
-                outcome = jobs.run("mpirun", num_ranks, program, Path(written, "log"))
+                outcome = jobs.run("mpirun", num_ranks, program, Path(written, "log"), PATIENCE)
             if outcome.status:
                 raise RuntimeError(f"{num_ranks} ranks failed:\n{outcome.output[-5000:]}")
             ranks = [json.loads(Path(written, f"rank{rank}.json").read_text())

@@ -40,7 +40,7 @@ def recommended(model: nn.Module, comm: HorovodComm) -> DistributedOptimizer:
         compression=Compression(
             density=0.01, residual_dtype="bfloat16", value_dtype="mxfp8",
             index_coding="elias_fano", update_scale=4.0, share_statistics=0.5,
-            clip_scope="tensor", clip_norm=0.5, protocol="gather",
+            clip_scope="tensor", clip_norm=0.1, protocol="gather",
         ),
     )  # fmt: skip
 
@@ -51,7 +51,7 @@ def dgc_sgd(model: nn.Module, comm: HorovodComm) -> DistributedOptimizer:
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4),
         model.named_parameters(), comm=comm, bucket_bytes=2**16,
         compression=Compression(
-            density=0.001, density_warmup_epochs=5, clip_norm=0.5, protocol="sparse_all_reduce",
+            density=0.001, density_warmup_epochs=5, clip_norm=0.1, protocol="sparse_all_reduce",
         ),
     )  # fmt: skip
 

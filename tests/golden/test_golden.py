@@ -9,7 +9,10 @@ import pytest
 
 from tests.golden import record
 
-pytestmark = pytest.mark.distributed
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.timeout(2 * record.PATIENCE + 60),  # the first test runs both jobs
+]
 
 
 @pytest.fixture(scope="module")
