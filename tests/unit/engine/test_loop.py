@@ -90,6 +90,20 @@ def test_a_nan_in_a_micro_batch_of_one_rank_leaves_no_trace_on_any(
     assert_equal(one, other)
 
 
+def test_a_batch_in_two_micro_batches_counts_once(tmp_path):
+    def work(comm):
+        twice = make_trainer(comm, tmp_path)
+        once = make_trainer(comm, tmp_path, micro_batches_per_step=1)
+        once.state.model.load_state_dict(twice.state.model.state_dict())
+        (batch,) = batches(comm, 1.0)
+        step(twice, iter([batch, batch]))
+        step(once, iter([batch]))
+        parameters = (list(each.state.model.parameters()) for each in (twice, once))
+        assert_equal(*parameters)
+
+    run_local(1, work)
+
+
 def test_a_checkpoint_holds_the_count_and_the_loss_scale(tmp_path):
     def work(comm):
         trainer, fresh = (make_trainer(comm, tmp_path, "float16") for _ in range(2))
