@@ -27,7 +27,7 @@ their sums by the vector instructions that they find. Our compiled kernels give 
 any instructions; the reference kernels sum factored means in another order."""
 
 Curves = dict[str, dict[str, Any]]
-"""By run, then by "ranks: 1" or "ranks: 2": each rank's losses and a digest of the parameters."""
+"""By run, then by "ranks: 1" or "ranks: 2": each rank's losses and digests."""
 
 
 def kind() -> str:
@@ -53,10 +53,7 @@ def compute() -> Curves:
             ranks = [json.loads(Path(written, f"rank{rank}.json").read_text())
                      for rank in range(num_ranks)]  # fmt: skip
         for name in ranks[0]:
-            curves.setdefault(name, {})[f"ranks: {num_ranks}"] = {
-                "losses": [rank[name]["losses"] for rank in ranks],
-                "parameters": ranks[0][name]["parameters"],
-            }
+            curves.setdefault(name, {})[f"ranks: {num_ranks}"] = [rank[name] for rank in ranks]
     return curves
 
 
