@@ -1,4 +1,4 @@
-"""Where in a tensor's tail a number of entries lies, by a histogram of some of its magnitudes."""
+"""The threshold that a wanted number of entries reach, estimated from a histogram."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Tail:
     """
 
     def __init__(self, histogram: Tensor, sample_every: int) -> None:
-        # how many the top bins hold
+        # how many entries the n highest bins hold together
         self._from_top = torch.zeros(BINS + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(histogram.flip(0), 0, out=self._from_top[1:])
         self._every = sample_every

@@ -17,7 +17,7 @@ from dgc.wire.codec import Codec
 from dgc.wire.cost import Cost, Network, cheapest, dense_cost, gather_cost, sparse_all_reduce_cost
 from dgc.worker.elements import TensorSpec
 
-ENTRIES_A_MESSAGE = 64  # with a header of some ten entries
+ENTRIES_A_MESSAGE = 64  # at least, where a header is as long as some ten entries
 
 
 @dataclass(frozen=True)

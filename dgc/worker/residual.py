@@ -90,10 +90,12 @@ class Compensation:
         self.velocity: dict[str, Buffer] = {}
         self.residual: dict[str, Buffer] = {}
         self.num_steps = 0
-        self._last_momentum = 0.0  # of a step that stood: Nesterov's velocities have it in them
+        # Of the last step that stood. Nesterov's velocities are stored times the momentum.
+        self._last_momentum = 0.0
         self._rounding = RoundingKeys(seed)
         self._before: dict[tuple[str, str], Buffer | None] = {}
-        self._keys: dict[str, int] = {}  # of this step's last gradient: what puts entries back
+        # Rounding keys of this step's last gradients: entries are put back with the same.
+        self._keys: dict[str, int] = {}
 
     def accumulate(
         self,
