@@ -196,11 +196,11 @@ def all_gather(
     if max(sizes) <= most:
         return joined
     whole = tensor.new_empty(sum(sizes))
-    places = whole.split(sizes)
+    slots = whole.split(sizes)
     for number in range(math.ceil(max(sizes) / most)):
         if number:
             joined = yield call(_piece(tensor, number, most), f"{name}.{number}")
-        _put(joined, places, number, most)
+        _put(joined, slots, number, most)
     return whole
 
 
@@ -233,10 +233,10 @@ def _piece(tensor: Tensor, number: int, most: int) -> Tensor:
     return piece if piece.numel() else tensor[:1]
 
 
-def _put(joined: Tensor, places: list[Tensor], number: int, most: int) -> None:
+def _put(joined: Tensor, slots: list[Tensor], number: int, most: int) -> None:
     """Copy each rank's `_piece`, joined end to end, to where it belongs."""
     begin = 0
-    for place in places:
+    for place in slots:
         target = place[number * most : (number + 1) * most]
         target.copy_(joined[begin : begin + target.numel()])
         begin += max(1, target.numel())

@@ -1,6 +1,6 @@
 """Buckets: which tensors leave together, in which order, and by which protocol.
 
-Depends on nothing but shapes and settings, so that all ranks plan the same.
+Depends on nothing but shapes and settings, so that all ranks make the same buckets.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def make_buckets(
             groups.append(group)
         elif numel * spec.dtype.itemsize >= bucket_bytes and numel >= least:
             groups.append(filling.pop(key))
-    position = {spec.name: place for place, spec in enumerate(specs)}
+    position = {spec.name: index for index, spec in enumerate(specs)}
     groups += sorted(filling.values(), key=lambda group: position[group[-1].name])
     return [
         _plan_bucket(f"bucket{index}", tuple(group), compression, density, world_size)

@@ -84,9 +84,9 @@ def rows_of(grad: Tensor) -> tuple[Tensor, Tensor]:
     indices, values = grad.indices(), grad.values()
     rows_K = indices[0]
     if grad.sparse_dim() > 1:
-        rows_K, place = rows_K.unique(return_inverse=True)
+        rows_K, row_of = rows_K.unique(return_inverse=True)
         elements = values.new_zeros(rows_K.numel(), *grad.shape[1:])
-        values = elements.index_put_((place, *indices[1:]), values)
+        values = elements.index_put_((row_of, *indices[1:]), values)
     values = to_reals(values)
     row_size = math.prod(grad.shape[1:]) * (2 if grad.is_complex() else 1)
     return rows_K, values.reshape(rows_K.numel(), row_size).contiguous()

@@ -62,8 +62,9 @@ class Compensation:
 
     With momentum m:  u <- m u + g,  v <- v + u;  Nesterov:  u <- m (u + g),  v <- v + u + g.
     Without (m = 0) there is no velocity:  v <- v + g.
-    Where a step has several gradients, g is their sum; u decays once. Momentum may change between
-    steps (`momentum` and `nesterov` are read as one goes on); while it is 0 velocities rest.
+    Where a step has several gradients, g is their sum; u is multiplied by m once. Momentum
+    may change between steps (`momentum` and `nesterov` are read in each); while it is 0 velocities
+    rest.
     A tensor that is always sent whole keeps no residual between steps.
 
     Args: residual_dtype, velocity_dtype: float32, bfloat16, or int8 for 8-bit blocks (see
@@ -240,8 +241,8 @@ class Compensation:
         if m == 0:
             return Correction()
         if is_first:
-            decay = m * (m / (self._last_momentum or m)) if self.nesterov else m
-            return Correction(decay, m, 1, 1) if self.nesterov else Correction(m, 1, 1, 0)
+            factor = m * (m / (self._last_momentum or m)) if self.nesterov else m
+            return Correction(factor, m, 1, 1) if self.nesterov else Correction(m, 1, 1, 0)
         return Correction(1, m, 0, 1 + m) if self.nesterov else Correction(1, 1, 0, 1)
 
     def _masking(self, selection: Selection | None) -> Selection | None:

@@ -71,11 +71,11 @@ class HorovodComm(HorovodGroup, Broadcasts):
         # Every rank must make every set.
         process_sets = [life.process_set(self._hvd, ranks) for ranks in groups]
         mine = next(number for number, ranks in enumerate(groups) if self.rank in ranks)
-        place, size = groups[mine].index(self.rank), len(groups[mine])
-        return HorovodGroup(self._hvd, process_sets[mine], place, size)
+        rank, size = groups[mine].index(self.rank), len(groups[mine])
+        return HorovodGroup(self._hvd, process_sets[mine], rank, size)
 
     def _broadcast(self, tensor: Tensor, name: str, root: int) -> None:
-        """Overwrite `tensor` with a rank's: as bytes, so that bfloat16 goes too, in their place."""
+        """Overwrite `tensor` in place with a rank's. Bytes travel, so that bfloat16 can."""
         for part in pieces.parts_of(tensor.detach()) if tensor.numel() else ():
             wire, is_own = pieces.as_bytes(part)
             handle = self._hvd.broadcast_async_(wire, root_rank=root, name=name)

@@ -163,8 +163,9 @@ class Intake:
         self._standing.add(name)
 
     def _is_found_sparse(self, name: str, parameter: Tensor) -> bool:
-        """Note the gradient's place, and whether it has rows of which nobody has told us: till all
-        ranks know, they stay in `p.grad`."""
+        """Note when the gradient came; tell whether it is sparse though it was not named.
+
+        Such a gradient stays in `p.grad` until all ranks know of it."""
         self.first.order[name] = None
         if name in self.row_sparse or not parameter.grad.is_sparse:
             return False
