@@ -107,6 +107,18 @@ def test_a_batch_in_two_micro_batches_counts_once(tmp_path):
     run_local(1, work)
 
 
+def test_batch_statistics_become_the_mean_of_the_ranks(tmp_path):
+    def work(comm):
+        trainer = make_trainer(comm, tmp_path)
+        (norm,) = (m for m in trainer.state.model.modules() if isinstance(m, nn.BatchNorm1d))
+        norm.running_mean.fill_(comm.rank), norm.running_var.fill_(2.0 + comm.rank)
+        trainer._average_buffers()
+        return norm.running_mean, norm.running_var
+
+    for mean, var in run_local(2, work):
+        assert (mean == 0.5).all() and (var == 2.5).all()
+
+
 def test_ranks_draw_from_random_states_of_their_own(tmp_path):
     def work(comm):
         trainer, before, drawn = make_trainer(comm, tmp_path), random_states(), []
