@@ -30,7 +30,7 @@ from benchmarks import tables
 from benchmarks.contenders import milliseconds
 from dgc.selection.plan import plan_sparsity
 from parsimony_kernels.buffers import ops as buffers
-from parsimony_kernels.runtime.operands import Correction, Selection
+from parsimony_kernels.buffers.operands import Correction, Selection
 from parsimony_kernels.step import ops
 
 COPY = "copy of the tensor"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from parsimony_kernels.runtime.operands import Report
+from parsimony_kernels.buffers.operands import Report
 
 # What is larger counts as infinite: sums of such squares would soon be, and spoil a statistic. In
 # float64 they would not: that bound keeps sums of gradients within what float32 and bfloat16 hold,
