@@ -33,8 +33,9 @@ from dgc.wire.codec import Codec
 from dgc.wire.entries import Entries
 from dgc.worker.residual import Taken
 from parsimony_kernels.buffers import ops as buffers
+from parsimony_kernels.buffers.operands import BINS, Blocks, Buffer, Found, Report, Selection
 from parsimony_kernels.packing import ops as packing
-from parsimony_kernels.runtime.operands import BINS, Blocks, Buffer, Found, Report, Selection, Table
+from parsimony_kernels.runtime.operands import Table
 from parsimony_kernels.step import ops as step
 from parsimony_kernels.step import reference
 

@@ -22,7 +22,7 @@ from dgc.worker.elements import TensorSpec
 from dgc.worker.residual import Taken
 from dgc.worker.statistics import divide
 from parsimony_kernels.buffers import ops as buffers
-from parsimony_kernels.runtime.operands import Found, Report
+from parsimony_kernels.buffers.operands import Found, Report
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import struct
 import torch
 from torch import Tensor
 
-from parsimony_kernels.runtime.operands import BIN_SHIFT, BINS
+from parsimony_kernels.buffers.operands import BIN_SHIFT, BINS
 
 _LAST_FINITE = (0x7F800000 >> BIN_SHIFT) - 1  # of the bins; those above are infinity and NaN
 _LARGEST = torch.finfo(torch.float32).max

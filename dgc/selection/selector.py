@@ -21,7 +21,7 @@ from dgc.selection.plan import SparsityPlan
 from dgc.selection.steering import Steering
 from dgc.worker.residual import Compensation, Taken
 from parsimony_kernels.buffers import ops as buffers
-from parsimony_kernels.runtime.operands import Found, Report, Selection
+from parsimony_kernels.buffers.operands import Found, Report, Selection
 
 MAX_TRIES = 5  # passes over a residual in a step, before it is ranked
 

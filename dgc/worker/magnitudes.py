@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from parsimony_kernels.runtime.operands import Report
+from parsimony_kernels.buffers.operands import Report
 
 # Larger gradients count as infinite. In float32 sums of their squares would soon overflow and spoil
 # a statistic. In float64 they would not; there the bound keeps sums of gradients within the range

@@ -21,9 +21,7 @@ from torch import Tensor
 
 from dgc.worker.rounding import RoundingKeys
 from parsimony_kernels.buffers import ops as buffers
-from parsimony_kernels.buffers.ops import tensors
-from parsimony_kernels.runtime.operands import (
-    STATE_DTYPES,
+from parsimony_kernels.buffers.operands import (
     VELOCITY_KEY,
     Blocks,
     Buffer,
@@ -31,6 +29,8 @@ from parsimony_kernels.runtime.operands import (
     Found,
     Selection,
 )
+from parsimony_kernels.buffers.ops import tensors
+from parsimony_kernels.runtime.operands import STATE_DTYPES
 
 _KINDS = ("velocity", "residual")
 
