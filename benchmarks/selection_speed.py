@@ -30,7 +30,7 @@ from benchmarks import tables
 from benchmarks.turns import COPY, Times, ratio, take_turns
 from dgc.selection.plan import plan_sparsity
 from parsimony_kernels.buffers import ops as buffers
-from parsimony_kernels.runtime.operands import Correction, Selection
+from parsimony_kernels.buffers.operands import Correction, Selection
 from parsimony_kernels.step import ops
 
 MOMENTUM = 0.9

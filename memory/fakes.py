@@ -33,8 +33,9 @@ from dgc.wire.codec import Codec
 from dgc.wire.entries import Entries
 from dgc.worker.residual import Taken
 from parsimony_kernels.buffers import ops as buffers
+from parsimony_kernels.buffers.operands import BINS, Blocks, Buffer, Found, Report, Selection
 from parsimony_kernels.packing import ops as packing
-from parsimony_kernels.runtime.operands import BINS, Blocks, Buffer, Found, Report, Selection, Table
+from parsimony_kernels.runtime.operands import Table
 from parsimony_kernels.step import ops as step
 from parsimony_kernels.step import reference
 
@@ -95,9 +96,9 @@ def _accumulate(
     if selection is not None and velocity is not None and selection.mask_velocity:
         kinds.append(torch.float32)
     is_on_gpu = device.type != "cpu"
-    places = room if is_on_gpu else room * (torch.get_num_threads() if values.numel() >= 1 << 15
+    capacity = room if is_on_gpu else room * (torch.get_num_threads() if values.numel() >= 1 << 15
                                             else 1)  # fmt: skip
-    lists = [torch.empty(places, dtype=kind, device=device) for kind in kinds]
+    lists = [torch.empty(capacity, dtype=kind, device=device) for kind in kinds]
     if not is_on_gpu:
         lists = [listed[:aim].clone() for listed in lists]
     report = torch.zeros(2 + (BINS if selection else 0), dtype=torch.int32, device=device)

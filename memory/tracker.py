@@ -188,6 +188,6 @@ def parts_of(value: Any) -> list[Tensor]:
     if not has_memory or value.device.type == "meta":
         return []
     if value.is_sparse:
-        parts = getattr(value, "_rows", None)  # of a fake one: see fakes.py
+        parts = getattr(value, "_rows", None)  # set for fake tensors by answers.py
         return list(parts or (value._indices(), value._values()))
     return [value] if value.layout == torch.strided else []

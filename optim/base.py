@@ -111,9 +111,9 @@ class MomentOptimizer(StatefulOptimizer):
         step = int(state["step"]) + 1
         rule = self._rule(group, step)
         if gradient.indices is not None and not gradient.rest_is_unknown:
-            if (decay := rule.scalars(p.dtype).decay) != 1:
-                p.mul_(decay)  # weight decay acts on the elements that did not arrive, too
-                rule = rule.replace(decay=1.0)
+            if (scale := rule.scalars(p.dtype).param_scale) != 1:
+                p.mul_(scale)  # weight decay acts on the elements that did not arrive, too
+                rule = rule.replace(param_scale=1.0)
         if gradient.values.numel():
             update(p, gradient, rule, moments)
         state["step"] += 1
@@ -124,7 +124,7 @@ class MomentOptimizer(StatefulOptimizer):
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
         decay = {"weight_decay": weight_decay}
         if group["decoupled_weight_decay"]:
-            decay = {"decay": 1 - lr * weight_decay}
+            decay = {"param_scale": 1 - lr * weight_decay}
         sign = -1.0 if group["maximize"] else 1.0
         return ops.Rule(lr, sign=sign, **decay, **self._scalars(group, step))
 

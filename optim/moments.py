@@ -108,8 +108,8 @@ class Full(Moment):
     def zeros(self) -> dict[str, Tensor]:
         return {self.spec.name: self._zeros(*self.spec.shape)}
 
-    def operand(self, split: int) -> operands.Full | operands.Velocity:
-        kind = operands.Velocity if self.spec.follows_update else operands.Full
+    def operand(self, split: int) -> operands.Full | operands.MomentOfUpdates:
+        kind = operands.MomentOfUpdates if self.spec.follows_update else operands.Full
         return kind(self.tensors[self.spec.name].view(matrix_shape(self.spec.shape, split)))
 
     def estimate(self) -> Tensor:

@@ -42,7 +42,7 @@ class Momentum(MomentOptimizer):
         return ("momentum_buffer", group["first_moment"]) if group["momentum"] else None
 
     def _scalars(self, group: Group, step: int) -> dict[str, float]:
-        return {"first_beta": group["momentum"], "first_decay": 1 - group["momentum"]}
+        return {"first_beta": group["momentum"], "first_forgetting": 1 - group["momentum"]}
 
 
 class SketchMomentum(Momentum):

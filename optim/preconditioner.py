@@ -60,7 +60,7 @@ class Preconditioner:
             lr=0.0,
             second_beta=scalars.get("second_beta", 1.0) if is_first else 1.0,
             second_gain=scalars.get("second_gain", 1.0) * num_parts,
-            second_decay=scalars.get("second_decay", 0.0) if is_first else 0.0,
+            second_forgetting=scalars.get("second_forgetting", 0.0) if is_first else 0.0,
         )
         shape = self._moment.spec.shape
         split = balanced_split(shape) if self._moment.any_split else 1

@@ -61,7 +61,7 @@ class RMSprop(MomentOptimizer):
             "first_beta": group["momentum"],
             "second_beta": alpha,
             "second_gain": 1 - alpha,
-            "second_decay": 1 - alpha,
+            "second_forgetting": 1 - alpha,
             "eps_outside": group["eps"],
             **bound,
         }

@@ -107,7 +107,7 @@ class _RowSketch:
         for a momentum gamma, gain is 1 and decay 1 - gamma (2).
         Differs: see parsimony_kernels.step.ops.sketch_update.
         """
-        ops.sketch_update(self.table, rows, values, gain=gain, decay=decay)
+        ops.sketch_update(self.table, rows, values, gain=gain, forgetting=decay)
         return self.query(rows)
 
     def clean(self, factor: float) -> None:

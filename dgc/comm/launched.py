@@ -1,4 +1,4 @@
-"""Who started this process, and as one of how many: what the environment says of that."""
+"""Which launcher started this process, and as one of how many, by the environment variables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _TORCHRUN = "TORCHELASTIC_RUN_ID"
 _TORCHS_OWN = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
 _MPIS_AND_HOROVODS = ("HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 _NUMBERS_OF_PROCESSES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
-_NUMBERS_OF_A_JOB = ("SLURM_NTASKS", "WORLD_SIZE")  # which one process may be alone in
+# Set in jobs of which this may be one process of many.
+_NUMBERS_OF_A_JOB = ("SLURM_NTASKS", "WORLD_SIZE")
 
 
 class LaunchError(RuntimeError):

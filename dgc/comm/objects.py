@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LEAST_BYTES = 2**16  # of a tensor that goes by itself: what another collective is worth
+# From this size on a tensor goes by itself: below, one more collective costs more.
+LEAST_BYTES = 2**16
 _LENGTH_BYTES = 8
 
 
@@ -82,7 +83,7 @@ class _Pickler(pickle.Pickler):
 
 def _goes_alone(tensor: Tensor) -> bool:
     is_plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
-    is_here = tensor.device.type in ("cpu", "cuda")  # and not on "meta"
+    is_here = tensor.device.type in ("cpu", "cuda")  # a tensor on "meta" has no data to send
     return is_plain and is_here and tensor.nbytes >= LEAST_BYTES and not vars(tensor)
 
 

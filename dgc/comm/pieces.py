@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-MOST_BYTES = 2**30  # of one call, with all that it gathers; an int counts to twice that
-PIECE_BYTES = 2**26  # of one of several calls: as fast as more, some are copied, and Gloo gives up
-# on a call after 30 s
+# At most, in one call, with all that it gathers: half of what an int can count.
+MOST_BYTES = 2**30
+# In each of several calls. Larger pieces are no faster, take memory where they must be copied, and
+# may last longer than 30 s, after which Gloo gives a call up.
+PIECE_BYTES = 2**26
 _STALL_LIMIT = "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"  # Horovod's, and without Horovod ours too
 _HELP_EVERY = 0.01  # seconds in which one who waits helps other collectives on
 
@@ -76,7 +78,7 @@ _going_on = threading.RLock()  # autograd has a thread for each device
 
 def _help_others() -> None:
     for other in list(_under_way.values()):
-        with contextlib.suppress(Exception):  # who waits for it is told
+        with contextlib.suppress(Exception):  # the error is raised to whoever waits for it
             other.poll()
 
 
@@ -105,7 +107,8 @@ def wait_until(poll: Callable[[], bool], name: str) -> None:
             _help_others()
             helps_at = waited + _HELP_EVERY
         time.sleep(pause)
-        pause = min(1.1 * pause, 0.001)  # ranks may be more than cores
+        # Leave the core to other ranks, if there are more of them than cores.
+        pause = min(1.1 * pause, 0.001)
 
 
 def check_sendable(tensor: Tensor, name: str) -> None:
@@ -193,11 +196,11 @@ def all_gather(
     if max(sizes) <= most:
         return joined
     whole = tensor.new_empty(sum(sizes))
-    places = whole.split(sizes)
+    slots = whole.split(sizes)
     for number in range(math.ceil(max(sizes) / most)):
         if number:
             joined = yield call(_piece(tensor, number, most), f"{name}.{number}")
-        _put(joined, places, number, most)
+        _put(joined, slots, number, most)
     return whole
 
 
@@ -230,10 +233,10 @@ def _piece(tensor: Tensor, number: int, most: int) -> Tensor:
     return piece if piece.numel() else tensor[:1]
 
 
-def _put(joined: Tensor, places: list[Tensor], number: int, most: int) -> None:
+def _put(joined: Tensor, slots: list[Tensor], number: int, most: int) -> None:
     """Copy each rank's `_piece`, joined end to end, to where it belongs."""
     begin = 0
-    for place in places:
+    for place in slots:
         target = place[number * most : (number + 1) * most]
         target.copy_(joined[begin : begin + target.numel()])
         begin += max(1, target.numel())

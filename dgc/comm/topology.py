@@ -15,7 +15,7 @@ def choose_islands(comm: Comm, compression: Compression) -> tuple[Group, Group] 
     """Return this rank's (island, bridge), or None for one level. Collective.
 
     The island is the ranks of this node, or `ranks_per_island` that follow one another; the bridge
-    is the ranks that have this one's place in the other islands.
+    is the ranks of the other islands that have this rank's number in theirs.
     Raises: ValueError where two levels are asked for, and the islands would differ in size or
         Horovod was started without groups.
     """

@@ -49,7 +49,7 @@ class Kept:
     def root(self, spec: TensorSpec, indices_K: Tensor | None = None) -> Tensor | None:
         """Return the root of the second moment, at entries of this slice or of all of it."""
         begin = self._slice_index * spec.numel
-        if indices_K is not None:  # entries are never of the padding
+        if indices_K is not None:  # entries never lie in the padding
             return self.statistics.root(spec.name, indices_K + begin if begin else indices_K)
         root_N = self.statistics.root(spec.name)
         if root_N is None or spec.numel == spec.whole:

@@ -22,7 +22,7 @@ from dgc.worker.elements import TensorSpec
 from dgc.worker.residual import Taken
 from dgc.worker.statistics import divide
 from parsimony_kernels.buffers import ops as buffers
-from parsimony_kernels.runtime.operands import Found, Report
+from parsimony_kernels.buffers.operands import Found, Report
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def take_out(
             chosen, root_K = chosen.where(root_K > 0), root_K[root_K > 0]
         taken.append((spec.name, chosen))
         roots.append(torch.ones_like(chosen.values_K) if root_K is None else root_K)
-    dtype = bucket.dtype  # of what was selected in fewer bits, the values are float32
+    # A residual of fewer bits gives float32 values, whatever the bucket's dtype.
+    dtype = bucket.dtype
     positions_K, values_K = bucket.codec.join(
         [(part.indices_K, part.values_K.to(dtype)) for _, part in taken]
     )

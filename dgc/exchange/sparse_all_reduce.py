@@ -54,10 +54,10 @@ def sparse_all_reduce(
 def largest_part_bytes(bucket: Bucket, num_owners: int) -> int | None:
     """Return how many bytes a message to an owner has at most, on any rank; None: too many."""
     num_entries = sum(max(plan.k + 1, plan.k_bounds[1]) for plan in bucket.plans)
-    part = bucket.codec.of_owner(0, num_owners)  # the largest
+    part = bucket.codec.of_owner(0, num_owners)  # owner 0's part is the largest
     try:
         return part.message_bytes(min(num_entries, part.universe))
-    except OverflowError:  # were one owner sent all of it
+    except OverflowError:  # a message of so many entries would be too long
         return None
 
 

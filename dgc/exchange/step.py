@@ -21,7 +21,7 @@ from dgc.worker.scaling import scaled
 from dgc.worker.statistics import divide
 from dgc.worker.stats import StepStats
 from parsimony_kernels.buffers import ops as buffers
-from parsimony_kernels.runtime.operands import Found, Report
+from parsimony_kernels.buffers.operands import Found, Report
 
 
 class Step:

@@ -1,4 +1,4 @@
-"""Clipping what is in `p.grad`: dense gradients, and the rows of sparse ones."""
+"""torch's clip_grad_norm_ for what is in `p.grad`, sparse gradients included."""
 
 from __future__ import annotations
 

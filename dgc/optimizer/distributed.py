@@ -1,7 +1,7 @@
 """DistributedOptimizer: a torch optimizer whose gradients are compressed, exchanged and averaged.
 
-Owns: what fits together, and what a step does, also when some gradient is infinite or NaN. Holds
-the inner optimizer; makes no class of its own for it. intake.py takes the gradients.
+Owns: what a step does, also when some gradient is infinite or NaN. It holds the inner optimizer
+rather than deriving a class from it. hooks/intake.py takes the gradients.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class DistributedOptimizer(View):
         with the reason.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler.step then leaves infinities to us
+    _step_supports_amp_scaling = True  # tells GradScaler.step to leave infinities to us
 
     def __init__(
         self,
@@ -258,7 +258,8 @@ class DistributedOptimizer(View):
         self._replicas.check(self._settings(), RuntimeError, "check_replicas")
 
     def _settings(self) -> dict[str, Any]:
-        order = zlib.crc32(repr(self._exchange.order).encode())  # of a model's many names
+        # A checksum, as a model has many names.
+        order = zlib.crc32(repr(self._exchange.order).encode())
         steps = self.compensation.num_steps
         return {"density": self.density, "steps exchanged": steps, "checksum of the order": order}
 

@@ -1,4 +1,4 @@
-"""What is laid out in buckets: which tensors as rows, in which order, at which density."""
+"""Which tensors the exchange lays out in buckets, in which order, and at which density."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def row_sparse_names(model: nn.Module) -> list[str]:
     found: dict[int, bool] = {}
     for module in model.modules():
         is_sparse = getattr(module, "sparse", False) is True
-        for parameter in module.parameters(recurse=False):  # a tied weight's gradient is dense
+        # A weight that is tied to a dense layer has a dense gradient.
+        for parameter in module.parameters(recurse=False):
             found[id(parameter)] = found.get(id(parameter), True) and is_sparse
     return [n for n, p in model.named_parameters() if found.get(id(p)) and p.requires_grad]
 

@@ -1,6 +1,6 @@
-"""Whether all ranks have the same: options, parameters and optimizer state, to the bit.
+"""Whether all ranks have the same options, parameters and optimizer state, to the bit.
 
-What is compared is small: a checksum of each tensor, read in pieces where it lies.
+Ranks compare a checksum of each tensor. It is computed in pieces, on the tensor's own device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from dgc.comm.interface import Comm
 
 _PIECE_BYTES = 16 * 2**20
-_Entry = tuple[str, str, Any]  # kind, what it is, its value or checksum
+_Entry = tuple[str, str, Any]  # (kind, name, value or checksum)
 
 _REMEDIES = {
     "option": "give all ranks the same, load the state on every rank, or after rank 0 has loaded "

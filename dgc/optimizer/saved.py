@@ -1,4 +1,4 @@
-"""Whether a person who saves what all ranks share also saves what each one alone has."""
+"""A reminder for those who save the optimizer's state but not what each worker keeps for itself."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ _log = logging.getLogger(__name__)
 
 
 class Saved:
-    """What has been saved since the last step. rank: the one that tells of it is 0."""
+    """Notes what has been saved since the last step. rank: only rank 0 prints the reminder."""
 
     def __init__(self, rank: int) -> None:
         self._is_told = rank > 0
         self._is_half = self._is_worker_saved = False
 
     def note_shared(self, num_worker_bytes: int) -> None:
-        """`state_dict` is taken, and so much is not in it."""
+        """Note that `state_dict` was called, and how many bytes of the workers' are not in it."""
         self._is_half = num_worker_bytes > 0
 
     def note_worker(self) -> None:

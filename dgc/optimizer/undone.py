@@ -1,4 +1,4 @@
-"""Steps that were undone on all ranks: each is told, and too many in a row end the run."""
+"""Steps that were undone on all ranks: rank 0 logs each, and too many in a row end the run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _log = logging.getLogger(__name__)
 
 
 class Undone:
-    """Counts the steps in a row that were undone. rank: the one that logs is 0."""
+    """Counts how many steps in a row were undone. rank: only rank 0 logs."""
 
     def __init__(self, rank: int) -> None:
         self._rank, self._num_in_a_row = rank, 0

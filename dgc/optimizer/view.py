@@ -30,12 +30,12 @@ class View(Optimizer):
     _exchange: Exchange
 
     def __init__(self, inner: Optimizer) -> None:
-        # Optimizer.__init__ would build groups of its own. Of what it makes we need the hooks.
+        # Optimizer.__init__ would build parameter groups of its own; we need only its hooks.
         self.inner = inner
         for name in _HOOKS:
             setattr(self, name, OrderedDict())
 
-    # What schedulers, scalers and people look for on an optimizer is the inner optimizer's.
+    # Schedulers, scalers and people look for these on any optimizer; they are the inner one's.
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self.inner.param_groups

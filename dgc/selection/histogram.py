@@ -1,4 +1,4 @@
-"""Where in a tensor's tail a number of entries lies, by a histogram of some of its magnitudes."""
+"""The threshold that a wanted number of entries reach, estimated from a histogram."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import struct
 import torch
 from torch import Tensor
 
-from parsimony_kernels.runtime.operands import BIN_SHIFT, BINS
+from parsimony_kernels.buffers.operands import BIN_SHIFT, BINS
 
-_LAST_FINITE = (0x7F800000 >> BIN_SHIFT) - 1  # bin; those behind it are infinity and NaN
+_LAST_FINITE = (0x7F800000 >> BIN_SHIFT) - 1  # of the bins; those above are infinity and NaN
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -23,7 +23,7 @@ class Tail:
     """
 
     def __init__(self, histogram: Tensor, sample_every: int) -> None:
-        # how many the top bins hold
+        # how many entries the n highest bins hold together
         self._from_top = torch.zeros(BINS + 1, dtype=torch.int64, device="cpu")
         torch.cumsum(histogram.flip(0), 0, out=self._from_top[1:])
         self._every = sample_every
@@ -51,9 +51,9 @@ class Tail:
         """Return how many of the sample reach a threshold."""
         if threshold == math.inf:
             return 0.0
-        place = max(1, _bin_of(threshold))
-        inner, outer = self._at_least(place), self._at_least(place + 1)
-        low, high = _edge(place), _edge(place + 1)
+        index = max(1, _bin_of(threshold))
+        inner, outer = self._at_least(index), self._at_least(index + 1)
+        low, high = _edge(index), _edge(index + 1)
         part = math.log(max(threshold, low) / low) / math.log(high / low)
         if outer == 0:
             return inner * (1 - part)
@@ -62,27 +62,27 @@ class Tail:
     def _reached_by(self, number: float) -> float:
         """Return the threshold that this many of the sample reach: above all of them for 0."""
         number = max(number, 0.5)
-        place = BINS - int(torch.searchsorted(self._from_top, number))
-        if place <= 0:
+        index = BINS - int(torch.searchsorted(self._from_top, number))
+        if index <= 0:
             return 0.0
-        place = min(place, _LAST_FINITE)
-        inner, outer = max(number, self._at_least(place)), self._at_least(place + 1)
+        index = min(index, _LAST_FINITE)
+        inner, outer = max(number, self._at_least(index)), self._at_least(index + 1)
         part = 1 - number / inner if outer == 0 else math.log(inner / number) / max(
             math.log(inner / outer), 1e-9
         )  # fmt: skip
-        low, high = _edge(place), _edge(place + 1)
+        low, high = _edge(index), _edge(index + 1)
         return low * (high / low) ** min(1.0, part)
 
-    def _at_least(self, place: int) -> int:
+    def _at_least(self, index: int) -> int:
         """Return how many of the sample are in this bin or a higher one."""
-        return int(self._from_top[BINS - place])
+        return int(self._from_top[BINS - index])
 
 
-def _edge(place: int) -> float:
+def _edge(index: int) -> float:
     """Return the least magnitude of a bin: by arithmetic, as torch may make denormal floats 0."""
-    if place > _LAST_FINITE:
+    if index > _LAST_FINITE:
         return _LARGEST
-    exponent, eighths = divmod(place, 8)
+    exponent, eighths = divmod(index, 8)
     if exponent == 0:
         return math.ldexp(eighths / 8, -126)
     return math.ldexp(1 + eighths / 8, exponent - 127)

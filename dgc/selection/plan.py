@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from parsimony_kernels.runtime.operands import BLOCK
+from parsimony_kernels.buffers.operands import BLOCK
 
 _LEAST_CAPACITY = 1024
 _SAMPLED_ABOVE = 128  # entries above the threshold that are wanted in the sampled blocks

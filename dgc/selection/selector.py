@@ -21,7 +21,7 @@ from dgc.selection.plan import SparsityPlan
 from dgc.selection.steering import Steering
 from dgc.worker.residual import Compensation, Taken
 from parsimony_kernels.buffers import ops as buffers
-from parsimony_kernels.runtime.operands import Found, Report, Selection
+from parsimony_kernels.buffers.operands import Found, Report, Selection
 
 MAX_TRIES = 5  # passes over a residual in a step, before it is ranked
 
@@ -130,7 +130,8 @@ class _Search:
         self.selector, self.plan, self.tail = selector, selector.plan, tail
         self.compensation, self.name = compensation, name
         self.bounds = selector.steering.bounds(selector.plan)
-        self.too_low, self.too_high = 0.0, math.inf  # thresholds that too many, or few, reach
+        # Thresholds that too many, or too few, entries reach.
+        self.too_low, self.too_high = 0.0, math.inf
 
     def run(self, found: Found, count: int) -> tuple[Taken, float]:
         """Return what is taken out, and the threshold above which that is all there was."""
@@ -139,7 +140,8 @@ class _Search:
         for _ in range(MAX_TRIES):
             new = Taken(*found.entries(count))
             if count > self.plan.capacity:
-                self._put_back(new)  # which of them were listed is by chance
+                # The list overflowed: which entries are in it depends on threads.
+                self._put_back(new)
                 self.too_low = threshold
             else:
                 taken = new if taken is None else _join(taken, new)
@@ -149,7 +151,7 @@ class _Search:
                     return taken, threshold
                 self.too_high = threshold
             if self.too_high <= self.too_low * (1 + 1e-6):
-                break  # what lies between are ties
+                break  # only equal magnitudes lie between the two
             threshold = self._next_threshold(0 if taken is None else taken.indices_K.numel())
             selection = self.selector.selection(threshold, 0)
             found = self.compensation.select_again(self.name, selection)
@@ -168,7 +170,7 @@ class _Search:
             return threshold
         if self.too_high == math.inf:
             return 2 * self.too_low
-        return math.sqrt(self.too_low * self.too_high)  # 0 as long as nothing is too low
+        return math.sqrt(self.too_low * self.too_high)  # 0 as long as no threshold was too low
 
     def _largest_of(self, taken: Taken) -> tuple[Taken, float]:
         is_kept = torch.zeros_like(taken.indices_K, dtype=torch.bool)

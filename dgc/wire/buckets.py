@@ -1,6 +1,6 @@
 """Buckets: which tensors leave together, in which order, and by which protocol.
 
-Depends on nothing but shapes and settings, so that all ranks plan the same.
+Depends on nothing but shapes and settings, so that all ranks make the same buckets.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dgc.wire.codec import Codec
 from dgc.wire.cost import Cost, Network, cheapest, dense_cost, gather_cost, sparse_all_reduce_cost
 from dgc.worker.elements import TensorSpec
 
-ENTRIES_A_MESSAGE = 64  # with a header of some ten entries
+ENTRIES_A_MESSAGE = 64  # at least, where a header is as long as some ten entries
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def make_buckets(
             groups.append(group)
         elif numel * spec.dtype.itemsize >= bucket_bytes and numel >= least:
             groups.append(filling.pop(key))
-    position = {spec.name: place for place, spec in enumerate(specs)}
+    position = {spec.name: index for index, spec in enumerate(specs)}
     groups += sorted(filling.values(), key=lambda group: position[group[-1].name])
     return [
         _plan_bucket(f"bucket{index}", tuple(group), compression, density, world_size)

@@ -9,7 +9,7 @@ Message, version 3: little-endian words of 32 bits, each part starting at a word
     2           layout: CRC-32 of the bucket's tensors, its types and which owner's part this is, so
                 that a message of another bucket or configuration is refused
     3           K, the number of entries
-    4           checksum: sum mod 2**32, over all words w but this one at places i from 0, of
+    4           checksum: sum mod 2**32, over all words w but this one, numbered i from 0, of
                 mix(w ^ mix(i)); `mix` (arithmetic.h) is a bijection, so a change within any
                 one word is found for certain, and others but for one in 2**32
     ceil(T/16)  flags: bit t of T: tensor t's gradient is not finite, and it has no entries;

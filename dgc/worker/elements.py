@@ -80,13 +80,13 @@ def rows_of(grad: Tensor) -> tuple[Tensor, Tensor]:
 
     Of one of single elements (`to_sparse()` makes such): the rows that have any, in full.
     """
-    grad = grad.coalesce()  # itself, where it is
+    grad = grad.coalesce()  # returns the same tensor if it is coalesced already
     indices, values = grad.indices(), grad.values()
     rows_K = indices[0]
     if grad.sparse_dim() > 1:
-        rows_K, place = rows_K.unique(return_inverse=True)
+        rows_K, row_of = rows_K.unique(return_inverse=True)
         elements = values.new_zeros(rows_K.numel(), *grad.shape[1:])
-        values = elements.index_put_((place, *indices[1:]), values)
+        values = elements.index_put_((row_of, *indices[1:]), values)
     values = to_reals(values)
     row_size = math.prod(grad.shape[1:]) * (2 if grad.is_complex() else 1)
     return rows_K, values.reshape(rows_K.numel(), row_size).contiguous()
@@ -101,10 +101,12 @@ def gradient_of(parameter: Tensor, mean_N: Tensor) -> Tensor:
     values_N = mean_N
     if mean_N.dtype != parameter.dtype:
         values_N = _of_its_dtype(parameter, mean_N)
-    if parameter.is_contiguous():  # of axes of length 1 the strides are arbitrary
+    # The strides of axes of length 1 are arbitrary: take the parameter's.
+    if parameter.is_contiguous():
         return values_N.as_strided(parameter.shape, parameter.stride())
     grad = torch.empty_like(parameter, memory_format=torch.preserve_format)
-    if grad.stride() != parameter.stride():  # with gaps, or elements that are one: as torch's own
+    # It has gaps, or elements in the same place: do as torch's own gradients do.
+    if grad.stride() != parameter.stride():
         return values_N.view(parameter.shape)
     return grad.copy_(values_N.view(parameter.shape))
 
@@ -121,7 +123,8 @@ def row_gradient_of(parameter: Tensor, rows_K: Tensor, means_KM: Tensor) -> Tens
 def _of_its_dtype(parameter: Tensor, values: Tensor) -> Tensor:
     """Return values (N,) in a parameter's dtype: reals, or pairs of them as complex numbers."""
     if parameter.is_complex():
-        if values.storage_offset() % 2:  # behind an odd tensor of its bucket
+        # A tensor before it in the bucket had an odd number of elements.
+        if values.storage_offset() % 2:
             values = values.clone()
         values = torch.view_as_complex(values.view(-1, 2))
     if parameter.dtype == torch.float16:

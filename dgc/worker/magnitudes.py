@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from parsimony_kernels.runtime.operands import Report
+from parsimony_kernels.buffers.operands import Report
 
-# What is larger counts as infinite: sums of such squares would soon be, and spoil a statistic. In
-# float64 they would not: that bound keeps sums of gradients within what float32 and bfloat16 hold,
-# as which reports, and on request residuals, are written.
+# Larger gradients count as infinite. In float32 sums of their squares would soon overflow and spoil
+# a statistic. In float64 they would not; there the bound keeps sums of gradients within the range
+# of float32 and bfloat16, in which reports are written, and residuals if asked for.
 LARGEST_GRADIENT = {torch.float32: 2.0**40, torch.float64: 2.0**100}
 
 
@@ -71,6 +71,6 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def overflown(reports: Sequence[Report | None], dtype: torch.dtype) -> set[int]:
-    """Return the places of tensors whose gradient, of this dtype, cannot be used."""
+    """Return the numbers of the tensors whose gradient, of this dtype, cannot be used."""
     most = LARGEST_GRADIENT[dtype]
     return {n for n, found in enumerate(reports) if found and not found.largest <= most}

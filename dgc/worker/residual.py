@@ -21,9 +21,7 @@ from torch import Tensor
 
 from dgc.worker.rounding import RoundingKeys
 from parsimony_kernels.buffers import ops as buffers
-from parsimony_kernels.buffers.ops import tensors
-from parsimony_kernels.runtime.operands import (
-    STATE_DTYPES,
+from parsimony_kernels.buffers.operands import (
     VELOCITY_KEY,
     Blocks,
     Buffer,
@@ -31,6 +29,8 @@ from parsimony_kernels.runtime.operands import (
     Found,
     Selection,
 )
+from parsimony_kernels.buffers.ops import tensors
+from parsimony_kernels.runtime.operands import STATE_DTYPES
 
 _KINDS = ("velocity", "residual")
 
@@ -62,8 +62,9 @@ class Compensation:
 
     With momentum m:  u <- m u + g,  v <- v + u;  Nesterov:  u <- m (u + g),  v <- v + u + g.
     Without (m = 0) there is no velocity:  v <- v + g.
-    Where a step has several gradients, g is their sum; u decays once. Momentum may change between
-    steps (`momentum` and `nesterov` are read as one goes on); while it is 0 velocities rest.
+    Where a step has several gradients, g is their sum; u is multiplied by m once. Momentum
+    may change between steps (`momentum` and `nesterov` are read in each); while it is 0 velocities
+    rest.
     A tensor that is always sent whole keeps no residual between steps.
 
     Args: residual_dtype, velocity_dtype: float32, bfloat16, or int8 for 8-bit blocks (see
@@ -90,10 +91,12 @@ class Compensation:
         self.velocity: dict[str, Buffer] = {}
         self.residual: dict[str, Buffer] = {}
         self.num_steps = 0
-        self._last_momentum = 0.0  # of a step that stood: Nesterov's velocities have it in them
+        # Of the last step that stood. Nesterov's velocities are stored times the momentum.
+        self._last_momentum = 0.0
         self._rounding = RoundingKeys(seed)
         self._before: dict[tuple[str, str], Buffer | None] = {}
-        self._keys: dict[str, int] = {}  # of this step's last gradient: what puts entries back
+        # Rounding keys of this step's last gradients: entries are put back with the same.
+        self._keys: dict[str, int] = {}
 
     def accumulate(
         self,
@@ -238,8 +241,8 @@ class Compensation:
         if m == 0:
             return Correction()
         if is_first:
-            decay = m * (m / (self._last_momentum or m)) if self.nesterov else m
-            return Correction(decay, m, 1, 1) if self.nesterov else Correction(m, 1, 1, 0)
+            factor = m * (m / (self._last_momentum or m)) if self.nesterov else m
+            return Correction(factor, m, 1, 1) if self.nesterov else Correction(m, 1, 1, 0)
         return Correction(1, m, 0, 1 + m) if self.nesterov else Correction(1, 1, 0, 1)
 
     def _masking(self, selection: Selection | None) -> Selection | None:

@@ -124,7 +124,8 @@ class Scaling:
         self._norms.append(norm)
         self._factors.append(factor)
         scale = factor if unscale == 1 else factor * unscale
-        nan = torch.full_like(factor, float("nan"))  # undoes the step, instead of adding nothing
+        # Makes all ranks undo the step; a factor of 0 would silently add nothing.
+        nan = torch.full_like(factor, float("nan"))
         return torch.where(torch.isfinite(norm), scale, nan).view(1)
 
 

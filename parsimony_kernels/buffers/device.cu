@@ -1,56 +1,24 @@
-// The passes of parsimony_kernels/buffers/ops.py on a GPU; parsimony_kernels/buffers/device.py launches these kernels.
-//
-// To the bit what parsimony_kernels/buffers/reference.py says, on the terms of device.cu, with which it is
-// one translation unit, so that both are compiled and launched alike.
+// The passes of buffers/ops.py on a GPU; buffers/device.py launches these kernels. runtime/grid.h says on
+// what terms.
 //
 // Mapping of every kernel: one warp a block of the buffer, BLOCK elements, those that share a scale
 // in 8-bit storage; a lane has EACH of them, LANES apart, so that accesses coalesce whatever the
 // alignment, and all of a lane's reads of one buffer are under way together. A block's maximum
 // needs shuffles only; shared memory and barriers are for the histogram. Warps stride over the
-// blocks, so any grid is correct; sizes are limited by nothing but memory.
+// blocks.
 //
 // A lane writes just the elements that it has read, and a scale is written after a shuffle of what
 // all lanes have made of the old one, so a buffer may take the place of the old one that is read.
-#include "step/device.cu"
+#include "buffers/entry.h"
+#include "runtime/grid.h"
 
-const int BLOCK = 256;
 const int LANES = 32, EACH = BLOCK / LANES;
-const float LEVELS = 127.0f, MIN_SCALE = 1e-30f;
-const int BIN_SHIFT = 20, BINS = 1 << (31 - BIN_SHIFT);
-
-// ---- what device_buffers.py fills in -----------------------------------------------------------
-
-enum Storage { STORED_NOWHERE, STORED_F32, STORED_BF16, STORED_F16, STORED_BLOCKS };
-
-struct Stored {
-    void *values;
-    float *scales;  // of blocks
-    int storage;
-};
-
-// Mirrors operands.Correction.
-struct Correction { float u_decay, u_gain, v_from_u, v_gain; };
-
-struct Accumulation {
-    Stored grad, residual, old_residual, velocity, old_velocity;  // residual alone is always there
-    i64 numel, residual_key, velocity_key;
-    const float *scale;          // null: 1
-    u32 *report;                 // max |x| as bits, count, BINS counts; 0 before
-    i64 *indices;                // these three: what is taken out, with `capacity` places
-    float *values, *velocities;  // velocities null: they stay
-    i64 capacity;
-    u32 sample_every, sample_first;
-    float threshold;
-    Correction correction;
-};
 
 // ---- a block's elements ------------------------------------------------------------------------
 
 FN i64 first_block() { return flat_start() / LANES; }
 FN i64 block_stride() { return flat_stride() / LANES; }
 FN int lane_of() { return threadIdx.x % LANES; }
-
-FN float widen(signed char x) { return (float)x; }
 
 // Beyond the end elements are 0, which is no maximum and never selected.
 template <class T> FN void load_as(const Stored &from, i64 block, i64 numel, float *x) {
@@ -63,10 +31,10 @@ template <class T> FN void load_as(const Stored &from, i64 block, i64 numel, flo
 
 FN void load(const Stored &from, i64 block, i64 numel, float *x) {
     switch (from.storage) {
-        case STORED_F32: return load_as<float>(from, block, numel, x);
-        case STORED_BF16: return load_as<bf16>(from, block, numel, x);
-        case STORED_F16: return load_as<f16>(from, block, numel, x);
-        case STORED_BLOCKS: {
+        case STORAGE_FLOAT32: return load_as<float>(from, block, numel, x);
+        case STORAGE_BFLOAT16: return load_as<bf16>(from, block, numel, x);
+        case STORAGE_FLOAT16: return load_as<f16>(from, block, numel, x);
+        case STORAGE_BLOCKS: {
             float scale = from.scales[block];
             load_as<signed char>(from, block, numel, x);
             for (int k = 0; k < EACH; k++) x[k] *= scale;
@@ -77,28 +45,25 @@ FN void load(const Stored &from, i64 block, i64 numel, float *x) {
     }
 }
 
-FN u32 magnitude_bits(float x) { return as_bits(x) & 0x7fffffffu; }
-
 // All of the warp must come here together.
-FN float scale_of_block(const float *x) {
+FN float scale_of(const float *x) {
     u32 largest = 0;
     for (int k = 0; k < EACH; k++) largest = larger_bits(largest, magnitude_bits(x[k]));
-    float scale = as_float(max_over_lanes(largest, LANES)) / LEVELS;
-    return scale < MIN_SCALE ? MIN_SCALE : scale;  // NaN stays
+    return scale_of_block(max_over_lanes(largest, LANES));
 }
 
 // Bit k of `zeroed`: the lane's k-th element becomes 0. The scale is that of the elements as they are.
 FN void store(const Stored &to, i64 block, i64 numel, i64 key, const float *x, u32 zeroed) {
     const u32 random = folded(key);
-    bool is_blocks = to.storage == STORED_BLOCKS;
-    float scale = is_blocks ? scale_of_block(x) : 1.0f;
+    bool is_blocks = to.storage == STORAGE_BLOCKS;
+    float scale = is_blocks ? scale_of(x) : 1.0f;
     if (is_blocks && lane_of() == 0) to.scales[block] = scale;
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
         i64 i = block * BLOCK + lane_of() + k * LANES;
         if (i >= numel) continue;
         float value = zeroed >> k & 1 ? 0.0f : x[k];
-        if (to.storage == STORED_F32) {
+        if (to.storage == STORAGE_FLOAT32) {
             ((float *)to.values)[i] = value;
         } else if (is_blocks) {
             ((signed char *)to.values)[i] = stochastic_code(value, scale, random_bits(i, random));
@@ -108,17 +73,9 @@ FN void store(const Stored &to, i64 block, i64 numel, i64 key, const float *x, u
     }
 }
 
-FN void clear(const Stored &of, i64 i) {
-    if (of.storage == STORED_F32) ((float *)of.values)[i] = 0.0f;
-    if (of.storage == STORED_BF16) ((bf16 *)of.values)[i].bits = 0;
-    if (of.storage == STORED_BLOCKS) ((signed char *)of.values)[i] = 0;
-}
-
 // ---- selecting ---------------------------------------------------------------------------------
 
 const u32 MOST_COUNTED = 1u << 31;  // or little more: the count must not start again at 0
-
-FN bool is_above(const Accumulation &s, float v) { return fabsf(v) >= s.threshold && v != 0.0f; }
 
 // List which of a block's elements are above, as far as there is room; return this lane's, as bits.
 // One atomic for a block that has any: it counts, and says where to list. All of the warp must come
@@ -126,7 +83,7 @@ FN bool is_above(const Accumulation &s, float v) { return fabsf(v) >= s.threshol
 FN u32 take(const Accumulation &s, i64 block, const float *u, const float *v) {
     u32 above[EACH], total = 0, taken = 0;
     for (int k = 0; k < EACH; k++) {
-        above[k] = __ballot_sync(WHOLE_WARP, is_above(s, v[k]));
+        above[k] = __ballot_sync(WHOLE_WARP, is_above(v[k], s.threshold));
         total += __popc(above[k]);
     }
     if (total == 0) return 0;
@@ -137,12 +94,12 @@ FN u32 take(const Accumulation &s, i64 block, const float *u, const float *v) {
     }
     at = max_over_lanes(at, LANES);  // the other lanes' are 0
     for (int k = 0; k < EACH; k++) {
-        i64 place = at + __popc(above[k] & ((1u << lane) - 1));
+        i64 slot = at + __popc(above[k] & ((1u << lane) - 1));
         at += __popc(above[k]);
-        if (!(above[k] >> lane & 1) || place >= s.capacity) continue;
-        s.indices[place] = block * BLOCK + lane + k * LANES;
-        s.values[place] = v[k];
-        if (s.velocities) s.velocities[place] = u[k];
+        if (!(above[k] >> lane & 1) || slot >= s.capacity) continue;
+        s.indices[slot] = block * BLOCK + lane + k * LANES;
+        s.values[slot] = v[k];
+        if (s.velocities) s.velocities[slot] = u[k];
         taken |= 1u << k;
     }
     return taken;
@@ -177,7 +134,7 @@ FN void end_bins(const Accumulation &s, const u32 *bins) {
 // where more are above than there is room for.
 template <bool SELECTS> FN void accumulate_blocks(const Accumulation &s, u32 *bins) {
     const Correction &c = s.correction;
-    bool has_velocity = s.velocity.storage != STORED_NOWHERE;
+    bool has_velocity = s.velocity.storage != STORAGE_ABSENT;
     float scale = s.scale ? *s.scale : 1.0f;
     u32 largest = 0;
     for (i64 block = first_block(); block * BLOCK < s.numel; block += block_stride()) {
@@ -185,14 +142,15 @@ template <bool SELECTS> FN void accumulate_blocks(const Accumulation &s, u32 *bi
         load(s.grad, block, s.numel, u);
         for (int k = 0; k < EACH; k++) {
             u[k] *= scale;
-            v[k] = u[k] * c.v_gain;
+            v[k] = change(u[k], c);
             largest = larger_bits(largest, magnitude_bits(u[k]));
         }
         if (has_velocity) {
             load(s.old_velocity, block, s.numel, old);
             for (int k = 0; k < EACH; k++) {
-                u[k] = old[k] * c.u_decay + u[k] * c.u_gain;
-                v[k] = u[k] * c.v_from_u + v[k];
+                float x = u[k];
+                u[k] = new_velocity(old[k], x, c);
+                v[k] = change(u[k], x, c);
             }
         }
         load(s.old_residual, block, s.numel, old);
@@ -229,7 +187,7 @@ STREAMING_KERNEL(select_stored, Accumulation) {
         bool is_any = false;
         load(s.residual, block, s.numel, v);
         sample(s, block, v, bins);
-        for (int k = 0; k < EACH; k++) is_any = is_any || is_above(s, v[k]);
+        for (int k = 0; k < EACH; k++) is_any = is_any || is_above(v[k], s.threshold);
         if (!__ballot_sync(WHOLE_WARP, is_any)) continue;
         if (s.velocities) load(s.velocity, block, s.numel, u);
         u32 taken = take(s, block, u, v);

@@ -19,24 +19,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parsimony_kernels.buffers.reference import LEVELS, round_bfloat16, round_codes
-from parsimony_kernels.buffers.reference import decode as decode
-from parsimony_kernels.runtime.checks import check_shape, check_tensor
-from parsimony_kernels.runtime.choice import implementing_module
-from parsimony_kernels.runtime.operands import (
+from parsimony_kernels.buffers.operands import (
     BINS,
     BLOCK,
-    STEP_DTYPES,
+    LEVELS,
     STORED_DTYPES,
     Blocks,
     Buffer,
     Correction,
     Found,
     Selection,
-    state_dtype,
 )
-from parsimony_kernels.runtime.operands import Report as Report
-from parsimony_kernels.runtime.operands import read_reports as read_reports
+from parsimony_kernels.buffers.operands import Report as Report
+from parsimony_kernels.buffers.operands import read_reports as read_reports
+from parsimony_kernels.buffers.reference import decode as decode
+from parsimony_kernels.buffers.reference import round_bfloat16, round_codes
+from parsimony_kernels.runtime.checks import check_shape, check_tensor
+from parsimony_kernels.runtime.choice import implementing_module
+from parsimony_kernels.runtime.operands import STEP_DTYPES, state_dtype
 
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -130,7 +130,7 @@ def accumulate(
 ) -> Found:
     """Add a gradient to velocity and residual and take large entries out, in one pass.
 
-    With x = scale * grad:  u = u_decay old_velocity + u_gain x;  v = old_residual + (v_from_u u +
+    With x = scale * grad:  u = u_beta old_velocity + u_gain x;  v = old_residual + (v_from_u u +
     v_gain x), from the u that rounding has not touched. All in float32, or for a float64 gradient
     in float64, rounded by operation.
     What `selection` takes out is listed, v and u as they are before rounding, and is exactly 0 in

@@ -1,6 +1,6 @@
-"""The passes of buffers.py in plain torch: the specification, and the version for any device.
+"""The pass over buffers in plain torch: the specification, and the implementation for any device.
 
-Tensors as large as the gradient come and go here. Arguments were checked by ops.py.
+Tensors as large as the gradient come and go here. ops.py has checked the arguments.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parsimony_kernels.runtime.operands import (
+from parsimony_kernels.buffers.operands import (
     BIN_SHIFT,
     BINS,
     BLOCK,
+    LEVELS,
     MIN_SCALE,
     VELOCITY_KEY,
     Blocks,
@@ -19,15 +20,13 @@ from parsimony_kernels.runtime.operands import (
     Correction,
     Found,
     Selection,
-    state_dtype,
 )
+from parsimony_kernels.runtime.operands import state_dtype
 from parsimony_kernels.step.reference import mix
-
-LEVELS = 127
 
 
 def random_bits(indices: Tensor, key: int) -> Tensor:
-    """Return 32 random bits for each element, as int64: common.h's function of that name."""
+    """Return 32 random bits for each element, as int64."""
     halves = (key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF)
     low, high = (torch.tensor(half, dtype=torch.int64, device="cpu") for half in halves)
     return mix((indices & 0xFFFFFFFF) ^ int(mix(low ^ mix(high))))
@@ -104,11 +103,11 @@ def accumulate(
     x = grad_N.to(state_dtype(grad_N.dtype))
     if scale is not None:
         x = x * scale
-    u_decay, u_gain, v_from_u, v_gain = correction.scalars(x.dtype)
+    u_beta, u_gain, v_from_u, v_gain = correction.scalars(x.dtype)
     change, u = x * v_gain, None
     if velocity is not None:
         before = torch.zeros_like(x) if old_velocity is None else decode(old_velocity).to(x.dtype)
-        u = before * u_decay + x * u_gain
+        u = before * u_beta + x * u_gain
         change = u * v_from_u + change
         _store(u, velocity, key ^ VELOCITY_KEY)
     before = torch.zeros_like(x) if old_residual is None else decode(old_residual).to(x.dtype)

@@ -1,39 +1,15 @@
-// The operations of parsimony_kernels/packing/ops.py on a GPU; parsimony_kernels/packing/device.py launches these kernels.
-//
-// To the bit what parsimony_kernels/packing/reference.py says, on the terms of device.cu, with which it is
-// one translation unit, so that all is compiled and launched alike.
+// The operations of packing/ops.py on a GPU; packing/device.py launches these kernels. runtime/grid.h says
+// on what terms.
 //
 // Mappings: "flat" is one thread an item, a word, an entry or a value; pack_values and round_values
-// have one warp for a group of values, a lane for each. Kernels stride over their work, so any grid
-// is correct. What is packed is gathered word by word and needs no atomics. The only atomics are a
-// sum of unsigned integers (the checksum) and an or (problems): thread order reaches no result.
+// have one warp for a group of values, a lane for each. What is packed is gathered word by word and
+// needs no atomics. The only atomics are a sum of unsigned integers (the checksum) and an or (problems):
+// the order of threads changes no result.
 //
 // Whatever a message holds, only its own words are read, and only the `num_entries` positions and
 // `num_values` values that were laid out for it are written.
-#include "buffers/device.cu"
 #include "packing/layout.h"
-
-// ---- what device_packing.py fills in -----------------------------------------------------------
-
-struct Packing {
-    Sections parts;
-    u32 *words;
-    i64 *positions;   // with values: read to pack, written to unpack
-    float *values;
-    float *rounded;
-    int *counts;      // of set bits in each of Elias-Fano's upper words
-    const i64 *ends;  // running sums of counts
-    u32 *found;       // checksum, less the message's own; Problems
-};
-
-struct Merging {
-    i64 num_entries, dim;
-    const i64 *sorted, *order;  // all lists' positions, and which entry each is of; equal ones in order
-    const i64 *ranks;           // how many distinct positions there are up to each
-    const float *values;        // (num_entries, dim) of the joined lists
-    i64 *positions;
-    float *sums;                // (distinct positions, dim)
-};
+#include "runtime/grid.h"
 
 FN void report(const Packing &s, u32 problem) { atomicOr(s.found + 1, problem); }
 
@@ -89,7 +65,7 @@ KERNEL(unpack_coded, Packing) {
                 s.positions[rank] = coded_position(x, s.words, 32 * w + bit, rank);
             rank++;
         }
-        if (w == num_words - 1 && rank != x.num_entries) report(s, WRONG_COUNT);
+        if (w == num_words - 1 && rank != x.num_entries) report(s, PROBLEM_COUNT);
     }
 }
 
@@ -103,8 +79,8 @@ KERNEL(unpack_plain, Packing) {
 KERNEL(check_positions, Packing) {
     for (i64 i = flat_start(); i < s.parts.num_entries; i += flat_stride()) {
         i64 position = s.positions[i];
-        if (position < 0 || position >= s.parts.universe) report(s, OUTSIDE);
-        if (i > 0 && s.positions[i - 1] >= position) report(s, WRONG_ORDER);
+        if (position < 0 || position >= s.parts.universe) report(s, PROBLEM_OUTSIDE);
+        if (i > 0 && s.positions[i - 1] >= position) report(s, PROBLEM_ORDER);
     }
 }
 
@@ -112,7 +88,7 @@ KERNEL(check_positions, Packing) {
 
 // All of the warp must come here together.
 template <class E> FN u32 scale_of_group(float x) {
-    return scale_of<E>(max_over_lanes(as_bits(x) & 0x7fffffffu, GROUP));
+    return scale_of<E>(max_over_lanes(magnitude_bits(x), GROUP));
 }
 
 template <class E> FN float rounded(float x) {
@@ -171,8 +147,8 @@ FN float unpacked_value(const Packing &s, i64 i) {
 KERNEL(unpack_values, Packing) {
     for (i64 i = flat_start(); i < s.parts.num_values; i += flat_stride()) {
         float value = unpacked_value(s, i);
-        if (!is_finite(value)) report(s, NOT_FINITE);
-        if (i == 0 && !is_padding_zero(s.parts, s.words)) report(s, WRONG_PADDING);
+        if (!is_finite(value)) report(s, PROBLEM_NOT_FINITE);
+        if (i == 0 && !is_padding_zero(s.parts, s.words)) report(s, PROBLEM_PADDING);
         s.values[i] = value;
     }
 }

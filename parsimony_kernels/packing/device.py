@@ -1,4 +1,4 @@
-"""The operations of packing.py in CUDA, by device_packing.cu. Arguments were checked there.
+"""The operations in CUDA, by device.cu. ops.py has checked the arguments.
 
 Work goes to torch's current stream of the tensors' device. `pack` and `round_values` do not wait
 for it; `unpack` waits for what was found, `merge` for how many positions there are. Temporaries:
@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from parsimony_kernels.packing.message import CHECKSUM_WORD, GROUP, INDEX_CODINGS, Problem, Sections
-from parsimony_kernels.runtime.launch import THREADS
-from parsimony_kernels.step import device
+from parsimony_kernels.runtime.launch import THREADS, Argument, launch
 
 MAX_BLOCKS = 2**16  # kernels stride over what is more
 _ELIAS_FANO = INDEX_CODINGS.index("elias_fano")
 
 
-class Packing(device.Argument):
+class Packing(Argument):
     _fields_ = (
         ("parts", Sections),
         *((name, c_void_p) for name in ("words", "positions", "values", "rounded")),
@@ -29,7 +28,7 @@ class Packing(device.Argument):
     )
 
 
-class Merging(device.Argument):
+class Merging(Argument):
     _fields_ = (
         *((name, c_int64) for name in ("num_entries", "dim")),
         *((name, c_void_p) for name in ("sorted", "order", "ranks")),
@@ -102,4 +101,4 @@ def _in_groups(parts: Sections) -> int:
 
 def _launch(name: str, work: Packing | Merging, num_items: int, where: torch.device) -> None:
     if num_items > 0:
-        device.launcher.launch(name, min(-(-num_items // THREADS), MAX_BLOCKS), work, where)
+        launch(name, min(-(-num_items // THREADS), MAX_BLOCKS), work, where)

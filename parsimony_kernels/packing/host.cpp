@@ -1,26 +1,23 @@
-// The operations of packing.py for CPU tensors, compiled together with host.cpp.
+// The operations of packing/ops.py for CPU tensors, but for merge.cpp's; loaded through ctypes.
 //
 // `pack` and `unpack` run on the caller's thread: a message is a few tens of kilobytes, which takes less
 // time than starting others.
 #include <cmath>
 #include <cstring>
 
-#include "runtime/arithmetic.h"
 #include "packing/layout.h"
 
 namespace {
-
-inline int max_of(int a, int b) { return a > b ? a : b; }
 
 // ---- values -------------------------------------------------------------------------------------------
 
 inline int group_length(i64 group, i64 n) { return (int)(n - group * GROUP < GROUP ? n - group * GROUP : GROUP); }
 
 u32 largest_bits(const float *x, int length) {
-    int largest = 0;
+    u32 largest = 0;
 #pragma omp simd reduction(max : largest)
-    for (int j = 0; j < length; j++) largest = max_of(largest, (int)(as_bits(x[j]) & 0x7fffffffu));
-    return (u32)largest;
+    for (int j = 0; j < length; j++) largest = larger_bits(largest, magnitude_bits(x[j]));
+    return largest;
 }
 
 // The codes of a group, one a byte; returns its scale.
@@ -134,10 +131,10 @@ int unpack_coded(const Sections &s, const u32 *words, i64 *positions) {
     i64 rank = 0;
     for (i64 w = 0; w < words_of(upper_length(s)); w++)
         for (u32 bits = words[s.indices + w]; bits; bits &= bits - 1, rank++) {
-            if (rank == s.num_entries) return WRONG_COUNT;
+            if (rank == s.num_entries) return PROBLEM_COUNT;
             positions[rank] = coded_position(s, words, 32 * w + __builtin_ctz(bits), rank);
         }
-    return rank == s.num_entries ? 0 : WRONG_COUNT;
+    return rank == s.num_entries ? 0 : PROBLEM_COUNT;
 }
 
 int unpack_positions(const Sections &s, const u32 *words, i64 *positions) {
@@ -163,9 +160,6 @@ u32 checksum(const u32 *words, i64 n) {
 
 extern "C" {
 
-// Tells whether Python's idea of the structure is this one's.
-i64 parsimony_sections_size() { return sizeof(Sections); }
-
 void parsimony_round_values(const float *x, i64 n, int coding, float *out) {
     if (coding == VALUE_MXFP8) return round_groups<E4M3>(x, n, out);
     if (coding == VALUE_MXFP4) return round_groups<E2M1>(x, n, out);
@@ -173,7 +167,7 @@ void parsimony_round_values(const float *x, i64 n, int coding, float *out) {
     for (i64 i = 0; i < n; i++) out[i] = widen(narrow_within_range(x[i]));
 }
 
-// words: header and flags are written, the rest is 0. Returns the problem of positions that no bucket has.
+// `words` has header and flags, and is 0 behind them. Returns what is wrong with the positions, or 0.
 int parsimony_pack(const Sections *s, const i64 *positions, const float *values, u32 *words) {
     const int problem = order_problems(positions, s->num_entries, s->universe);
     if (problem) return problem;
@@ -183,13 +177,13 @@ int parsimony_pack(const Sections *s, const i64 *positions, const float *values,
     return 0;
 }
 
-// Sections were checked against the message's length. What is wrong stops it: nothing is read twice.
+// The sections were checked against the message's length. Returns the first problem that is found, or 0.
 int parsimony_unpack(const Sections *s, const u32 *words, i64 *positions, float *values) {
-    if (checksum(words, s->end) != words[CHECKSUM_WORD]) return WRONG_CHECKSUM;
+    if (checksum(words, s->end) != words[CHECKSUM_WORD]) return PROBLEM_CHECKSUM;
     const int problem = unpack_positions(*s, words, positions);
     if (problem) return problem;
     unpack_values(*s, words, values);
-    if (!are_finite(values, s->num_values)) return NOT_FINITE;
-    return is_padding_zero(*s, words) ? 0 : WRONG_PADDING;
+    if (!are_finite(values, s->num_values)) return PROBLEM_NOT_FINITE;
+    return is_padding_zero(*s, words) ? 0 : PROBLEM_PADDING;
 }
 }

@@ -1,7 +1,4 @@
-"""The operations of packing.py for CPU tensors, by host_packing.cpp and host_merge.cpp.
-
-Arguments were checked by parsimony_kernels.packing.ops.
-"""
+"""The operations for CPU tensors, by host.cpp and merge.cpp. ops.py has checked the arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from parsimony_kernels.runtime.build import host_library
 _pointer, _i64, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
-class _List(ctypes.Structure):
+class EntryList(ctypes.Structure):
     _fields_ = [("positions", _pointer), ("values", _pointer), ("length", _i64)]
 
 
@@ -47,7 +44,9 @@ def unpack(words: Tensor, parts: Sections) -> tuple[Tensor, Tensor, int]:
 
 def merge(positions: Sequence[Tensor], values: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
     pairs = zip(positions, values, strict=True)
-    lists = (_List * len(positions))(*((p.data_ptr(), v.data_ptr(), p.numel()) for p, v in pairs))
+    lists = (EntryList * len(positions))(
+        *((p.data_ptr(), v.data_ptr(), p.numel()) for p, v in pairs)
+    )
     what = lists, _i64(len(lists))
     room = torch.empty(sum(p.numel() for p in positions), dtype=torch.int64, device="cpu")
     count = _checked(_library().parsimony_unite(*what, _at(room)))
@@ -73,8 +72,6 @@ def _at(tensor: Tensor) -> ctypes.c_void_p:
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = host_library()
-    for name in ("unite", "add_up", "sections_size", "list_size"):
+    for name in ("unite", "add_up"):
         getattr(library, f"parsimony_{name}").restype = _i64
-    assert library.parsimony_sections_size() == ctypes.sizeof(Sections)
-    assert library.parsimony_list_size() == ctypes.sizeof(_List)
     return library

@@ -1,31 +1,11 @@
 // Messages as dgc/wire/codec.py describes them: what the host's and the device's sources share.
-// To be included after common.h.
 #pragma once
 
-// Mirrors kernels.message.Sections: where a message's parts begin, in words.
-struct Sections {
-    i64 num_entries, num_values, universe;
-    i64 indices, low, values, scales, end;
-    int index_coding, value_coding, low_bits;
-};
+#include "runtime/arithmetic.h"
 
-enum IndexCoding { INDEX_INT32, INDEX_INT64, INDEX_ELIAS_FANO };
-enum ValueCoding { VALUE_FLOAT32, VALUE_FLOAT16, VALUE_MXFP8, VALUE_MXFP4 };
-enum Problem {  // mirrors kernels.message.Problem
-    WRONG_CHECKSUM = 1,
-    WRONG_COUNT = 2,
-    WRONG_ORDER = 4,
-    OUTSIDE = 8,
-    WRONG_PADDING = 16,
-    NOT_FINITE = 32
-};
-
-const int GROUP = 32;  // values that share a scale
-const i64 CHECKSUM_WORD = 4;
-
-// What a word adds to the checksum. `mix` is a bijection, so another word in this place adds
-// something else, for certain.
-FN u32 checked(u32 word, i64 place) { return mix(word ^ mix((u32)place)); }
+// What a word adds to the checksum. `mix` is a bijection, so another word at this index is certain to
+// add something else.
+FN u32 checked(u32 word, i64 index) { return mix(word ^ mix((u32)index)); }
 
 // ---- bits ----------------------------------------------------------------------------------------
 
@@ -93,8 +73,8 @@ FN int order_problems(const i64 *positions, i64 n, i64 universe) {
     if (n == 0) return 0;
     int descents = 0;
     for (i64 i = 1; i < n; i++) descents |= positions[i] <= positions[i - 1];
-    if (descents) return WRONG_ORDER;  // the ends do not bound the others then
-    return positions[0] < 0 || positions[n - 1] >= universe ? OUTSIDE : 0;
+    if (descents) return PROBLEM_ORDER;  // the ends do not bound the others then
+    return positions[0] < 0 || positions[n - 1] >= universe ? PROBLEM_OUTSIDE : 0;
 }
 
 // The `rank`th position, whose bit is the upper part's `bit`th.

@@ -1,33 +1,26 @@
-// The merge of packing.py for CPU tensors, compiled together with host.cpp.
+// The merge of packing/ops.py for CPU tensors; loaded through ctypes.
 //
-// Lists are as long as thousands of entries and as many as hundreds, and ascend. Merging them by
-// comparisons costs a branch that is guessed wrong for each entry and level; here each window of the
-// positions is gone through list by list, so that sums have the order of the lists by themselves.
+// There are up to hundreds of lists of thousands of entries, each ascending. A merge that compares entries
+// costs a mispredicted branch for each entry and level. Here the positions are cut into windows, and within
+// a window one list is visited after the other. This also adds the values in the order of the lists.
 #include <cmath>
 #include <new>
 #include <vector>
 
-#include "runtime/arithmetic.h"
 #include "packing/layout.h"
 
 namespace {
 
-struct List {  // mirrored by host_packing.py
-    const i64 *positions;
-    const float *values;
-    i64 length;
-};
-
 const i64 NOTHING = 0x7fffffffffffffff;
 
-// The lists' entries by windows of the positions, each begun at the first position that is left. What
-// is kept for a window stays in the cache, and is sized so that it has thousands of entries.
+// The lists' entries, in windows of the positions. A window begins at the first position that is left. It
+// is small enough that what is kept for it stays in the cache, and large enough for thousands of entries.
 class Windows {
   public:
     const int width_bits;
     i64 begin = NOTHING;
 
-    Windows(const List *lists, i64 num_lists)
+    Windows(const EntryList *lists, i64 num_lists)
         : width_bits(bits_for(lists, num_lists)), lists(lists), cursors(num_lists), num_lists(num_lists) {
         for (i64 p = 0; p < num_lists; p++)
             if (lists[p].length) begin = least(begin, lists[p].positions[0]);
@@ -38,7 +31,7 @@ class Windows {
         const u64 width = 1ull << width_bits;
         i64 next = NOTHING;
         for (i64 p = 0; p < num_lists; p++) {
-            const List &list = lists[p];
+            const EntryList &list = lists[p];
             i64 i = cursors[p];
             for (; i < list.length && (u64)(list.positions[i] - begin) < width; i++)
                 visit(list.positions[i] - begin, list, i);
@@ -51,13 +44,13 @@ class Windows {
     bool is_left() const { return begin != NOTHING; }
 
   private:
-    const List *lists;
+    const EntryList *lists;
     std::vector<i64> cursors;
     const i64 num_lists;
 
     static i64 least(i64 a, i64 b) { return a < b ? a : b; }
 
-    static int bits_for(const List *lists, i64 num_lists) {
+    static int bits_for(const EntryList *lists, i64 num_lists) {
         i64 total = 0, span = 0;
         for (i64 p = 0; p < num_lists; p++) {
             if (lists[p].length == 0) continue;
@@ -72,13 +65,13 @@ class Windows {
 };
 
 // The positions of all lists, once each, ascending; returns how many.
-i64 unite(const List *lists, i64 num_lists, i64 *out) {
+i64 unite(const EntryList *lists, i64 num_lists, i64 *out) {
     Windows windows(lists, num_lists);
     std::vector<u64> marks(1ull << (windows.width_bits - 6)), marked(1ull << (windows.width_bits - 12));
     i64 count = 0;
     while (windows.is_left()) {
         const i64 begin = windows.begin;
-        windows.visit([&](i64 at, const List &, i64) {
+        windows.visit([&](i64 at, const EntryList &, i64) {
             marks[at >> 6] |= 1ull << (at & 63);
             marked[at >> 12] |= 1ull << (at >> 6 & 63);
         });
@@ -96,7 +89,7 @@ i64 unite(const List *lists, i64 num_lists, i64 *out) {
 }
 
 // sums (num_positions, dim), 0 before: each list's values in turn.
-void add_up(const List *lists, i64 num_lists, const i64 *positions, i64 num_positions, i64 dim, float *sums) {
+void add_up(const EntryList *lists, i64 num_lists, const i64 *positions, i64 num_positions, i64 dim, float *sums) {
     Windows windows(lists, num_lists);
     std::vector<int> slots(1ull << windows.width_bits);  // of this window's positions; others are never read
     i64 first = 0;
@@ -106,7 +99,7 @@ void add_up(const List *lists, i64 num_lists, const i64 *positions, i64 num_posi
         for (; last < num_positions && positions[last] - begin < (i64)slots.size(); last++)
             slots[positions[last] - begin] = (int)(last - first);
         float *here = sums + first * dim;
-        windows.visit([&](i64 at, const List &list, i64 i) {
+        windows.visit([&](i64 at, const EntryList &list, i64 i) {
             float *sum = here + slots[at] * dim;
             const float *values = list.values + i * dim;
             for (i64 c = 0; c < dim; c++) sum[c] += values[c];
@@ -121,11 +114,9 @@ void add_up(const List *lists, i64 num_lists, const i64 *positions, i64 num_posi
 
 extern "C" {
 
-i64 parsimony_list_size() { return sizeof(List); }
-
-// Returns how many positions there are; -1 if a list is not as lists must be, since windows rely on it;
-// -2 if there is too little memory.
-i64 parsimony_unite(const List *lists, i64 num_lists, i64 *out) {
+// Returns how many positions there are; -1 if a list does not ascend or has negative positions, which
+// Windows relies on; -2 if there is too little memory.
+i64 parsimony_unite(const EntryList *lists, i64 num_lists, i64 *out) {
     for (i64 p = 0; p < num_lists; p++)
         if (order_problems(lists[p].positions, lists[p].length, NOTHING)) return -1;
     try {
@@ -136,7 +127,7 @@ i64 parsimony_unite(const List *lists, i64 num_lists, i64 *out) {
 }
 
 // sums are 0 before. Returns 0, or -2.
-i64 parsimony_add_up(const List *lists, i64 num_lists, const i64 *positions, i64 num_positions, i64 dim,
+i64 parsimony_add_up(const EntryList *lists, i64 num_lists, const i64 *positions, i64 num_positions, i64 dim,
                      float *sums) {
     try {
         add_up(lists, num_lists, positions, num_positions, dim, sums);

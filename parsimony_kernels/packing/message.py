@@ -1,6 +1,6 @@
-"""Where the parts of a message lie, and what may be wrong with one: shared by packing.py's three.
+"""Where the parts of a message lie, and what may be wrong with one.
 
-The format itself is described in dgc/wire/codec.py.
+The format itself is described in dgc/wire/codec.py; abi.h has the same structures and numbers.
 Shapes: K entries, each a position below `universe` and `dim` values; M = K * dim.
 """
 
@@ -26,7 +26,7 @@ class MessageError(ValueError):
 
 
 class Problem(IntFlag):
-    """What an implementation may find wrong in a message; packing.h has the same numbers."""
+    """What an implementation may find wrong in a message."""
 
     CHECKSUM = 1
     COUNT = 2
@@ -51,7 +51,7 @@ _WORDS = {
 
 
 class Sections(ctypes.Structure):
-    """Where a message's parts begin, in 32-bit words; packing.h has the same fields in this order.
+    """Where a message's parts begin, in 32-bit words.
 
     indices: positions, or Elias-Fano's upper bits; low: its low bits; end: the message's length.
     """

@@ -1,6 +1,6 @@
-"""The operations of packing.py in plain torch: the specification, and the version for any device.
+"""The operations in plain torch: the specification, and the implementation for any device.
 
-Bits lie one to an int64 on their way. Arguments were checked by parsimony_kernels.packing.ops.
+Bits lie one to an int64 on their way. ops.py has checked the arguments.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def merge(positions: Sequence[Tensor], values: Sequence[Tensor], dim: int) -> tu
 
 
 def checksum(words: Tensor) -> int:
-    """Return sum of mix(word ^ mix(place)) mod 2**32 over all words but the checksum's own."""
-    places = _up_to(words.numel(), words.device)
-    terms = mix((words.long() & 0xFFFFFFFF) ^ mix(places))
+    """Return sum of mix(word ^ mix(index)) mod 2**32 over all words but the checksum's own."""
+    indices = _up_to(words.numel(), words.device)
+    terms = mix((words.long() & 0xFFFFFFFF) ^ mix(indices))
     terms[CHECKSUM_WORD] = 0
     return int(terms.sum()) & 0xFFFFFFFF
 

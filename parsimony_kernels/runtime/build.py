@@ -1,8 +1,8 @@
 """Compile the C++ once for this machine and load it, with torch's own OpenMP threads.
 
-The library is kept in ~/.cache/parsimony/kernels (XDG_CACHE_HOME moves it), under a name made of
-the sources, the options and the processor, and of the compiler: a change in any makes a new one.
-Where there is no compiler, any compiler's will do.
+The library is kept in ~/.cache/parsimony/kernels (XDG_CACHE_HOME moves it). Its name is a hash of
+the sources, the options, the processor and the compiler, so a change in any of them makes a new
+library. A machine without a compiler takes a library that any compiler made there.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from pathlib import Path
 
 import torch
 
-PACKAGE = Path(__file__).parents[1]
+from parsimony_kernels.runtime.sources import PACKAGE, joined
+
 SOURCES = ("step/host.cpp", "buffers/host.cpp", "packing/host.cpp", "packing/merge.cpp")
-HEADERS = ("runtime/arithmetic.h", "runtime/float_mode.h", "packing/layout.h")
-# No contraction: a product and a sum stay two roundings, as in the specification. What is allowed
-# (no errno, no traps) changes no result, and lets roots and quotients be vectorised.
+# A product and a sum must stay two roundings, as in the specification, so contraction is off. That
+# nothing needs errno or traps changes no result, and lets g++ vectorise roots and quotients.
 ARITHMETIC = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
-# No unswitching: of the two versions of a loop that it makes, g++ vectorises but one.
+# Unswitching is off: where a condition in a loop does not change, g++ would make two versions of
+# the loop, one for each outcome, and vectorise only one of them.
 SPEED = ("-O3", "-march=native", "-fno-unswitch-loops", "-fopenmp")
 OPTIONS = ("-std=c++17", *SPEED, *ARITHMETIC, "-fPIC", "-shared", "-Wall")
 REMEDY = (
@@ -42,7 +43,7 @@ PATIENCE = 300.0  # seconds for another process that compiles
 
 @functools.cache
 def host_library() -> ctypes.CDLL:
-    """Return the compiled SOURCES, compiling them if this machine has not yet.
+    """Return the compiled SOURCES; compile them if this machine has not yet.
 
     Raises: RuntimeError with the compiler's words and the remedy.
     """
@@ -59,7 +60,9 @@ def host_library() -> ctypes.CDLL:
 
 
 def _libraries() -> list[Path]:
-    """Return the library to load, compiled now if need be; or those that may do in its place."""
+    """Return the libraries to try in turn: the one of this compiler, which is made if missing; if
+    that is not possible, those that other compilers made of the same sources.
+    """
     key = _key()
     found = sorted(cache_folder().glob(f"host-{key}-*.so"), key=lambda path: path.stat().st_mtime)
     try:
@@ -185,7 +188,7 @@ def _run(words: list[str]) -> tuple[int, str]:
 
 
 def _key() -> str:
-    sources = b"".join((PACKAGE / name).read_bytes() for name in (*HEADERS, *SOURCES))
+    sources = "".join(map(joined, SOURCES)).encode()
     return _digest(sources, " ".join(OPTIONS).encode(), _processor().encode())
 
 
@@ -198,7 +201,7 @@ def _digest(*parts: bytes) -> str:
 
 
 def _processor() -> str:
-    """Name what -march=native stands for: a cache in a shared home serves machines that differ."""
+    """Name what -march=native stands for, as different machines may share a home and its cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

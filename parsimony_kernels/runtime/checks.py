@@ -14,9 +14,9 @@ from parsimony_kernels.runtime.operands import (
     Factored,
     First,
     Full,
+    MomentOfUpdates,
     Second,
     Table,
-    Velocity,
     state_dtype,
 )
 
@@ -129,7 +129,7 @@ def check_table(
 def check_first(first: First, param: Tensor) -> None:
     dtypes = _STATE[param.dtype]
     match first:
-        case Full() | Velocity():
+        case Full() | MomentOfUpdates():
             check_shape("first moment", first.values, tuple(param.shape), param.device, dtypes)
         case Table():
             check_table(first, param.shape[1], param.device, dtypes)

@@ -1,7 +1,8 @@
-// The mode in which a thread calculates: whether numbers close to 0 become 0, and how it rounds.
+// The mode in which a thread calculates: whether denormal numbers become 0, and how it rounds.
 //
-// A thread has its own. torch.set_flush_denormal changes the calling thread's, and OpenMP's other threads
-// may be older than that. So that no result depends on the number of threads, a parallel region begins with
+// Each thread has its own mode. torch.set_flush_denormal changes only that of the calling thread, and
+// OpenMP's other threads may have been started before. So that no result depends on the number of threads,
+// every parallel region begins with
 //     const InMode mode(the caller's current_mode());
 #pragma once
 
@@ -14,13 +15,13 @@ namespace {
 typedef unsigned long long ModeBits;
 
 #if defined(__SSE2__)
-const ModeBits EXCEPTIONS_SEEN = 0x3f;  // no mode, and not to be lost
+const ModeBits EXCEPTIONS_SEEN = 0x3f;  // flags that are no part of the mode, and are kept
 
 inline ModeBits current_mode() { return _mm_getcsr() & ~EXCEPTIONS_SEEN; }
 
 inline void set_mode(ModeBits mode) {
     _mm_setcsr((unsigned)mode | (_mm_getcsr() & EXCEPTIONS_SEEN));
-    __asm__ volatile("" : : : "memory");  // what is read from memory is not used before
+    __asm__ volatile("" : : : "memory");  // no read from memory is moved before this
 }
 #elif defined(__aarch64__)
 inline ModeBits current_mode() {
@@ -30,7 +31,7 @@ inline ModeBits current_mode() {
 }
 
 inline void set_mode(ModeBits mode) { __asm__ volatile("msr fpcr, %0" : : "r"(mode) : "memory"); }
-#else  // torch cannot change it there
+#else  // torch cannot change the mode there
 inline ModeBits current_mode() { return 0; }
 
 inline void set_mode(ModeBits) {}

@@ -1,8 +1,8 @@
-"""How the CUDA kernels are compiled and launched: by CuPy, when the first is launched.
+"""How the CUDA kernels are compiled and launched: by CuPy, at the first launch.
 
-Compiled code is kept in ~/.cache/parsimony/kernels (XDG_CACHE_HOME moves it), under a name made of
-the sources, the options and the GPU's architecture, and of the compiler's version. Where NVRTC is
-not there, any version's will do.
+Compiled code is kept in ~/.cache/parsimony/kernels (XDG_CACHE_HOME moves it). Its name is a hash of
+the sources, the options and the GPU's architecture, and the version of the compiler, NVRTC. A
+machine without NVRTC takes code that any version made.
 """
 
 from __future__ import annotations
@@ -14,23 +14,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from parsimony_kernels.runtime.build import cache_folder, keep
+from parsimony_kernels.runtime.sources import joined
 
 THREADS = 256  # in a block
-COLUMNS = 4  # that a thread has of each of its rows
+COLUMNS = 4  # of each of its rows, for a thread
 DEFINES = (f"-DTHREADS={THREADS}", f"-DCOLUMNS={COLUMNS}")
 # No product may be fused with a sum, numbers close to 0 stay, and quotients and roots are IEEE's.
 ARITHMETIC = ("--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 OPTIONS = ("--std=c++14", *DEFINES, *ARITHMETIC)
 
-# The first includes the second and the third, and so on: each is included once.
-SOURCES = (
-    "packing/device.cu", "packing/layout.h", "buffers/device.cu", "step/device.cu",
-    "runtime/arithmetic.h",
-)  # fmt: skip
+ENTRY = "runtime/kernels.cu"
 
-_PACKAGE = Path(__file__).parents[1]
 _REMEDY = (
     "launch/setup.sh installs what is needed beside a GPU; PARSIMONY_KERNELS=reference runs plain "
     "torch instead"
@@ -60,12 +57,26 @@ class CuPyLauncher:
                 kernel((num_blocks,), (THREADS,), (value,))
 
 
+class Argument(ctypes.Structure):
+    """A kernel's one argument. Keeps the tensors that it points to."""
+
+    def point(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor.data_ptr())
+        self.kept = {**getattr(self, "kept", {}), **tensors}
+
+
+launcher: Launcher = CuPyLauncher()  # tests put an emulator here
+
+
+def launch(name: str, num_blocks: int, argument: Argument, device: torch.device) -> None:
+    """Run the kernel `name` with the launcher."""
+    launcher.launch(name, num_blocks, argument, device)
+
+
 def source() -> str:
-    """Return SOURCES as one text, the others in the place of their #include."""
-    text, *included = ((_PACKAGE / name).read_text() for name in SOURCES)
-    for name, content in zip(SOURCES[1:], included, strict=True):
-        text = text.replace(f'#include "{name}"', content.replace("#pragma once", ""))
-    return text
+    """Return all CUDA sources as one text."""
+    return joined(ENTRY)
 
 
 @functools.cache
@@ -112,7 +123,7 @@ def _compiled(capability: str) -> Path:
         code, _ = cuda.compiler.compile_using_nvrtc(source(), options=OPTIONS)
     except cuda.compiler.CompileException as error:
         raise RuntimeError(
-            f"{SOURCES[0]} does not compile for capability {capability}: {error}\n{_REMEDY}"
+            f"{ENTRY} does not compile for capability {capability}: {error}\n{_REMEDY}"
         ) from error
     keep(path, lambda new: new.write_bytes(code))
     return path

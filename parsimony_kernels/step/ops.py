@@ -66,20 +66,20 @@ def sketch_query_elements(table: Table, rows: Tensor, columns: Tensor) -> Tensor
 
 
 def sketch_update(
-    table: Table, rows: Tensor, values: Tensor, *, gain: float = 1.0, decay: float = 0.0
+    table: Table, rows: Tensor, values: Tensor, *, gain: float = 1.0, forgetting: float = 0.0
 ) -> None:
-    """Insert gain * values - decay * query(rows), every query being of the sketch as it was.
+    """Insert gain * values - forgetting * query(rows), every query being of the sketch as it was.
 
     Source: Spring et al. 2019, Algorithms 2-4. Differs: rows that arrive together are queried
-    together; and where `count` of them share a bucket, it gives up no more than estimate / count
-    for each (2 estimate / count in a count-sketch) instead of decay * estimate. Without that, a
+    together; and where `count` of them share a bucket, it gives up at most estimate / count for
+    each (2 estimate / count in a count-sketch) instead of forgetting * estimate. Without that, a
     count-min bucket could fall below 0, which would make the next step infinite, and a momentum of
     0.9 in a count-sketch of 5% of the size grows to infinity in a hundred steps.
     """
     check_table(table, values.shape[-1], values.device)
     check_rows(rows, values, table.values.dtype)
     if values.numel() > 0:
-        _run(table.values).sketch_update(table, rows, values, gain, decay)
+        _run(table.values).sketch_update(table, rows, values, gain, forgetting)
 
 
 def step(
@@ -98,7 +98,7 @@ def step(
 
     How a row-sparse gradient meets state that rows share: a Cover's estimate is that of the row
     accumulator alone and its column accumulators can only rise (as in SM3's own code); Factored
-    columns change by what the arriving rows change, (1/n) sum (gain g^2 - decay nu); sketches
+    columns change by what the arriving rows change, (1/n) sum (gain g^2 - forgetting nu); sketches
     query, then insert.
 
     What the update takes for a first moment in a sketch is not the median: see Rule. Where rows
@@ -142,7 +142,7 @@ def step_elements(
 def observe(grad: Tensor, rule: Rule, second: Second, *, scale: Tensor | None = None) -> None:
     """Feed a second moment from a dense gradient (n, m), as a dense `step` would, and no more.
 
-    The rule's second_beta, second_gain and second_decay count, the rest does not. `scale` (1,)
+    The rule's second_beta, second_gain and second_forgetting count, the rest does not. `scale` (1,)
     multiplies the gradient; the product, rounded to the state's dtype, is what is fed. It is
     float32; of a float64 gradient it may be float64.
     """

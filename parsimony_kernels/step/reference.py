@@ -21,10 +21,10 @@ from parsimony_kernels.runtime.operands import (
     Factored,
     First,
     Full,
+    MomentOfUpdates,
     Rule,
     Second,
     Table,
-    Velocity,
     state_dtype,
 )
 
@@ -32,7 +32,7 @@ from parsimony_kernels.runtime.operands import (
 
 
 def mix(x: Tensor) -> Tensor:
-    """common.h's `mix`, on 32-bit numbers held as int64."""
+    """Scramble 32-bit numbers, held as int64, as `mix` in arithmetic.h does."""
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & 0xFFFFFFFF
     x = x ^ (x >> 15)
@@ -100,20 +100,21 @@ class _Cells:
     def query(self) -> Tensor:
         return _estimate(self.table, self.candidates())
 
-    def update(self, x: Tensor, gain: float, decay: float, keep: float = 1.0) -> None:
-        """Scale by `keep`, and insert gain * x - decay * query(), the query being from before."""
-        estimate = self.query() if decay else torch.zeros_like(x)
+    def update(self, x: Tensor, gain: float, forgetting: float, keep: float = 1.0) -> None:
+        """Scale by `keep`, and insert gain * x - forgetting * (the query from before)."""
+        estimate = self.query() if forgetting else torch.zeros_like(x)
         for cells, signs in zip(self.cells, self.signs, strict=True):
-            rate = self._bounded_decay(cells, decay)
+            rate = self._bounded_forgetting(cells, forgetting)
             change = (x * gain - estimate * (rate[:, None] if x.dim() == 2 else rate)) * signs
             unique, sums, _ = _ordered_sum(cells, change)
             new = self.flat[unique] * keep + sums
             self.flat[unique] = new if self.table.signed else new.clamp_min(0)
 
-    def _bounded_decay(self, cells: Tensor, decay: float) -> Tensor:
+    def _bounded_forgetting(self, cells: Tensor, forgetting: float) -> Tensor:
         _, inverse, counts = cells.unique(return_inverse=True, return_counts=True)
         count, most = counts[inverse].to(self.flat.dtype), 2 if self.table.signed else 1
-        return torch.where(count * decay <= most, torch.full_like(count, decay), most / count)
+        full = torch.full_like(count, forgetting)
+        return torch.where(count * forgetting <= most, full, most / count)
 
 
 def sketch_insert(table: Table, rows: Tensor, values: Tensor) -> None:
@@ -128,8 +129,10 @@ def sketch_query_elements(table: Table, rows: Tensor, columns: Tensor) -> Tensor
     return _Cells(table, rows, columns).query()
 
 
-def sketch_update(table: Table, rows: Tensor, values: Tensor, gain: float, decay: float) -> None:
-    _Cells(table, rows).update(values, gain, decay)
+def sketch_update(
+    table: Table, rows: Tensor, values: Tensor, gain: float, forgetting: float
+) -> None:
+    _Cells(table, rows).update(values, gain, forgetting)
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -154,8 +157,8 @@ def step(
             nu = _sketched(_Cells(second, rows), g, rule)
         case None:
             nu = None
-    update = _velocity(first, _preconditioned(numerator, nu, rule), rows, rule)
-    param[rows] = (p * rule.decay - update * rule.lr).to(param.dtype)
+    update = _update_moment(first, _preconditioned(numerator, nu, rule), rows, rule)
+    param[rows] = (p * rule.param_scale - update * rule.lr).to(param.dtype)
 
 
 def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> None:
@@ -171,7 +174,7 @@ def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> N
         case Factored():
             _factored_rows(second, g, rows, True, rule)
         case Table():
-            _Cells(second, rows).update(_square(g, rule), 1.0, rule.second_decay)
+            _Cells(second, rows).update(_square(g, rule), 1.0, rule.second_forgetting)
 
 
 def step_elements(
@@ -193,8 +196,8 @@ def step_elements(
             nu = _sketched(_Cells(second, i, j), g, rule)
         case None:
             nu = None
-    update = _velocity(first, _preconditioned(numerator, nu, rule), (i, j), rule)
-    flat[indices] = (p * rule.decay - update * rule.lr).to(param.dtype)
+    update = _update_moment(first, _preconditioned(numerator, nu, rule), (i, j), rule)
+    flat[indices] = (p * rule.param_scale - update * rule.lr).to(param.dtype)
 
 
 def _oriented(g: Tensor, p: Tensor, rule: Rule) -> Tensor:
@@ -235,8 +238,8 @@ def _first_moment(first: First, g: Tensor, at, rule: Rule, is_whole: bool) -> Te
         case Table():
             cells = _Cells(first, *at) if isinstance(at, tuple) else _Cells(first, at)
             taken = _sketched_first(cells.candidates(), g, rule)
-            decay, keep = (0.0, rule.first_beta) if is_whole else (rule.first_decay, 1.0)
-            cells.update(g, rule.first_gain, decay, keep)
+            forgetting, keep = (0.0, rule.first_beta) if is_whole else (rule.first_forgetting, 1.0)
+            cells.update(g, rule.first_gain, forgetting, keep)
             return taken
         case _:
             return g
@@ -256,19 +259,19 @@ def _sketched_first(candidates: Tensor, g: Tensor, rule: Rule) -> Tensor:
     known = (1 - doubt / square).nan_to_num(0.0).clamp_min(0)
     known = torch.where(square > 0, known, (~(doubt > 0)).to(g.dtype))
     moment = (mean * rule.first_beta + g * rule.first_gain) * rule.first_scale
-    own = g * (rule.first_gain / rule.first_decay if rule.first_decay else rule.first_gain)
-    return known * moment + (1 - known) * own
+    weight = rule.first_gain / rule.first_forgetting if rule.first_forgetting else rule.first_gain
+    return known * moment + (1 - known) * (g * weight)
 
 
-def _velocity(first: First, update: Tensor, at, rule: Rule) -> Tensor:
-    if not isinstance(first, Velocity):
+def _update_moment(first: First, update: Tensor, at, rule: Rule) -> Tensor:
+    if not isinstance(first, MomentOfUpdates):
         return update
     u = first.values[at] = first.values[at] * rule.first_beta + update * rule.first_gain
     return u
 
 
 def _sketched(cells: _Cells, g: Tensor, rule: Rule) -> Tensor:
-    cells.update(_square(g, rule), 1.0, rule.second_decay)
+    cells.update(_square(g, rule), 1.0, rule.second_forgetting)
     return cells.query()
 
 
@@ -324,7 +327,7 @@ def _factored_rows(
         new_col = col * rule.second_beta + square.mean(0).to(g.dtype)
     else:
         estimate = row[:, None] * relative(col)
-        change = (square - estimate.double() * rule.second_decay).sum(0)
+        change = (square - estimate.double() * rule.second_forgetting).sum(0)
         new_col = (col + (change / len(factored.row)).to(col.dtype)).clamp_min(0)
     row = row * rule.second_beta + mean
     factored.row[rows] = row
@@ -335,7 +338,7 @@ def _factored_rows(
 def _factored_elements(factored: Factored, g: Tensor, i: Tensor, j: Tensor, rule: Rule) -> Tensor:
     row, col = factored.row, factored.col
     estimate = row[i] * relative(col)[j]
-    change = _square(g, rule).double() - estimate.double() * rule.second_decay
+    change = _square(g, rule).double() - estimate.double() * rule.second_forgetting
     for means, at, share in ((row, i, len(col)), (col, j, len(row))):
         unique, sums, _ = _ordered_sum(at, change)
         means[unique] = (means[unique] + (sums / share).to(means.dtype)).clamp_min(0)

@@ -151,7 +151,7 @@ def check_two_optimizers(comms):
     vector = nn.utils.parameters_to_vector([p for m in models for p in m.parameters()])
     for other in comms[1].all_gather_object(vector.detach()):
         assert torch.equal(other, vector)
-    return [bucket for o in optimizers for bucket in {o._exchange.name_of(b) for b in o.buckets}]
+    return [bucket for o in optimizers for bucket in {o._exchange.route.name(b) for b in o.buckets}]
 
 
 def check_join(hvd, join):

@@ -1,5 +1,4 @@
-// As much of CUDA as parsimony_kernels/*/device.cu use, for a CPU: emulation.cpp compiles
-// them after this.
+// As much of CUDA as the kernels use, for a CPU: emulation.cpp includes them after this.
 #pragma once
 
 #include <cmath>

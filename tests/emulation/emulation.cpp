@@ -1,10 +1,10 @@
-// Runs kernels of device.cu and device_buffers.cu on a CPU. Every CUDA thread is a fiber that runs
+// Runs the CUDA kernels on a CPU. Every CUDA thread is a fiber that runs
 // until it waits at a barrier or for its warp; blocks, a block's warps and a warp's lanes run in an
 // order that the caller chooses, so that a missing barrier or a result that depends on the order
 // shows as a difference. Threads that wait where others have left are an error, with a message.
 #include "cuda.h"
 
-#include "packing/device.cu"  // and device_buffers.cu and device.cu in it
+#include "runtime/kernels.cu"
 
 #include <csetjmp>
 #include <cstdlib>
@@ -165,11 +165,11 @@ uint64_t exchange(uint32_t mask, uint64_t sent, int apart) {
 
 // What must be noticed.
 KERNEL(leaves_before_barrier, Feeding) {
-    if (s.source == 0 && threadIdx.x > 0) __syncthreads();
+    if (s.inserted == 0 && threadIdx.x > 0) __syncthreads();
 }
 
 KERNEL(leaves_before_shuffle, Feeding) {
-    if (s.source == 0 && threadIdx.x > 0) __shfl_xor_sync(WHOLE_WARP, 1.0f, 1);
+    if (s.inserted == 0 && threadIdx.x > 0) __shfl_xor_sync(WHOLE_WARP, 1.0f, 1);
 }
 
 // Run one kernel; returns what went wrong, or an empty string.
@@ -191,9 +191,3 @@ extern "C" const char *emulate(Kernel run, const void *with, unsigned grid, unsi
     }
     return error.c_str();
 }
-
-extern "C" uint64_t size_of_feeding() { return sizeof(Feeding); }
-extern "C" uint64_t size_of_stepping() { return sizeof(Stepping); }
-extern "C" uint64_t size_of_accumulation() { return sizeof(Accumulation); }
-extern "C" uint64_t size_of_packing() { return sizeof(Packing); }
-extern "C" uint64_t size_of_merging() { return sizeof(Merging); }

@@ -42,10 +42,6 @@ class Emulator:
         )  # fmt: skip
         assert not error, f"{name}: {error.decode()}"
 
-    def size_of(self, structure: str) -> int:
-        """Return sizeof of one of the CUDA sources' structures."""
-        return getattr(self._library, f"size_of_{structure}")()
-
 
 @functools.cache
 def _library(flags: tuple[str, ...]) -> ctypes.CDLL:
@@ -65,9 +61,8 @@ def build(flags: tuple[str, ...]) -> Path:
         pytest.skip("emulating CUDA needs g++")
     words = [compiler, *FLAGS, *WARNINGS, *launch_cupy.DEFINES, *flags, f"-I{KERNELS}"]
     sources = [FOLDER / "emulation.cpp", FOLDER / "cuda.h"]
-    sources += [KERNELS / name for name in launch_cupy.SOURCES]
-    content = repr(words).encode() + b"".join(path.read_bytes() for path in sources)
-    digest = hashlib.sha256(content).hexdigest()[:16]
+    content = repr(words) + "".join(path.read_text() for path in sources) + launch_cupy.source()
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
     library = cache_folder().parent / "emulation" / digest / "emulation.so"
     if not library.exists():
         command = [*words, str(sources[0]), "-o"]

@@ -11,7 +11,7 @@ record.ARITHMETIC.
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def recommended(model: nn.Module, comm: HorovodComm) -> DistributedOptimizer:
         compression=Compression(
             density=0.01, residual_dtype="bfloat16", value_dtype="mxfp8",
             index_coding="elias_fano", update_scale=4.0, share_statistics=0.5,
-            clip_scope="tensor", clip_norm=0.5, protocol="gather",
+            clip_scope="tensor", clip_norm=0.1, protocol="gather",
         ),
     )  # fmt: skip
 
@@ -51,7 +51,7 @@ def dgc_sgd(model: nn.Module, comm: HorovodComm) -> DistributedOptimizer:
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4),
         model.named_parameters(), comm=comm, bucket_bytes=2**16,
         compression=Compression(
-            density=0.001, density_warmup_epochs=5, clip_norm=0.5, protocol="sparse_all_reduce",
+            density=0.001, density_warmup_epochs=5, clip_norm=0.1, protocol="sparse_all_reduce",
         ),
     )  # fmt: skip
 
@@ -115,7 +115,7 @@ def squared_error(scores: Tensor, classes: Tensor) -> Tensor:
 
 
 def train(run: Run, comm: HorovodComm) -> dict[str, Any]:
-    """Return this rank's loss in each step, and a digest of the parameters after the last."""
+    """Return this rank's loss in each step, and digests of what it holds after the last."""
     model = Classifier(run.row_sparse_embedding)
     optimizer = run.wrap(model, comm)
     generator = torch.Generator().manual_seed(100 + comm.rank)
@@ -133,11 +133,36 @@ def train(run: Run, comm: HorovodComm) -> dict[str, Any]:
         optimizer.step()
         losses.append(total)
     optimizer.check_replicas()
+    result = {
+        "losses": [loss.hex() for loss in losses],
+        "parameters": digest_of(list(model.parameters())),
+        "optimizer_state": digest_of(optimizer.state_dict()),
+        "worker_state": digest_of(optimizer.worker_state_dict()),
+    }
     optimizer.close()
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().numpy().tobytes())
-    return {"losses": [loss.hex() for loss in losses], "parameters": digest.hexdigest()}
+    return result
+
+
+def digest_of(value: Any) -> str:
+    """Return a digest of the bits of all tensors in a value, whatever their names and order."""
+    digests = sorted(hashlib.sha256(_bytes(tensor)).digest() for tensor in tensors_in(value))
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a value of nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from tensors_in(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_in(part)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def main(folder: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from parsimony_kernels.buffers import ops as buffers
+from parsimony_kernels.buffers.operands import Correction, Selection
 from parsimony_kernels.buffers.ops import read_reports
-from parsimony_kernels.runtime.operands import Correction, Rule, Selection
+from parsimony_kernels.runtime.operands import Rule
 from parsimony_kernels.step import device, ops
 from tests.unit.parsimony_kernels import cases
 from tests.unit.parsimony_kernels.buffers import test_buffers

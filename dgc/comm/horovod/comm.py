@@ -24,7 +24,7 @@ from dgc.comm.interface import Group, Names
 from dgc.comm.launched import LaunchError, refuse_loners
 from dgc.comm.objects import Broadcasts
 
-_names = Names()  # of all HorovodComms here: Horovod knows a collective by its name
+_names = Names()  # for all HorovodComms of this process: Horovod tells collectives apart by name
 
 
 class HorovodComm(HorovodGroup, Broadcasts):
@@ -66,14 +66,16 @@ class HorovodComm(HorovodGroup, Broadcasts):
         return self.all_gather_object(self._hvd.cross_rank())
 
     def split(self, groups: Sequence[Sequence[int]]) -> Group:
-        groups = [sorted(ranks) for ranks in groups]  # as Horovod numbers them
-        process_sets = [life.process_set(self._hvd, ranks) for ranks in groups]  # all make all
+        # Horovod numbers the members of a set in ascending order.
+        groups = [sorted(ranks) for ranks in groups]
+        # Every rank must make every set.
+        process_sets = [life.process_set(self._hvd, ranks) for ranks in groups]
         mine = next(number for number, ranks in enumerate(groups) if self.rank in ranks)
-        place, size = groups[mine].index(self.rank), len(groups[mine])
-        return HorovodGroup(self._hvd, process_sets[mine], place, size)
+        rank, size = groups[mine].index(self.rank), len(groups[mine])
+        return HorovodGroup(self._hvd, process_sets[mine], rank, size)
 
     def _broadcast(self, tensor: Tensor, name: str, root: int) -> None:
-        """Overwrite `tensor` with a rank's: as bytes, so that bfloat16 goes too, in their place."""
+        """Overwrite `tensor` in place with a rank's. Bytes travel, so that bfloat16 can."""
         for part in pieces.parts_of(tensor.detach()) if tensor.numel() else ():
             wire, is_own = pieces.as_bytes(part)
             handle = self._hvd.broadcast_async_(wire, root_rank=root, name=name)
@@ -89,7 +91,7 @@ class HorovodComm(HorovodGroup, Broadcasts):
         if self._is_open:
             self._is_open = False
             if self._hvd.is_initialized():
-                self.barrier("close")  # who ends Horovod ends it for those who still talk to others
+                self.barrier("close")  # shutdown would interrupt ranks that still wait for others
             life.leave(self._hvd)
 
     def abort(self) -> None:
@@ -99,7 +101,8 @@ class HorovodComm(HorovodGroup, Broadcasts):
         if self.controller == "mpi":
             import mpi4py
 
-            mpi4py.rc.initialize = mpi4py.rc.finalize = False  # Horovod did and will do both
+            # Horovod initializes and finalizes MPI.
+            mpi4py.rc.initialize = mpi4py.rc.finalize = False
             from mpi4py import MPI
 
             MPI.COMM_WORLD.Abort(1)

@@ -21,9 +21,9 @@ _log = logging.getLogger(__name__)
 
 _num_open = 0  # HorovodComms that were made and not closed
 _own_life: object | None = None  # the life that a HorovodComm began
-_codes: list[Any] = []  # of hvd.join, while it is refused
-_is_fusion_known = False  # to the person
-_is_fusion_noted = False  # by us, in the environment
+_codes: list[Any] = []  # hvd.join's own code, kept while it is refused
+_is_fusion_known = False  # the person has been warned
+_is_fusion_noted = False  # we have set it in the environment
 
 
 def enter(hvd: Any) -> None:
@@ -39,7 +39,7 @@ def enter(hvd: Any) -> None:
     # has begun, this is for its next life; whether it can in this one, it says itself: can_split.
     if nodes_may_be_islands():
         os.environ.setdefault(_GROUPS, "1")
-    if not hvd.is_initialized():  # else it has read its environment
+    if not hvd.is_initialized():  # once begun, it no longer looks at the environment
         _prepare_environment()
         hvd.init()
         _own_life = _current_life(hvd)
@@ -49,7 +49,8 @@ def enter(hvd: Any) -> None:
     _num_open += 1
     if not _codes:
         _codes.append(hvd.mpi_ops.join.__code__)
-        hvd.mpi_ops.join.__code__ = _refused_join.__code__  # whoever has imported it by now
+        # Also for those who have imported the function before.
+        hvd.mpi_ops.join.__code__ = _refused_join.__code__
     _warn_of_fusion(hvd)
 
 
@@ -83,13 +84,15 @@ def nodes_may_be_islands() -> bool:
         size, here = counts["HOROVOD_SIZE"], counts["HOROVOD_LOCAL_SIZE"]
         # A node's only rank has one of every node across; on other nodes there are several.
         return here < size and (here > 1 or counts["HOROVOD_CROSS_SIZE"] < size)
-    return not os.environ.keys().isdisjoint(("PMI_RANK", "PMIX_RANK"))  # another MPI's: who knows
+    # Another MPI started it: we cannot know.
+    return not os.environ.keys().isdisjoint(("PMI_RANK", "PMIX_RANK"))
 
 
 def can_split(hvd: Any) -> bool:
     """Tell whether process sets can be added: Horovod has read that when it began."""
     basics = hvd.mpi_ops._basics
-    answer = basics.MPI_LIB_CTYPES.horovod_remove_process_set(2**31 - 1)  # there is no such set
+    # A set that does not exist.
+    answer = basics.MPI_LIB_CTYPES.horovod_remove_process_set(2**31 - 1)
     return answer == basics.HOROVOD_PROCESS_SET_ERROR_UNKNOWN_SET
 
 
@@ -99,12 +102,12 @@ def process_set(hvd: Any, ranks: Sequence[int]) -> Any:
     Raises: RuntimeError where it would have to be made and cannot.
     """
     for number, members in hvd.mpi_ops._basics._get_process_set_ids_and_ranks().items():
-        if members == list(ranks):  # it can be made only once
+        if members == list(ranks):  # Horovod makes a set only once
             found = hvd.ProcessSet(members)
             found.process_set_id = number
             return found
     if not can_split(hvd):
-        os.environ.setdefault(_GROUPS, "1")  # who asked once may ask again in Horovod's next life
+        os.environ.setdefault(_GROUPS, "1")  # so that it works after the next hvd.init() too
         raise RuntimeError(
             f"Horovod can make no groups of ranks now: it began without them. Set {_GROUPS}=1 in "
             f"the environment of every rank, before hvd.init()"

@@ -142,7 +142,7 @@ class TorchComm(TorchGroup, Broadcasts):
                 pieces.take_in(part, wire, is_own and part.device.type == "cpu")
 
     def _pass_down(self, wire: Tensor, key: str, name: str, root: int) -> None:
-        """Send bytes down a binomial tree. What is large is sent when it has a place to lie in."""
+        """Send bytes down a binomial tree; many only when the receiver has memory for them."""
         mail, parent, children = self._mail, *_tree(self.rank, root, self.world_size)
         is_large = wire.numel() > FRAME_BYTES // 2
         ready = torch.zeros(1, dtype=torch.uint8, device="cpu")
@@ -184,11 +184,11 @@ def _tree(rank: int, root: int, size: int) -> tuple[int | None, list[int]]:
 
     Example: of 5 ranks from root 0, 0 has children 1, 2 and 4; 2 has 3.
     """
-    place = (rank - root) % size
-    parent = None if place == 0 else ((place & (place - 1)) + root) % size
-    own_bit = place & -place or size
+    vertex = (rank - root) % size
+    parent = None if vertex == 0 else ((vertex & (vertex - 1)) + root) % size
+    own_bit = vertex & -vertex or size
     steps = (1 << n for n in range(own_bit.bit_length()))
-    children = [place + step for step in steps if step < own_bit and place + step < size]
+    children = [vertex + step for step in steps if step < own_bit and vertex + step < size]
     return parent, [(child + root) % size for child in reversed(children)]
 
 

@@ -148,9 +148,9 @@ class Mail:
         with self._changed:
             post = self._posts.setdefault(name, Post())
             post.into = into or {}
-            for sender, place in post.into.items():
+            for sender, slot in post.into.items():
                 if sender in post.values:  # it came early
-                    post.values[sender] = _put(post.values[sender], place)
+                    post.values[sender] = _put(post.values[sender], slot)
             if mine is not None:
                 post.values[self.rank] = mine
             post.after, post.then, post.senders = after, then, frozenset(senders)
@@ -226,9 +226,9 @@ class Mail:
         """Return where a message shall lie (num_bytes,): where it is wanted, or in new memory."""
         with self._changed:
             post = self._posts.get(name)
-            place = post.into.get(sender) if post is not None else None
-        if place is not None and place.nbytes == num_bytes:
-            return place.view(-1).view(torch.uint8)
+            slot = post.into.get(sender) if post is not None else None
+        if slot is not None and slot.nbytes == num_bytes:
+            return slot.view(-1).view(torch.uint8)
         return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
 
     def _deliver(self, name: str, sender: int, value: Tensor) -> None:
@@ -238,8 +238,8 @@ class Mail:
                 return
         with self._changed:
             post = self._posts.setdefault(name, Post())
-            place = post.into.get(sender)
-            post.values[sender] = value if place is None else _put(value, place)
+            slot = post.into.get(sender)
+            post.values[sender] = value if slot is None else _put(value, slot)
             is_complete = post.is_complete
         if is_complete:
             self._complete(name, post)
@@ -284,8 +284,8 @@ class Mail:
             self._changed.notify_all()
 
 
-def _put(value: Tensor, place: Tensor) -> Tensor:
+def _put(value: Tensor, slot: Tensor) -> Tensor:
     """Return what came, where it is wanted; what has another size stays where it is."""
-    if value.data_ptr() == place.data_ptr() or value.nbytes != place.nbytes:
+    if value.data_ptr() == slot.data_ptr() or value.nbytes != slot.nbytes:
         return value
-    return place.copy_(value.view(place.dtype).view(place.shape))
+    return slot.copy_(value.view(slot.dtype).view(slot.shape))

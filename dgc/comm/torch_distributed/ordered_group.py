@@ -4,7 +4,7 @@ Rank 0 hears from each member of a group what it wants to start, and how large i
 have said so, each is told its turn, and everyone's sizes. A rank starts all its collectives in the
 order of its turns, whatever the group: any two ranks start what they share in one order, and no two
 communicators wait for each other.
-NCCL itself has not been run here: there was no GPU. The tests run this over gloo.
+NCCL has been run with one GPU only. The tests run this over gloo.
 Shapes: P ranks.
 """
 

@@ -1,4 +1,4 @@
-"""Which exchange takes a parameter's gradients: one, or they would be sent twice."""
+"""Which DistributedOptimizer has a parameter: one only, or its gradients would be sent twice."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Intake:
         self._is_open = True
         self._lock = threading.RLock()
         self._stand_ins: dict[str, HandedOver] = {}
-        self._standing: set[str] = set()  # names of those that are in p.grad now
+        self._standing: set[str] = set()  # names of parameters with a stand-in in p.grad
         self.count_anew()
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(
@@ -146,7 +146,8 @@ class Intake:
         count, parts = self._num_backward[name], self.num_parts
         if count > parts or not self._is_open:
             self._refuse(name, parameter, count)
-        if parameter.grad.is_sparse:  # once, for its norm and for the exchange
+        # Here, so that it is not done twice: for the norm, and for the exchange.
+        if parameter.grad.is_sparse:
             parameter.grad = parameter.grad.coalesce()
         if not self._scaling.clips_globally:
             self._take(name, self._scale(parameter.grad, parts), parts, count == parts)
@@ -162,8 +163,9 @@ class Intake:
         self._standing.add(name)
 
     def _is_found_sparse(self, name: str, parameter: Tensor) -> bool:
-        """Note the gradient's place, and whether it has rows of which nobody has told us: till all
-        ranks know, they stay in `p.grad`."""
+        """Note when the gradient came; tell whether it is sparse though it was not named.
+
+        Such a gradient stays in `p.grad` until all ranks know of it."""
         self.first.order[name] = None
         if name in self.row_sparse or not parameter.grad.is_sparse:
             return False
@@ -172,7 +174,7 @@ class Intake:
         return True
 
     def _refuse(self, name: str, parameter: Tensor, count: int) -> None:
-        if not self._scaling.clips_globally:  # all that is here is what is refused
+        if not self._scaling.clips_globally:  # nothing else is in p.grad
             parameter.grad = None
         raise RuntimeError(
             f"{name} got a gradient {count} times without a step(); micro_batches_per_step is "
@@ -200,9 +202,10 @@ class Intake:
         if grad.is_sparse:
             self._exchange.add_rows(name, grad.detach(), scale)
             return
-        may_keep = is_sole_owner(grad) and not grad.is_inference()  # which are never written again
+        # Tensors of inference mode cannot be written later, as the residual would be.
+        may_keep = is_sole_owner(grad) and not grad.is_inference()
         grad_N = flattened(grad.detach())
-        if not (may_keep or grad.is_contiguous()):  # most such are copied, and the copy is ours
+        if not (may_keep or grad.is_contiguous()):  # if flattening made a copy, that one is ours
             may_keep = grad_N.data_ptr() != grad.data_ptr()
         del grad
         self._exchange.add(name, grad_N, scale, num_parts, is_last, may_keep)
@@ -262,7 +265,7 @@ class Intake:
             self._check_layout(name, self._named[name].grad)
         if mine:
             scale = self._scaling.of_all([_values(self._named[name].grad) for name in mine])
-            for name in mine:  # each gradient is given up in its turn
+            for name in mine:  # one by one, so that each gradient's memory is freed before the next
                 parameter = self._named[name]
                 self._take(name, scale.to(parameter.device, element_dtype(parameter)), 1)
 

@@ -1,4 +1,4 @@
-"""Whether anyone else may look at a tensor's memory: who does not, may give it away."""
+"""Whether a gradient's memory belongs to us alone, so that the residual may take it over."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def fill_in(
             is_sparse = id(parameter) in rows or isinstance(optimizer, SparseAdam)
             try:
                 fresh = _first_values(optimizer, parameter, is_sparse)
-            except Exception as error:  # whatever a person's own step asks for
+            except Exception as error:  # a person's own optimizer may need what is not there yet
                 _log.info("%s makes no state before its first step, as Horovod's broadcast would "
                           "need it: %r", type(optimizer).__name__, error)  # fmt: skip
                 return
@@ -67,7 +67,7 @@ def _first_values(optimizer: Optimizer, parameter: Tensor, is_sparse: bool) -> d
         stand_in.grad = stand_in.grad.to_sparse(1)
     twin = object.__new__(type(optimizer))
     twin.__dict__ = {**optimizer.__dict__, **{name: OrderedDict() for name in _HOOKS}}
-    twin.__dict__.pop("step", None)  # where a scheduler counts the steps of the optimizer itself
+    twin.__dict__.pop("step", None)  # a scheduler has put its counter in the place of the method
     twin.param_groups = [{**copy.copy(group), "params": [stand_in], "weight_decay": 0}]
     twin.state = defaultdict(_FirstValues)
     _unhooked(type(twin).step)(twin)
@@ -75,7 +75,7 @@ def _first_values(optimizer: Optimizer, parameter: Tensor, is_sparse: bool) -> d
     if state is None:
         return {}
     first = state.first
-    if "step" in first:  # of an optimizer that begins with its first step done
+    if "step" in first:  # the optimizer counts from 1: as before its first step
         first["step"] = first["step"] * 0
     return first
 

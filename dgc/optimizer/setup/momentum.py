@@ -86,7 +86,7 @@ class Momentum:
         if self.is_sgds and compensation.momentum and self._optimizer.state:
             for name, parameter in self._named.items():
                 buffer = self._take_buffer(parameter)
-                if buffer is not None and buffer.any():  # what is 0 is as good as none
+                if buffer is not None and buffer.any():  # a buffer of zeros needs no velocity
                     compensation.start_velocity(name, _slice(buffer, exchange.route))
 
     def _take_buffer(self, parameter: Tensor) -> Tensor | None:
@@ -108,7 +108,7 @@ class Momentum:
         groups = corrected_groups(self._optimizer, self._rows) if self.is_sgds else []
         own = [{k: group[k] for k in ("momentum", "nesterov", "weight_decay")} for group in groups]
         try:
-            for group in groups:  # new values: groups may share a tensor
+            for group in groups:  # assign, do not change in place: groups may hold the same tensor
                 decay = group["weight_decay"] / (1 - momentum)
                 group.update(momentum=0.0, nesterov=False, weight_decay=decay)
             yield
@@ -209,7 +209,7 @@ def _slice(buffer: Tensor, route: Route) -> Tensor:
     padding = numel * route.num_slices - whole_N.numel()
     padded = torch.nn.functional.pad(whole_N, (0, padding))
     slice_N = padded[route.slice_index * numel :][:numel]
-    return slice_N * route.num_slices  # of an island's sum
+    return slice_N * route.num_slices  # the island's ranks are summed, not averaged
 
 
 def _is_taken_over(mine: Group, theirs: Group) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 from dgc import Compression, DistributedOptimizer
 from dgc.comm.local import run_local
 from dgc.optimizer.hooks.handed_over import HandedOver
+from dgc.worker.statistics import Statistics
 from optim import Adam, FactoredAdam, SketchMomentum
 from parsimony_kernels.buffers import ops as buffers
 from tests.tolerances import assert_close
@@ -160,6 +161,11 @@ def test_statistics_are_shared_as_often_as_their_bytes_allow(ratio, every):
     assert sent == [4 * (N + M) if due else 0 for due in is_due]
 
 
+def test_statistics_of_several_tensors_are_shared_in_turns():
+    statistics = Statistics({}, {"a": 3, "b": 3, "c": 3})
+    assert [statistics.due(step) for step in range(4)] == [["a"], ["c"], ["b"], ["a"]]
+
+
 def test_selection_by_preconditioned_magnitude_picks_other_entries():
     """Rows of tiny gradients are sent by it, and not by raw magnitude."""
     rows = torch.logspace(-4, 0, N)[:, None]
@@ -211,6 +217,30 @@ def test_sent_and_left_are_what_was_added(dtype):
     assert error.std(0).max() > 0
     bound = 5 * step * math.sqrt(6) / 2 / math.sqrt(len(errors))
     assert error.mean(0).abs().max() < bound
+
+
+def test_micro_batches_lose_nothing_where_entries_are_taken_out_in_passing():
+    """Entries reach a threshold in each pass, but only the last pass may take them out."""
+
+    def work(comm):
+        weight = nn.Parameter(torch.zeros(N, M))
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD([weight], lr=1.0), [("w", weight)], comm=comm,
+            compression=Compression(density=0.01, min_numel=1, exact_below=0),
+            micro_batches_per_step=2,
+        )  # fmt: skip
+        added = torch.zeros(N, M)
+        for step in range(6):
+            for part in range(2):
+                grad = random_grads(part, step).mul(100).round()  # sums of which are exact
+                added += grad
+                weight.backward(grad)
+            optimizer.step()
+            optimizer.zero_grad()
+        left = optimizer.compensation.residual["w"].view(N, M)
+        assert_equal(left - weight.detach(), added)
+
+    run_local(1, work)
 
 
 def test_what_float16_loses_stays_in_the_residuals_units():

@@ -229,11 +229,15 @@ def test_a_gradient_too_large_to_work_with_is_no_silent_zero(value, clip_norm):
         assert is_skipped
 
 
-def test_entries_whose_square_underflows_wait():
+@pytest.mark.parametrize("value_dtype", ["float32", "mxfp8"])
+def test_entries_whose_square_underflows_wait(value_dtype):
     """With eps = 0 they were divided by 0, sent as 0 and taken out of the residual."""
 
     def work(comm):
-        weight, optimizer = wrap(comm, lambda p: Adam(p, lr=0.1, betas=NO_FIRST, eps=0.0))
+        compression = Compression(**SPARSE, value_dtype=value_dtype)
+        weight, optimizer = wrap(
+            comm, lambda p: Adam(p, lr=0.1, betas=NO_FIRST, eps=0.0), compression=compression
+        )
         give(optimizer, weight, torch.full((N, M), 1e-25))
         return optimizer.compensation.residual["w"], weight.detach()
 

@@ -1,8 +1,10 @@
 """The loop's own part in steps that are undone, in 16 bits too; compression has tests elsewhere."""
 
 import copy
+import random
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -16,6 +18,7 @@ from dgc.comm.local import run_local
 from engine.checkpoint import CheckpointError, CheckpointFolder
 from engine.replicas import ReplicaError
 from engine.report import SilentReporter
+from engine.sampling import random_states, set_random_states
 from engine.state import Progress
 
 DIGITS = Path(__file__).parents[3] / "configs/digits/resnet20.py"
@@ -88,6 +91,45 @@ def test_a_nan_in_a_micro_batch_of_one_rank_leaves_no_trace_on_any(
 
     one, other = run_local(2, work)
     assert_equal(one, other)
+
+
+def test_a_batch_in_two_micro_batches_counts_once(tmp_path):
+    def work(comm):
+        twice = make_trainer(comm, tmp_path)
+        once = make_trainer(comm, tmp_path, micro_batches_per_step=1)
+        once.state.model.load_state_dict(twice.state.model.state_dict())
+        (batch,) = batches(comm, 1.0)
+        step(twice, iter([batch, batch]))
+        step(once, iter([batch]))
+        parameters = (list(each.state.model.parameters()) for each in (twice, once))
+        assert_equal(*parameters)
+
+    run_local(1, work)
+
+
+def test_batch_statistics_become_the_mean_of_the_ranks(tmp_path):
+    def work(comm):
+        trainer = make_trainer(comm, tmp_path)
+        (norm,) = (m for m in trainer.state.model.modules() if isinstance(m, nn.BatchNorm1d))
+        norm.running_mean.fill_(comm.rank), norm.running_var.fill_(2.0 + comm.rank)
+        trainer._average_buffers()
+        return norm.running_mean, norm.running_var
+
+    for mean, var in run_local(2, work):
+        assert (mean == 0.5).all() and (var == 2.5).all()
+
+
+def test_ranks_draw_from_random_states_of_their_own(tmp_path):
+    def work(comm):
+        trainer, before, drawn = make_trainer(comm, tmp_path), random_states(), []
+        for rank in range(2):
+            trainer.comm = SimpleNamespace(rank=rank, broadcast=lambda *_: None)
+            trainer._resume()
+            drawn.append((torch.rand(()).item(), random.random(), numpy.random.rand()))
+        set_random_states(before)
+        assert all(one != other for one, other in zip(*drawn, strict=True))
+
+    run_local(1, work)
 
 
 def test_a_checkpoint_holds_the_count_and_the_loss_scale(tmp_path):

@@ -40,11 +40,12 @@ def test_warmup_rises_linearly_from_one_workers_rate_to_that_of_all():
     assert seen == pytest.approx([0.1 + 0.03 * step for step in range(11)] + [0.4])
 
 
-def test_milestones_count_epochs_from_the_end_of_the_warmup():
-    seen = rates(60, make_scheduler=partial(MultiStepLR, milestones=[2, 4]))
-    assert seen[29] == pytest.approx(0.4)
-    assert seen[30] == pytest.approx(0.04)
-    assert seen[50] == pytest.approx(0.004)
+@pytest.mark.parametrize("warmup", [10, 15])  # steps; an epoch has 10
+def test_milestones_count_epochs_from_the_end_of_the_warmup(warmup):
+    seen = rates(60, make_scheduler=partial(MultiStepLR, milestones=[2, 4]), warmup=warmup)
+    assert seen[warmup + 19] == pytest.approx(0.4)
+    assert seen[warmup + 20] == pytest.approx(0.04)
+    assert seen[warmup + 40] == pytest.approx(0.004)
 
 
 @pytest.mark.parametrize("per", ["epoch", "step"])

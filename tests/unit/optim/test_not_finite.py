@@ -17,6 +17,7 @@ import optim
 from optim.base import MomentOptimizer
 from optim.moments import SEEDS
 from optim.options import STRUCTURE_NAMES
+from parsimony_kernels.runtime import launch
 from parsimony_kernels.runtime.operands import PARAMETER_DTYPES
 from parsimony_kernels.step import device, ops
 from parsimony_kernels.step.reference import hash_rows
@@ -150,7 +151,7 @@ def may_follow(optimizer, state):
 @pytest.fixture
 def implementations(monkeypatch):
     """Return contexts that run the operations on the CPU's tensors, by each implementation."""
-    monkeypatch.setattr(device, "launcher", Emulator())
+    monkeypatch.setattr(launch, "launcher", Emulator())
 
     class Emulated:
         def __enter__(self):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from parsimony_kernels.step import device
+from parsimony_kernels.runtime import launch
 from tests.emulation.emulator import FORWARD, WATCHED, Emulator
 
 
@@ -14,7 +14,7 @@ def emulated(monkeypatch):
 
     def use(order=FORWARD, flags=()):
         watched = ("-fsanitize=address",) if os.environ.get(WATCHED) else ()
-        monkeypatch.setattr(device, "launcher", Emulator(order, (*watched, *flags)))
-        return device.launcher
+        monkeypatch.setattr(launch, "launcher", Emulator(order, (*watched, *flags)))
+        return launch.launcher
 
     return use

@@ -7,20 +7,12 @@ import torch
 
 from parsimony_kernels.buffers import device as device_buffers
 from parsimony_kernels.buffers import ops as buffers
+from parsimony_kernels.buffers.operands import Correction, Selection
 from parsimony_kernels.buffers.ops import read_reports
 from parsimony_kernels.packing import device as device_packing
 from parsimony_kernels.packing import ops as packing
 from parsimony_kernels.packing.message import INDEX_CODINGS, VALUE_DTYPES
-from parsimony_kernels.runtime.operands import (
-    Correction,
-    Cover,
-    Factored,
-    Full,
-    Rule,
-    Selection,
-    Table,
-    Velocity,
-)
+from parsimony_kernels.runtime.operands import Cover, Factored, Full, MomentOfUpdates, Rule, Table
 from parsimony_kernels.step import device, ops
 from tests.defaults import DEFAULTS, assert_same, torch_defaults
 
@@ -57,11 +49,11 @@ def check(operations, *inputs):
 
 
 def test_steps(implementation):
-    rule = Rule(0.1, decay=0.9, first_decay=0.1, second_gain=0.3, second_decay=0.3)
+    rule = Rule(0.1, param_scale=0.9, first_forgetting=0.1, second_gain=0.3, second_forgetting=0.3)
 
     def steps(p, g, rows, indices, seeds, tables, n1, m1, n2, m2, full):
         seconds = (Cover(n1, m1), Factored(n2, m2), Table(tables[0], seeds, False), Full(full[0]))
-        firsts = (Full(full[1]), None, Table(tables[1], seeds, True), Velocity(full[2]))
+        firsts = (Full(full[1]), None, Table(tables[1], seeds, True), MomentOfUpdates(full[2]))
         for first, second in zip(firsts, seconds, strict=True):
             ops.step(p, g, rule, first=first, second=second)
             ops.step(p, g[: len(rows)], rule, first=first, second=second, rows=rows)
@@ -78,7 +70,7 @@ def test_steps(implementation):
 @pytest.mark.parametrize("dtype", buffers.DTYPES)
 def test_buffers(implementation, dtype):
     selection = Selection(threshold=1.5, capacity=300)
-    correction = Correction(u_decay=0.9, u_gain=1.0, v_from_u=1.0, v_gain=0.0)
+    correction = Correction(u_beta=0.9, u_gain=1.0, v_from_u=1.0, v_gain=0.0)
 
     def passes(grad, indices, values):
         kept = [buffers.empty(grad.numel(), dtype, CPU) for _ in range(2)]

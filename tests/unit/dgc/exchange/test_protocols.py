@@ -110,6 +110,17 @@ def test_a_sparse_all_reduce_that_returns_all_is_a_gather(ranks_per_node):
     assert_equal(one, other)
 
 
+def test_owners_return_the_largest_sums_whatever_their_signs():
+    def work(comm, sign):
+        exchange = make(comm, protocol="sparse_all_reduce", merged_factor=1.0)
+        grads = gradients(comm.rank, 0)
+        means = go(exchange, {name: sign * grad for name, grad in grads.items()})
+        return {name: sign * mean for name, mean in means.items()}
+
+    one, other = (run_local(4, lambda comm, s=sign: work(comm, s)) for sign in (1.0, -1.0))
+    assert_equal(one, other)
+
+
 @pytest.mark.parametrize("residual_dtype", ["float32", "bfloat16", "int8"])
 def test_what_does_not_arrive_stays_to_the_bit(residual_dtype):
     def work(comm):

@@ -312,12 +312,12 @@ def test_a_gradient_that_is_gone_cannot_be_read_or_changed_in_silence(reads):
 
 
 def test_clipping_on_the_wrapper_is_that_of_the_mean_or_says_why_it_cannot_be():
-    def work(comm, compression, all_gradients=None):
+    def work(comm, compression, max_norm=0.5):
         model, generator = make_model(), torch.Generator().manual_seed(comm.rank)
         optimizer = wrap(comm, model, compression, lambda p: torch.optim.SGD(p, lr=1.0))
         before = nn.utils.parameters_to_vector(model.parameters()).detach()
         loss_of(model, generator).backward()
-        norm = optimizer.clip_grad_norm_(0.5)
+        norm = optimizer.clip_grad_norm_(max_norm)
         optimizer.step()
         step = nn.utils.parameters_to_vector(model.parameters()).detach() - before
         return norm.item(), step.norm().item()
@@ -325,6 +325,8 @@ def test_clipping_on_the_wrapper_is_that_of_the_mean_or_says_why_it_cannot_be():
     for norm, length in run_local(2, lambda comm: work(comm, None)):
         assert norm > 1
         assert math.isclose(length, 0.5, rel_tol=1e-4)
+    for norm, length in run_local(2, lambda comm: work(comm, None, max_norm=100.0)):
+        assert norm < 100 and math.isclose(length, norm, rel_tol=1e-4)
     kept = Compression(density=1.0, clip_norm=math.inf, clip_scope="global")
     for norm, length in run_local(2, lambda comm: work(comm, kept)):
         assert norm > 1
@@ -384,6 +386,23 @@ def test_buckets_follow_the_gradients_and_a_resumed_run_knows_their_order():
 
     resumed, undisturbed = (run_local(2, lambda c, r=r: work(c, r)) for r in (True, False))
     assert_equal(resumed, undisturbed)
+
+
+def test_ranks_whose_gradients_come_in_different_orders_send_the_same_buckets():
+    def work(comm):
+        model = copy.deepcopy(SHUFFLED)
+        optimizer = wrap(comm, model, WAYS["gather"])
+        for _ in range(2):
+            for layer in list(model.children())[:: 1 if comm.rank == 0 else -1]:
+                layer(torch.ones(1, 12)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        order = [spec.name for bucket in optimizer.buckets for spec in bucket.specs]
+        return order, list(model.parameters())
+
+    one, other = run_local(2, work)
+    assert one[0] == other[0] == [f"layer{number}.weight" for number in (2, 0, 1)]
+    assert_equal(one[1], other[1])
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dgc.selection.histogram import Tail, _edge
-from parsimony_kernels.runtime.operands import BIN_SHIFT, BINS
+from parsimony_kernels.buffers.operands import BIN_SHIFT, BINS
 
 
 def test_edges_are_the_least_floats_of_their_bins():

@@ -3,8 +3,8 @@ import torch
 
 from dgc.worker.residual import Compensation, Taken
 from parsimony_kernels.buffers import ops as buffers
+from parsimony_kernels.buffers.operands import Selection
 from parsimony_kernels.buffers.ops import read_reports
-from parsimony_kernels.runtime.operands import Selection
 
 
 def accumulate(compensation, grad, name="w", indices=None):

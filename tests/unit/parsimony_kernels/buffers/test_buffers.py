@@ -10,8 +10,7 @@ from torch import Tensor
 from parsimony_kernels.buffers import host as host_buffers
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers import reference as reference_buffers
-from parsimony_kernels.buffers.ops import read_reports
-from parsimony_kernels.runtime.operands import (
+from parsimony_kernels.buffers.operands import (
     BLOCK,
     MIN_SCALE,
     Blocks,
@@ -20,6 +19,7 @@ from parsimony_kernels.runtime.operands import (
     Found,
     Selection,
 )
+from parsimony_kernels.buffers.ops import read_reports
 from parsimony_kernels.step import ops
 from tests.unit.parsimony_kernels.cases import CPU, Guarded
 
@@ -27,7 +27,7 @@ GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 31, 255, 256, 257, 1000, 4097, 70001)
 OLD = (*buffers.DTYPES, "none", "in place")
 KEY = -0x123456789ABCDEF  # a 64-bit key whose halves both count
-NESTEROV = Correction(u_decay=0.9, u_gain=1.1, v_from_u=0.7, v_gain=0.3)
+NESTEROV = Correction(u_beta=0.9, u_gain=1.1, v_from_u=0.7, v_gain=0.3)
 FLOAT_MAX = torch.finfo(torch.float32).max
 
 

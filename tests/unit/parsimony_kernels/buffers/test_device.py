@@ -1,6 +1,5 @@
 """The CUDA passes over residual and velocity, run on the CPU by tests/emulation, as specified."""
 
-import ctypes
 import dataclasses
 from types import ModuleType
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from parsimony_kernels.buffers import device as device_buffers
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers import reference as reference_buffers
-from parsimony_kernels.runtime.operands import BLOCK, Correction, Selection
+from parsimony_kernels.buffers.operands import BLOCK, Correction, Selection
 from tests.emulation.emulator import BACKWARD, FORWARD
 from tests.unit.parsimony_kernels.buffers.test_buffers import (
     KEY,
@@ -190,8 +189,3 @@ def test_nan_is_above_infinity(emulated):
     grad, residual = torch.tensor([float("inf"), -float("nan"), 1.0]), torch.zeros(3)
     found = device_buffers.accumulate(grad, Correction(), residual, None, None, None, None, KEY)
     assert found.largest.isnan().all()
-
-
-def test_python_lays_structures_out_as_the_compiler_does(emulated):
-    emulator = emulated()
-    assert ctypes.sizeof(device_buffers.Accumulation) == emulator.size_of("accumulation")

@@ -10,8 +10,8 @@ import torch
 from parsimony_kernels.buffers import host as host_buffers
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers import reference as reference_buffers
+from parsimony_kernels.buffers.operands import BINS, VELOCITY_KEY, Correction, Selection
 from parsimony_kernels.buffers.ops import read_reports
-from parsimony_kernels.runtime.operands import BINS, VELOCITY_KEY, Correction, Selection
 from parsimony_kernels.step import ops
 from tests.unit.parsimony_kernels.buffers.test_buffers import (
     KEY,
@@ -72,7 +72,7 @@ def test_the_reference_does_what_a_loop_does(n, threshold):
     listed, bins, new_u, new_v = [], [0] * BINS, [], []
     for i in range(n):
         x = grad[i] * 1.0
-        ui = u[i] * NESTEROV.u_decay + x * NESTEROV.u_gain
+        ui = u[i] * NESTEROV.u_beta + x * NESTEROV.u_gain
         vi = v[i] + (ui * NESTEROV.v_from_u + x * NESTEROV.v_gain)
         if i // 256 % 2 == 1:
             bins[struct.unpack("I", struct.pack("f", abs(vi.item())))[0] >> 20] += 1

@@ -1,6 +1,5 @@
 """Messages and merges in CUDA, run on the CPU by tests/emulation: as specified, and safe."""
 
-import ctypes
 
 import pytest
 import torch
@@ -94,9 +93,3 @@ def test_equal_messages_have_equal_bits_in_any_order(on_device):
         on_device(order)
         packed.append(packing.pack(*entries(case), **case.format, flags=()))
     assert all(torch.equal(bits_of(packed[0]), bits_of(other)) for other in packed)
-
-
-def test_python_lays_structures_out_as_the_compiler_does(emulated):
-    emulator = emulated()
-    assert ctypes.sizeof(device_packing.Packing) == emulator.size_of("packing")
-    assert ctypes.sizeof(device_packing.Merging) == emulator.size_of("merging")

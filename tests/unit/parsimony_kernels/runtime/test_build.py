@@ -15,22 +15,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from parsimony_kernels.runtime import build
+from parsimony_kernels.runtime import build, sources
 from parsimony_kernels.runtime.operands import Rule
-from parsimony_kernels.step import host, ops
+from parsimony_kernels.step import ops
 
 ROOT = Path(__file__).parents[4]
+DEVICES = ("device", "grid")  # headers of the CUDA sources alone
 
 
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
     """Forget the loaded library, and keep compiled ones in a folder of this test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for loaded in (build.host_library, host._library):
-        loaded.cache_clear()
+    build.host_library.cache_clear()
     yield tmp_path / "parsimony" / "kernels"
-    for loaded in (build.host_library, host._library):
-        loaded.cache_clear()
+    build.host_library.cache_clear()
 
 
 def a_step():
@@ -129,17 +128,17 @@ def test_a_cache_that_cannot_be_written_is_named(fresh):
 
 
 def test_a_change_in_any_source_makes_another_library(tmp_path, monkeypatch):
-    sources = (*build.HEADERS, *build.SOURCES)
-    for name in sources:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(build.PACKAGE / name, tmp_path / name)
-    monkeypatch.setattr(build, "PACKAGE", tmp_path)
+    package = tmp_path / "package"
+    shutil.copytree(sources.PACKAGE, package)
+    monkeypatch.setattr(sources, "PACKAGE", package)
     keys = {build._key()}
-    for name in sources:
-        with open(tmp_path / name, "a") as source:
+    files = [package / name for name in build.SOURCES]
+    headers = [path for path in package.rglob("*.h") if not path.name.startswith(DEVICES)]
+    for path in (*files, *headers):
+        with open(path, "a") as source:
             source.write("// changed")
         keys.add(build._key())
-    assert len(keys) == 1 + len(sources)
+    assert len(keys) == 1 + len(files) + len(headers)
 
 
 def test_another_compiler_or_another_option_of_it_makes_another_library(copying):

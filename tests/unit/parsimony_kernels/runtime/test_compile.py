@@ -32,7 +32,7 @@ def test_nvcc_compiles_for_the_architectures_that_it_knows(tmp_path, every):
     words = [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in targets]
     words += [*launch_cupy.OPTIONS, *QUICKLY, "-Werror=all-warnings"]
     output = tmp_path / "device.fatbin"
-    words += [f"-I{KERNELS}", str(KERNELS / launch_cupy.SOURCES[0]), "-o", str(output)]
+    words += [f"-I{KERNELS}", str(KERNELS / launch_cupy.ENTRY), "-o", str(output)]
     result = nvcc("-fatbin", *words)
     assert result.returncode == 0, result.stderr
     assert output.stat().st_size > 0

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from parsimony_kernels.buffers import host as host_buffers
-from parsimony_kernels.runtime.operands import Correction, Rule
+from parsimony_kernels.buffers.operands import Correction
+from parsimony_kernels.runtime.operands import Rule
 from parsimony_kernels.step import host, reference
 from tests.unit.parsimony_kernels import cases
 from tests.unit.parsimony_kernels.cases import CPU, Case

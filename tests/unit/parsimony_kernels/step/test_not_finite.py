@@ -132,7 +132,7 @@ def test_a_mean_that_is_not_finite_is_no_reason_to_divide_by_eps(implementation,
 
 def test_squares_overflow_where_torch_s_do(implementation):
     """Whose addcmul multiplies by the gain first; and sums of them no earlier than in float64."""
-    rule = Rule(lr=0.0, second_beta=0.5, second_gain=1e-3, second_decay=0.5)
+    rule = Rule(lr=0.0, second_beta=0.5, second_gain=1e-3, second_forgetting=0.5)
     torch_s = torch.zeros(1).addcmul_(*torch.full((2, 1), 5e20), value=1e-3)
     assert torch_s.isfinite().all()
     n, m = 3, 200

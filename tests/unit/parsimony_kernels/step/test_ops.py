@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from parsimony_kernels.runtime.operands import Cover, Factored, Full, Rule, Table, Velocity
+from parsimony_kernels.runtime.operands import Cover, Factored, Full, MomentOfUpdates, Rule, Table
 from parsimony_kernels.step import ops
 
 N, M = 6, 4
@@ -34,7 +34,7 @@ def elements(indices, values=None, **changes):
         ({"grad": torch.zeros(N, M).bfloat16()}, "grad is torch.bfloat16; allowed: the parameter"),
         ({"grad": torch.zeros(N, M, device="meta")}, "grad is on meta; allowed: cpu"),
         ({"first": Full(torch.zeros(N, M + 1))}, r"first moment has shape \(6, 5\); allowed"),
-        ({"first": Velocity(torch.zeros(N, M).half())}, "first moment is torch.float16"),
+        ({"first": MomentOfUpdates(torch.zeros(N, M).half())}, "first moment is torch.float16"),
         ({"first": table()}, "must be signed"),
         ({"second": table(signed=True)}, "without signs"),
         ({"second": table(depth=6)}, "depth 6; allowed: 1 to 5"),
@@ -73,7 +73,7 @@ DOUBLES = {"param": torch.zeros(N, M).double(), "grad": torch.zeros(N, M).double
     [
         ({"grad": torch.zeros(N, M)}, "grad is torch.float32; allowed: the parameter's dtype"),
         ({"first": Full(torch.zeros(N, M))}, "first moment is torch.float32; allowed: torch.f"),
-        ({"first": Velocity(torch.zeros(N, M))}, "first moment is torch.float32; allowed: torch"),
+        ({"first": MomentOfUpdates(torch.zeros(N, M))}, "first moment is torch.float32; allowed"),
         ({"first": table(signed=True)}, "table is torch.float32; allowed: torch.float64"),
         ({"second": Full(torch.zeros(N, M))}, "second moment is torch.float32; allowed"),
         ({"second": Cover(torch.zeros(N), torch.zeros(M))}, "row is torch.float32; allowed: torch"),
@@ -133,7 +133,7 @@ def test_nothing_is_a_step_of_nothing(name, size):
         for dim, count in ((0, 3), (M, 0)):
             rows = torch.arange(count)
             ops.sketch_insert(table(dim=dim), rows, torch.zeros(count, dim))
-            ops.sketch_update(table(dim=dim), rows, torch.zeros(count, dim), decay=0.1)
+            ops.sketch_update(table(dim=dim), rows, torch.zeros(count, dim), forgetting=0.1)
             assert ops.sketch_query(table(dim=dim), rows).shape == (count, dim)
 
 
@@ -152,17 +152,18 @@ def test_a_rule_is_float32_and_for_float64_what_it_was_made_from():
     rule = Rule(0.1, second_gain=1 - 0.999, weight_decay=torch.tensor(0.5))
     assert rule.scalars(torch.bfloat16) is rule and rule.second_gain != 1 - 0.999
     exact = rule.scalars(torch.float64)
-    assert (exact.lr, exact.second_gain, exact.weight_decay, exact.decay, exact.eps_inside) == (
-        0.1, 1 - 0.999, 0.5, 1.0, 0.0)  # fmt: skip
-    other = rule.replace(decay=0.9)
-    assert (other.decay, other.scalars(torch.float64).decay) == (Rule(0.1, decay=0.9).decay, 0.9)
-    assert other.second_gain == rule.second_gain and other.lr == rule.lr and rule.decay == 1.0
+    assert (exact.lr, exact.second_gain, exact.weight_decay) == (0.1, 1 - 0.999, 0.5)
+    assert (exact.param_scale, exact.eps_inside) == (1.0, 0.0)
+    other = rule.replace(param_scale=0.9)
+    assert other.param_scale == Rule(0.1, param_scale=0.9).param_scale
+    assert other.scalars(torch.float64).param_scale == 0.9
+    assert other.second_gain == rule.second_gain and other.lr == rule.lr and rule.param_scale == 1.0
 
 
 def test_a_rule_refuses_names_that_it_does_not_have():
     with pytest.raises(TypeError, match="Rule has no momentum"):
         Rule(0.1, momentum=0.9)
-    assert Rule(0.1).decay == 1.0
+    assert Rule(0.1).param_scale == 1.0
 
 
 def test_tensors_without_memory_of_their_own_are_refused():

@@ -14,9 +14,11 @@ from tests.unit.parsimony_kernels import cases
 N, M, WIDTH = 30, 4, 4
 MODES = ("dense", "rows", "elements")
 RULES = {
-    "average": {"first_beta": 0.75, "first_gain": 0.25, "first_decay": 0.25, "first_scale": 2.0},
-    "momentum": {"first_beta": 0.75, "first_gain": 1.0, "first_decay": 0.25},
-    "no decay": {"first_beta": 1.0, "first_gain": 0.5, "first_decay": 0.0, "first_scale": 4.0},
+    "average": {
+        **{"first_beta": 0.75, "first_gain": 0.25, "first_forgetting": 0.25, "first_scale": 2.0}
+    },
+    "momentum": {"first_beta": 0.75, "first_gain": 1.0, "first_forgetting": 0.25},
+    "no decay": {"first_beta": 1.0, "first_gain": 0.5, "first_forgetting": 0.0, "first_scale": 4.0},
 }
 MODULES = {"reference": reference, "host": host, "device": device}
 
@@ -45,7 +47,7 @@ def loop(first, grad, rule):
             mean, error = statistics.fmean(found), 0.0
             if depth > 1:
                 error = statistics.variance(found) / depth
-            own = g * rule.first_gain / (rule.first_decay or 1.0)
+            own = g * rule.first_gain / (rule.first_forgetting or 1.0)
             moment = rule.first_scale * (rule.first_beta * mean + rule.first_gain * g)
             w = max(0.0, 1 - rule.first_doubt * error / mean**2) if mean else float(not error)
             taken[i, c], known[i, c] = w * moment + (1 - w) * own, w
@@ -109,7 +111,7 @@ def test_upkeep_is_that_of_the_sketch_by_itself(implementation, mode):
         take_step(reference, mode, torch.zeros(N, M), grad, rule, alone)
     elif mode == "rows":
         rows = torch.arange(1, N, 2)
-        reference.sketch_update(alone, rows, grad[rows], rule.first_gain, rule.first_decay)
+        reference.sketch_update(alone, rows, grad[rows], rule.first_gain, rule.first_forgetting)
     else:
         added = Table(torch.zeros_like(alone.values), alone.seeds, True)
         reference.sketch_insert(added, torch.arange(N), grad * rule.first_gain)

@@ -1,0 +1,84 @@
+"""A pass over buffers as the kernels are given it, on the host and the device alike: see abi.h."""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_float, c_int, c_int64, c_uint32, c_void_p
+
+import torch
+from torch import Tensor
+
+from parsimony_kernels.buffers.operands import (
+    BINS,
+    VELOCITY_KEY,
+    Blocks,
+    Buffer,
+    Correction,
+    Selection,
+)
+from parsimony_kernels.runtime.launch import Argument
+from parsimony_kernels.runtime.operands import Storage
+
+
+class Stored(Structure):
+    _fields_ = (("values", c_void_p), ("scales", c_void_p), ("storage", c_int64))
+
+    def __init__(self, buffer: Buffer | None) -> None:
+        if isinstance(buffer, Blocks):
+            super().__init__(buffer.codes.data_ptr(), buffer.scales.data_ptr(), Storage.BLOCKS)
+        elif buffer is not None:
+            super().__init__(buffer.data_ptr(), None, Storage.of(buffer.dtype))
+
+
+class Accumulation(Argument):
+    _fields_ = (
+        *((name, Stored) for name in ("grad", "residual", "old_residual")),
+        *((name, Stored) for name in ("velocity", "old_velocity")),
+        *((name, c_int64) for name in ("numel", "residual_key", "velocity_key")),
+        *((name, c_void_p) for name in ("scale", "report", "indices", "values", "velocities")),
+        ("capacity", c_int64),
+        *((name, c_uint32) for name in ("sample_every", "sample_first")),
+        ("threshold", c_float),
+        ("correction", Correction),
+        ("threads", c_int),
+    )
+
+
+def accumulation(
+    grad_N: Tensor | None,
+    correction: Correction,
+    residual: Buffer,
+    old_residual: Buffer | None,
+    velocity: Buffer | None,
+    old_velocity: Buffer | None,
+    scale: Tensor | None,
+    key: int,
+    selection: Selection | None,
+) -> Accumulation:
+    """Return the argument of a pass that takes nothing out yet: see `make_room`."""
+    values = residual.codes if isinstance(residual, Blocks) else residual
+    stored = map(Stored, (grad_N, residual, old_residual, velocity, old_velocity))
+    work = Accumulation(*stored, values.numel(), key, key ^ VELOCITY_KEY, correction=correction)
+    if scale is not None:
+        work.point(scale=scale)
+    size = 2 if selection is None else 2 + BINS
+    work.point(report=torch.zeros(size, dtype=torch.int32, device=values.device))
+    return work
+
+
+def make_room(
+    work: Accumulation, selection: Selection, *, num_lists: int, has_velocities: bool
+) -> None:
+    """Let a pass select: hand over the settings, and the memory for its lists of entries.
+
+    Most of that is never touched on a CPU, and so takes no memory there.
+    """
+    device, work.capacity = work.kept["report"].device, min(selection.capacity, work.numel)
+    work.threshold = selection.limit
+    work.sample_every, work.sample_first = selection.sample_every, selection.sample_first
+    length = num_lists * work.capacity
+    work.point(
+        indices=torch.empty(length, dtype=torch.int64, device=device),
+        values=torch.empty(length, dtype=torch.float32, device=device),
+    )
+    if has_velocities:
+        work.point(velocities=torch.empty(length, dtype=torch.float32, device=device))

@@ -1,0 +1,163 @@
+"""What a worker keeps of a flattened tensor, and what a pass over it is given and returns.
+
+abi.h has the same structures and constants.
+Shapes: N elements of a flattened tensor, K selected of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 256  # elements that share a scale
+LEVELS = 127  # codes lie within -127..127
+MIN_SCALE = 1e-30  # of a block, so that one of zeros, or of denormal numbers, is divided safely
+STORED_DTYPES = (torch.float32, torch.bfloat16)  # of a float64 tensor: float64 for float32
+VELOCITY_KEY = 1 << 40  # the velocity's key is the residual's with this bit changed
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """8 bits an element: codes (N,) int8, scales (ceil(N / 256),) float32; value = code * scale."""
+
+    codes: Tensor
+    scales: Tensor
+
+
+Buffer = Tensor | Blocks
+"""A flattened tensor as it is stored: float32, or float64; bfloat16, or 8-bit blocks."""
+
+
+class Correction(ctypes.Structure):
+    """Four float32 coefficients by which a gradient x joins velocity u and residual v:
+
+    u <- u_beta u + u_gain x;  v <- v + (v_from_u u + v_gain x), with the new u.
+    The defaults are those without velocity: v <- v + x. The values as given are kept for float64
+    gradients: see `scalars`.
+    """
+
+    _fields_ = [(name, ctypes.c_float) for name in ("u_beta", "u_gain", "v_from_u", "v_gain")]
+
+    def __init__(
+        self,
+        u_beta: float = 0.0,
+        u_gain: float = 0.0,
+        v_from_u: float = 0.0,
+        v_gain: float = 1.0,
+    ) -> None:
+        super().__init__(u_beta, u_gain, v_from_u, v_gain)
+        self._given = u_beta, u_gain, v_from_u, v_gain
+
+    def scalars(self, dtype: torch.dtype) -> Sequence[float]:
+        """Return (u_beta, u_gain, v_from_u, v_gain) for a gradient of this dtype."""
+        if dtype == torch.float64:
+            return self._given
+        return self.u_beta, self.u_gain, self.v_from_u, self.v_gain
+
+
+# ---- selecting -----------------------------------------------------------------------------------
+
+BIN_SHIFT = 20  # of a magnitude's 31 bits: 8 bins an octave, each 7 to 12.5% wide
+BINS = 1 << (31 - BIN_SHIFT)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which entries of a residual v a pass takes out: those with |v| >= threshold, but no zeros.
+
+    threshold: 0 or more; inf takes nothing.
+    capacity: how many entries can be taken out; those beyond are counted and stay.
+    mask_velocity: the velocity is listed, and made 0, where the residual is.
+    sample_every, sample_first: the blocks of 256 elements, counted from 0, whose magnitudes enter
+        the histogram: sample_first, sample_first + sample_every, ...
+    """
+
+    threshold: float
+    capacity: int
+    mask_velocity: bool = True
+    sample_every: int = 1
+    sample_first: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise ValueError(f"threshold is {self.threshold}; allowed: 0 or more, or inf for none")
+        if self.capacity < 1:
+            raise ValueError(f"capacity is {self.capacity}; allowed: 1 or more entries")
+        if not 0 <= self.sample_first < self.sample_every:
+            raise ValueError(
+                f"sample_first is {self.sample_first}; allowed: 0 to sample_every - 1, which is "
+                f"{self.sample_every - 1}"
+            )
+
+    @property
+    def limit(self) -> float:
+        """What magnitudes are compared with: NaN for inf, so that infinite ones stay, too."""
+        return self.threshold if self.threshold < math.inf else math.nan
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a pass saw: the largest |gradient|, how many entries reach the threshold, and of the
+    sampled blocks a histogram of |v|, before anything was taken out: (BINS,) int32 on the CPU, by
+    the upper bits of the float; None from a pass without a selection.
+    """
+
+    largest: float
+    count: int
+    histogram: Tensor | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a pass leaves beside the buffers, all on their device; nothing here has waited for it.
+
+    report: (2 + BINS,) int32, or (2,) without a selection: the bits of the largest |gradient| (in
+        float32, also of float64 gradients, of which what is beyond that counts as infinite), the
+        count (32 bits without sign; at least 2^31 where it is more), and the histogram.
+    indices, values, velocities: what was taken out, in the order in which it was listed, where that
+        is `is_sorted` by index; maybe with unused room behind.
+    """
+
+    report: Tensor
+    indices: Tensor
+    values: Tensor
+    velocities: Tensor | None
+    is_sorted: bool = True
+
+    @property
+    def largest(self) -> Tensor:
+        """(1,) float32: max |x| of the gradient; infinite or NaN if an x is; 0 without one."""
+        return self.report[:1].view(torch.float32)
+
+    def entries(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what was taken out: indices (K,) int64 ascending, values and velocities (K,).
+
+        Args: count: the report's. Beyond the capacity fewer are here, and which is not specified.
+        """
+        kept = (self.indices, self.values, self.velocities)
+        indices_K, values_K, velocities_K = (x if x is None else x[:count] for x in kept)
+        if self.is_sorted:
+            return indices_K, values_K, velocities_K
+        indices_K, order = indices_K.sort()
+        return indices_K, values_K[order], None if velocities_K is None else velocities_K[order]
+
+
+def read_reports(found: Sequence[Found]) -> list[Report]:
+    """Read what several passes on one device saw, with one transfer, which waits for them."""
+    if not found:
+        return []
+    sizes = [each.report.numel() for each in found]
+    reports = torch.cat([each.report for each in found]).cpu().split(sizes)
+    return [
+        Report(
+            largest=report[:1].view(torch.float32).item(),
+            count=report[1].item() & 0xFFFFFFFF,
+            histogram=report[2:] if report.numel() > 2 else None,
+        )
+        for report in reports
+    ]
