@@ -111,8 +111,8 @@ class MomentOptimizer(StatefulOptimizer):
         step = int(state["step"]) + 1
         rule = self._rule(group, step)
         if gradient.indices is not None and not gradient.rest_is_unknown:
-            if (param_scale := rule.scalars(p.dtype).param_scale) != 1:
-                p.mul_(param_scale)  # weight decay acts on the elements that did not arrive, too
+            if (scale := rule.scalars(p.dtype).param_scale) != 1:
+                p.mul_(scale)  # weight decay acts on the elements that did not arrive, too
                 rule = rule.replace(param_scale=1.0)
         if gradient.values.numel():
             update(p, gradient, rule, moments)
