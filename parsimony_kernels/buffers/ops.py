@@ -1,14 +1,15 @@
-"""What a worker keeps of a flattened tensor, 4, 2 or 1 bytes an element, and the passes over it.
+"""What a worker keeps of a flattened tensor, 4, 2 or 1 bytes an element, and the pass over it.
 
-A buffer is float32, bfloat16 or 8-bit blocks of 256 (operands.Blocks). Writing to one of fewer bits
-rounds stochastically: up or down, with the odds that make the mean exact. The odds come from a hash
-of a key and the element's number, so that every implementation rounds alike and nothing is stored.
-Of a float64 tensor a buffer is float64 in float32's place, and all arithmetic on it is; one of
-fewer bits it rounds by way of float32. Such tensors run in plain torch, whatever is chosen.
+A buffer is float32, bfloat16 or 8-bit blocks of 256 (operands.Blocks). Values are rounded
+stochastically to bfloat16 and to 8 bits: up or down, with odds that make the mean exact. What is
+drawn is a hash of a key and the element's number, so every implementation rounds alike, and no
+state of a generator is kept.
+For a float64 tensor, a float64 buffer takes the place of a float32 one, and the arithmetic is
+float64; values are converted to float32 before they are rounded further. float64 tensors always
+run in plain torch.
 
-`accumulate` passes over whole tensors, and has three implementations like the operations in ops.py.
-The rest is plain torch: `take`, `put` and `add` are for few elements, `decode` for tests and for
-what is sent whole.
+`accumulate` passes over whole tensors and has three implementations. The rest is plain torch:
+`take`, `put` and `add` are for few elements, `decode` for tests and for what is sent whole.
 Shapes: N elements of a flattened tensor, K selected of them.
 """
 

@@ -1,1 +1,1 @@
-"""Entries to a message's words and back, and the sum of several messages' entries."""
+"""Turns entries into a message and back, and adds up the entries of several messages."""

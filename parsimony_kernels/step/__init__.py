@@ -1,3 +1,3 @@
-"""An optimizer's step over one tensor, for dense, row-sparse and single entries: with a moment kept
-in full, by covers, factored means or sketches.
+"""An optimizer's step over one tensor, from a dense gradient, or rows or elements of one. Moments
+are kept in full, by covers, as factored means or in sketches.
 """

@@ -7,29 +7,31 @@
 
 // ---- one entry's step ---------------------------------------------------------------------------
 
-// What state that is shared says of the second moment: see EntryState. `row_value` and `col_value` are
-// what an entry's row and column hold, for kinds that need them.
-FN float estimate_of_second(const DeviceStep &s, int kind, const Cells &cells, i64 column, float row_value,
-                            float col_value) {
-    bool is_alone = !s.items.is_elements && !s.items.is_dense;  // sparse rows: no columns
-    if (kind == SECOND_COVER || kind == SECOND_COVER_I)
-        return is_alone ? row_value : smaller(row_value, col_value);
-    if (kind == SECOND_FACTORED) return row_value * relative(col_value, *s.mean);
-    return kind == SECOND_SKETCH ? query(s.second_sketch, cells, column) : 0.0f;
-}
-
 // Where an entry is in its row and in the parameter, and what its row and column hold.
 struct Entry {
     i64 column, at;
     float row_value, col_value;
 };
 
+// What state that is shared says of the second moment: see EntryState. In kernels that are not IS_SKETCHED
+// neither moment is a sketch, which saves registers.
+template <bool IS_SKETCHED>
+FN float estimate_of_second(const DeviceStep &s, int kind, const Cells &cells, const Entry &e) {
+    bool is_alone = !s.items.is_elements && !s.items.is_dense;  // sparse rows: no columns
+    if (kind == SECOND_COVER || kind == SECOND_COVER_I)
+        return is_alone ? e.row_value : smaller(e.row_value, e.col_value);
+    if (kind == SECOND_FACTORED) return e.row_value * relative(e.col_value, *s.mean);
+    if (IS_SKETCHED && kind == SECOND_SKETCH) return query(s.second_sketch, cells, e.column);
+    return 0.0f;
+}
+
 // Return the new parameter; `nu` becomes the second moment, which is of this kind.
+template <bool IS_SKETCHED>
 FN float stepped(const DeviceStep &s, int kind, const Entry &e, const Cells &first, const Cells &second,
                  float p, float grad, float &nu) {
     float g = oriented(grad, p, s.rule), taken = 0.0f;
-    if (s.first == FIRST_SKETCH) taken = take_first(s.first_sketch, first, e.column, g, s.rule);
-    float estimate = estimate_of_second(s, kind, second, e.column, e.row_value, e.col_value);
+    if (IS_SKETCHED && s.first == FIRST_SKETCH) taken = take_first(s.first_sketch, first, e.column, g, s.rule);
+    float estimate = estimate_of_second<IS_SKETCHED>(s, kind, second, e);
     EntryState state = {s.first_values, s.second_values, e.at, taken, estimate};
     return step_entry(s.first, kind, p, g, state, s.rule, nu);
 }
@@ -62,7 +64,7 @@ FN u32 step_row(const DeviceStep &s, const Tile &tile, const float *col_values, 
         Entry entry = {column, row * x.dim + column, row_value, col_values[v]};
         float nu = 0.0f;
         int kind = IS_COVER ? SECOND_COVER : s.second;  // known to the compiler where it matters
-        float value = stepped(s, kind, entry, first, second, p[v], grad[v], nu);
+        float value = stepped<IS_SKETCHED>(s, kind, entry, first, second, p[v], grad[v], nu);
         ((T *)x.param)[entry.at] = narrow<T>(value);
         if (IS_COVER) {
             column_max[v] = larger_bits(column_max[v], as_bits(nu));
@@ -148,7 +150,7 @@ template <class T> FN void step_elements(const DeviceStep &s) {
         Entry entry = {column, x.positions[i], row_value, col_value};
         float nu = 0.0f, p = param_at<T>(x, entry.at);
         float grad = ((const float *)x.grad)[i];
-        float value = stepped(s, s.second, entry, first, second, p, grad, nu);
+        float value = stepped<true>(s, s.second, entry, first, second, p, grad, nu);
         ((T *)x.param)[entry.at] = narrow<T>(value);
         if (s.second == SECOND_COVER) s.averages[i] = s.averages[x.num_items + i] = nu;
     }

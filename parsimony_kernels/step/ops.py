@@ -1,10 +1,10 @@
-"""Operations on tensors and their compressed state: what each takes; checks.py checks it, once.
+"""The operations on tensors and their compressed state: what each takes, which is checked here.
 
-What each means is written in reference.py, in plain torch; host.cpp and device.cu do the same.
-Which of them runs: see runtime/choice.py.
+reference.py specifies what each does, in plain torch; host.cpp and device.cu do the same.
+runtime/choice.py says which of them runs.
 
-State has one dtype, `operands.state_dtype` of the parameter's: float64 for float64, else float32.
-So has the arithmetic; "state's dtype" below is that.
+All state of a parameter, and the arithmetic on it, has the "state's dtype": float64 for a float64
+parameter, else float32 (operands.state_dtype).
 Shapes: n rows of m columns make the parameter's 2-D view; k of its rows, or elements, arrive.
 """
 

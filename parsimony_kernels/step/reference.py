@@ -1,12 +1,12 @@
 """The operations in plain torch: the specification, and the implementation for any device.
 
-Every product, sum, root and quotient is float32 and rounded by itself, sums over rows that share a
-bucket are taken in the order of the rows, and the means of Factored in float64; so the native
-implementations equal this one to the bit, except Factored, which they equal to rounding. Where the
-parameter is float64, which only this one steps, so is all else, the rule's scalars too. What is
-not finite is so in all of them: a gradient that is NaN or infinite reaches what it touches, and
-through shared state what it shares that with; nothing hides it. (NaNs may differ in their bits.)
-Tensors as large as the gradient come and go here; see ops.py for what each operation means.
+Every product, sum, root and quotient is float32 and rounded by itself. Values of rows that share a
+bucket are added in the order of the rows; the means of Factored are taken in float64. The native
+implementations equal this one to the bit, except for Factored, where sums have another order.
+Only this one steps float64 parameters; all else is float64 then, the rule's scalars too.
+A gradient that is NaN or infinite makes what it touches NaN or infinite in all implementations, and
+what shares state with that; nothing hides it. (NaNs may differ in their bits.)
+Temporary tensors here are as large as the gradient.
 """
 
 from __future__ import annotations

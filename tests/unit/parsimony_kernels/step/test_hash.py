@@ -1,4 +1,4 @@
-"""The hash that common.h and the reference share: its definition, and that it spreads rows."""
+"""The hash of step/sketch.h and of the reference: its definition, and that it spreads rows."""
 
 import math
 
