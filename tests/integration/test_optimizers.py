@@ -34,7 +34,7 @@ def test_a_killed_run_with_all_the_machinery_resumes_to_the_same_bits(runs):
     assert 0 < one["state_bytes"]["optimizer"] < 1.1 * one["state_bytes"]["parameters"]
     assert one["state_bytes"]["averaged"] == one["state_bytes"]["parameters"]
     rates = [value for _, value in read_scalars(runs.folder("straight"))["lr"]]
-    assert rates[0] < rates[1] and rates[-1] < rates[-2] < max(rates)  # by step: up, then down
+    assert rates[-1] < rates[-2] < rates[0]  # falls within the last epoch, by step
 
 
 @pytest.mark.long
