@@ -29,3 +29,9 @@ def pytest_collection_modifyitems(config, items):
         (left_out if is_campaign else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
+
+
+@pytest.fixture(scope="session")
+def is_long(pytestconfig) -> bool:
+    """Whether the campaigns run: a test that chooses how much it tries may then try more."""
+    return pytestconfig.getoption("--long")
