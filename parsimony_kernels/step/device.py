@@ -3,7 +3,7 @@
 ops.py has checked what is given. Work goes to torch's current stream of the tensors' device, and
 nothing here waits for it. Temporaries: for rows, n + m numbers (Cover) or a 32nd of the
 parameter (Factored; more where it is small); for a sketch, a few numbers for each arriving row and,
-where it decays or is of a first moment, new values of the buckets that change; for elements, a few
+where it forgets or is of a first moment, new values of the buckets that change; for elements, a few
 numbers each.
 
 Shapes: n rows of m columns make the parameter; k rows or elements of it arrive.
@@ -33,8 +33,8 @@ from parsimony_kernels.runtime.operands import (
     Table,
 )
 
-# A tile's threads take up to MAX_ROWS_PER_THREAD rows, so that maxima and sums leave a block
-# seldom, but fewer where there would be fewer tiles than WANTED_TILES, too few to fill a GPU.
+# A tile's threads take up to MAX_ROWS_PER_THREAD rows each, so that blocks seldom write maxima and
+# sums. They take fewer rows if there would be less than WANTED_TILES tiles, too few to fill a GPU.
 MAX_ROWS_PER_THREAD = 16
 WANTED_TILES = 512
 MAX_BLOCKS = 2**20  # kernels stride over what is more
