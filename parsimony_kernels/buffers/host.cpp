@@ -42,7 +42,7 @@ template <class T> void widen_all(const T *x, int length, float *out) {
     for (int j = 0; j < length; j++) out[j] = widen(x[j]);
 }
 
-// The block's values: where they lie if they are float32, else in `room`.
+// Return where the block's values are in float32: in the buffer, or decoded into `room`.
 const float *decode(const Stored &b, Span s, float *room) {
     if (b.storage == STORAGE_ABSENT) return zeros;
     if (b.storage == STORAGE_FLOAT32) return (const float *)b.values + s.begin;
@@ -57,7 +57,8 @@ const float *decode(const Stored &b, Span s, float *room) {
     return room;
 }
 
-// Past the caches: before a buffer of this size is read again, they will have been filled with others.
+// Copy without filling the caches, for buffers so large that they would be gone from the caches before
+// they are read again.
 void stream(const float *x, int length, float *out) {
     int j = 0;
 #if defined(__SSE2__)
@@ -82,7 +83,8 @@ void store(const Stored &b, Span s, float *x, i64 key, const int *offsets, int n
     if (b.storage == STORAGE_BFLOAT16) {
         bf16 *out = (bf16 *)b.values + s.begin;
 #pragma omp simd
-        for (int j = 0; j < s.length; j++) out[j] = stochastic_bf16(x[j], random_bits(first + (u32)j, random));
+        for (int j = 0; j < s.length; j++)
+            out[j] = stochastic_bf16(x[j], random_bits(first + (u32)j, random));
     }
     if (b.storage == STORAGE_BLOCKS) {
         signed char *codes = (signed char *)b.values + s.begin;
@@ -188,7 +190,8 @@ template <class T> void pass_over(const Accumulation &a, Part &part) {
     const float scale = a.scale ? *a.scale : 1.0f;
     const bool is_large = a.numel >= STREAM_FROM;
     const bool stream_u = is_large && a.velocity.values != a.old_velocity.values;
-    const bool stream_v = is_large && a.residual.values != a.old_residual.values && a.residual.values != a.grad.values;
+    const bool is_read = a.residual.values == a.old_residual.values || a.residual.values == a.grad.values;
+    const bool stream_v = is_large && !is_read;
     for (i64 block = part.begin; block < part.end; block++) {
         const Span s(block, a.numel);
         float u[BLOCK], v[BLOCK];

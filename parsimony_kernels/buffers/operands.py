@@ -16,8 +16,8 @@ from torch import Tensor
 
 BLOCK = 256  # elements that share a scale
 LEVELS = 127  # codes lie within -127..127
-MIN_SCALE = 1e-30  # of a block, so that one of zeros, or of denormal numbers, is divided safely
-STORED_DTYPES = (torch.float32, torch.bfloat16)  # of a float64 tensor: float64 for float32
+MIN_SCALE = 1e-30  # of a block: no division by 0 where all its values are 0 or denormal
+STORED_DTYPES = (torch.float32, torch.bfloat16)  # for a float64 tensor float64, not float32
 VELOCITY_KEY = 1 << 40  # the velocity's key is the residual's with this bit changed
 
 
@@ -30,7 +30,7 @@ class Blocks:
 
 
 Buffer = Tensor | Blocks
-"""A flattened tensor as it is stored: float32, or float64; bfloat16, or 8-bit blocks."""
+"""A flattened tensor as it is stored: in float32, float64, bfloat16 or 8-bit blocks."""
 
 
 class Correction(ctypes.Structure):
@@ -102,9 +102,12 @@ class Selection:
 
 @dataclass(frozen=True)
 class Report:
-    """What a pass saw: the largest |gradient|, how many entries reach the threshold, and of the
-    sampled blocks a histogram of |v|, before anything was taken out: (BINS,) int32 on the CPU, by
-    the upper bits of the float; None from a pass without a selection.
+    """What a pass saw.
+
+    largest: the largest |gradient|.
+    count: how many entries reach the threshold.
+    histogram: (BINS,) int32 on the CPU, of |v| in the sampled blocks before anything was taken
+        out, by the upper bits of the float. None from a pass without a selection.
     """
 
     largest: float
@@ -114,13 +117,14 @@ class Report:
 
 @dataclass(frozen=True)
 class Found:
-    """What a pass leaves beside the buffers, all on their device; nothing here has waited for it.
+    """What a pass returns, on the buffers' device; the host has not waited for it.
 
-    report: (2 + BINS,) int32, or (2,) without a selection: the bits of the largest |gradient| (in
-        float32, also of float64 gradients, of which what is beyond that counts as infinite), the
-        count (32 bits without sign; at least 2^31 where it is more), and the histogram.
-    indices, values, velocities: what was taken out, in the order in which it was listed, where that
-        is `is_sorted` by index; maybe with unused room behind.
+    report: int32: (2,), or (2 + BINS,) with a selection. First the bits of the largest |gradient|
+        as a float32 (a float64 gradient beyond its range counts as infinite); then the count, as 32
+        bits without sign (at least 2^31, if it does not fit); then the histogram.
+    indices, values, velocities: what was taken out, in the order in which it was listed. Unused
+        room may follow.
+    is_sorted: that order is ascending by index.
     """
 
     report: Tensor
@@ -137,7 +141,8 @@ class Found:
     def entries(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return what was taken out: indices (K,) int64 ascending, values and velocities (K,).
 
-        Args: count: the report's. Beyond the capacity fewer are here, and which is not specified.
+        Args: count: the report's. If it exceeds the capacity, only so many are here, and any of
+            those that reach the threshold.
         """
         kept = (self.indices, self.values, self.velocities)
         indices_K, values_K, velocities_K = (x if x is None else x[:count] for x in kept)

@@ -77,10 +77,10 @@ def take(buffer: Buffer, indices_K: Tensor) -> Tensor:
 
 
 def put(buffer: Buffer, indices_K: Tensor, values_K: Tensor | float, key: int) -> None:
-    """Write values (K,) float32 or float64, or one for all, at indices; 0 is written exactly.
+    """Write values (K,) float32 or float64, or one number, at indices; 0 is written exactly.
 
-    What was taken from the buffer goes back as it was, whatever the key. In blocks the scale stays
-    as it is: no value may be beyond the largest of its block.
+    Values that `take` returned become what they were, whatever the key. The scales of 8-bit blocks
+    do not change, so no value may exceed the largest that its block can hold.
     """
     if not isinstance(values_K, Tensor):
         where = {"dtype": torch.float32, "device": indices_K.device}
@@ -97,7 +97,7 @@ def put(buffer: Buffer, indices_K: Tensor, values_K: Tensor | float, key: int) -
 def add(buffer: Buffer, indices_K: Tensor, values_K: Tensor, key: int) -> None:
     """Add values (K,) at unique indices, however large: a block's scale grows if it must.
 
-    What was taken out of a block whose scale has grown no longer goes back to the bit.
+    If a block's scale has grown, `put` cannot restore to the bit what was taken out before.
     """
     sums_K = take(buffer, indices_K) + values_K
     if isinstance(buffer, Blocks):
@@ -132,20 +132,21 @@ def accumulate(
     """Add a gradient to velocity and residual and take large entries out, in one pass.
 
     With x = scale * grad:  u = u_beta old_velocity + u_gain x;  v = old_residual + (v_from_u u +
-    v_gain x), from the u that rounding has not touched. All in float32, or for a float64 gradient
-    in float64, rounded by operation.
-    What `selection` takes out is listed, v and u as they are before rounding, and is exactly 0 in
-    the buffers. A block's scale is that of all its values, so what was taken out always fits in:
-    `put(residual, indices, values, key)` and `put(velocity, indices, velocities, key ^
-    VELOCITY_KEY)`, with this pass's key, leave to the bit what the pass would have left without a
-    selection, however many entries are put back, and after however many selections.
-    Args: grad_N: (N,) float32, bfloat16, float16 or float64. None: nothing is added, the selection
-            is from what is stored, and neither scales nor what is not selected is written; the old
-            buffers are then the same as the new, or None.
-        residual, velocity: written; the old ones, if other than they, are not. Old ones that are
-            None count as zeros; they may be stored otherwise than the new.
+    v_gain x), where u is not rounded yet. Each operation is rounded to float32, or to float64 for a
+    float64 gradient.
+    The entries that `selection` takes out are listed, v and u as they are before rounding, and are
+    exactly 0 in the buffers. They can be put back: `put(residual, indices, values, key)` and
+    `put(velocity, indices, velocities, key ^ VELOCITY_KEY)`, with this pass's key, leave to the bit
+    what the pass would have left without a selection. This holds for any part of the entries and
+    after any number of selections, since a block's scale is always that of all its values.
+    Args: grad_N: (N,) float32, bfloat16, float16 or float64. None: nothing is added, and the
+            selection is from what is stored. Only what is selected is written then, no scales; the
+            old buffers must be the same as the new, or None.
+        residual, velocity: written.
+        old_residual, old_velocity: read; None counts as zeros. They are the new buffers, or others,
+            which may be stored in another way.
         scale: (1,) float32, for a float64 gradient float64, or None for 1.
-        key: 64 bits; of the stochastic rounding.
+        key: 64 bits, for the stochastic rounding.
     Returns: what was found; `largest` is max |x|, infinite or NaN if an x is.
     Cost:    every buffer is read and written once. Nothing waits for a GPU.
     Example: residual [1, -3, 0], grad [1, 0, 0], threshold 2 -> residual [0, 0, 0], listed

@@ -22,7 +22,7 @@ from parsimony_kernels.buffers.operands import (
     Selection,
 )
 from parsimony_kernels.runtime.operands import state_dtype
-from parsimony_kernels.step.reference import mix
+from parsimony_kernels.step.reference_sketch import mix
 
 
 def random_bits(indices: Tensor, key: int) -> Tensor:

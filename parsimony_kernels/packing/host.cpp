@@ -11,7 +11,9 @@ namespace {
 
 // ---- values -------------------------------------------------------------------------------------------
 
-inline int group_length(i64 group, i64 n) { return (int)(n - group * GROUP < GROUP ? n - group * GROUP : GROUP); }
+inline int group_length(i64 group, i64 n) {
+    return (int)(n - group * GROUP < GROUP ? n - group * GROUP : GROUP);
+}
 
 u32 largest_bits(const float *x, int length) {
     u32 largest = 0;
@@ -47,7 +49,9 @@ void write_bytes(unsigned char *out, const unsigned char *codes, int length, E2M
         out[j / 2] = (unsigned char)(codes[j] | (j + 1 < length ? codes[j + 1] << 4 : 0));
 }
 
-void read_bytes(const unsigned char *in, unsigned char *codes, int length, E4M3) { memcpy(codes, in, length); }
+void read_bytes(const unsigned char *in, unsigned char *codes, int length, E4M3) {
+    memcpy(codes, in, length);
+}
 
 void read_bytes(const unsigned char *in, unsigned char *codes, int length, E2M1) {
     for (int j = 0; j < length; j++) codes[j] = in[j / 2] >> (4 * (j & 1)) & 15;
@@ -124,7 +128,8 @@ void pack_positions(const Sections &s, const i64 *positions, u32 *words) {
         out[bit >> 5] |= 1u << (bit & 31);
     }
     if (s.low_bits == 0) return;
-    for (i64 w = 0; w < words_of(s.num_entries * s.low_bits); w++) words[s.low + w] = low_word(s, positions, w);
+    for (i64 w = 0; w < words_of(s.num_entries * s.low_bits); w++)
+        words[s.low + w] = low_word(s, positions, w);
 }
 
 int unpack_coded(const Sections &s, const u32 *words, i64 *positions) {

@@ -89,7 +89,8 @@ i64 unite(const EntryList *lists, i64 num_lists, i64 *out) {
 }
 
 // sums (num_positions, dim), 0 before: each list's values in turn.
-void add_up(const EntryList *lists, i64 num_lists, const i64 *positions, i64 num_positions, i64 dim, float *sums) {
+void add_up(const EntryList *lists, i64 num_lists, const i64 *positions, i64 num_positions, i64 dim,
+            float *sums) {
     Windows windows(lists, num_lists);
     std::vector<int> slots(1ull << windows.width_bits);  // of this window's positions; others are never read
     i64 first = 0;

@@ -22,7 +22,7 @@ from parsimony_kernels.packing.message import (
     Sections,
 )
 from parsimony_kernels.runtime.operands import state_dtype
-from parsimony_kernels.step.reference import mix
+from parsimony_kernels.step.reference_sketch import mix
 
 
 class Element(NamedTuple):

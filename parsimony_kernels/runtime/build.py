@@ -115,7 +115,7 @@ def cache_folder() -> Path:
 
 
 def _own_temporary_folder() -> Path:
-    """Return this user's folder in /tmp, where others could lay libraries under any other name."""
+    """Return this user's folder in /tmp, having checked that no other user made it."""
     folder = Path(tempfile.gettempdir()) / f"parsimony-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.lstat().st_uid != os.getuid():
@@ -125,20 +125,20 @@ def _own_temporary_folder() -> Path:
 
 
 def keep(path: Path, make: Callable[[Path], None]) -> None:
-    """Have `make` write a file of the cache: it is there whole or not at all, whoever else does so.
+    """Have `make` write a file of the cache so that others see it whole or not at all.
 
     Raises: RuntimeError with the remedy, if the cache cannot be written; what `make` raises.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Its name is free on all hosts that share the folder; a process's number is not.
+        # A folder of a fresh name: other hosts that share the cache may have the same process ids.
         with tempfile.TemporaryDirectory(
             prefix="new.", dir=path.parent, ignore_cleanup_errors=True
         ) as folder:
             new = Path(folder) / path.name
             make(new)
             with open(new, "rb") as written:
-                os.fsync(written.fileno())  # a name that outlives a crash is of all its bytes
+                os.fsync(written.fileno())  # before the name, so that a crash leaves no half file
             new.replace(path)
     except OSError as error:
         raise RuntimeError(
@@ -149,7 +149,7 @@ def keep(path: Path, make: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Let one of a job's ranks, which start together, compile, and the others wait for it.
+    """Let one of a job's ranks, which start together, compile while the others wait for it.
 
     Where files cannot be locked, each compiles.
     """
@@ -214,8 +214,8 @@ def _processor() -> str:
 def _share_openmp() -> None:
     """Let the library find the OpenMP that torch loaded, so that both use the same threads.
 
-    With a second OpenMP each would keep a team of its own, and the idle one spins where the other
-    works.
+    With two OpenMPs there would be two teams of threads, and the idle team would spin on the cores
+    on which the other one works.
     """
     maps = Path("/proc/self/maps")
     loaded = maps.read_text().split() if maps.exists() else []

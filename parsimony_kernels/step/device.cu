@@ -30,7 +30,8 @@ template <bool IS_SKETCHED>
 FN float stepped(const DeviceStep &s, int kind, const Entry &e, const Cells &first, const Cells &second,
                  float p, float grad, float &nu) {
     float g = oriented(grad, p, s.rule), taken = 0.0f;
-    if (IS_SKETCHED && s.first == FIRST_SKETCH) taken = take_first(s.first_sketch, first, e.column, g, s.rule);
+    if (IS_SKETCHED && s.first == FIRST_SKETCH)
+        taken = take_first(s.first_sketch, first, e.column, g, s.rule);
     float estimate = estimate_of_second<IS_SKETCHED>(s, kind, second, e);
     EntryState state = {s.first_values, s.second_values, e.at, taken, estimate};
     return step_entry(s.first, kind, p, g, state, s.rule, nu);

@@ -3,7 +3,7 @@
 ops.py has checked what is given. Work goes to torch's current stream of the tensors' device, and
 nothing here waits for it. Temporaries: for rows, n + m numbers (Cover) or a 32nd of the
 parameter (Factored; more where it is small); for a sketch, a few numbers for each arriving row and,
-where it decays or is of a first moment, new values of the buckets that change; for elements, a few
+where it forgets or is of a first moment, new values of the buckets that change; for elements, a few
 numbers each.
 
 Shapes: n rows of m columns make the parameter; k rows or elements of it arrive.
@@ -11,14 +11,10 @@ Shapes: n rows of m columns make the parameter; k rows or elements of it arrive.
 
 from __future__ import annotations
 
-import ctypes
-from ctypes import c_float, c_int, c_int64, c_void_p
-from enum import IntEnum
-
 import torch
 from torch import Tensor
 
-from parsimony_kernels.runtime.launch import COLUMNS, THREADS, Argument, launch
+from parsimony_kernels.runtime.launch import THREADS, Argument, launch
 from parsimony_kernels.runtime.operands import (
     Cover,
     Factored,
@@ -32,85 +28,12 @@ from parsimony_kernels.runtime.operands import (
     Sketch,
     Table,
 )
+from parsimony_kernels.step.arguments import DeviceStep, Feeding, Inserted, Items, Tiling
 
-# A tile's threads take up to MAX_ROWS_PER_THREAD rows, so that maxima and sums leave a block
-# seldom, but fewer where there would be fewer tiles than WANTED_TILES, too few to fill a GPU.
-MAX_ROWS_PER_THREAD = 16
-WANTED_TILES = 512
 MAX_BLOCKS = 2**20  # kernels stride over what is more
 
 _TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _NO_RULE = Rule(lr=0.0)
-
-
-# ---- what kernels are given: see runtime/abi.h ---------------------------------------------------
-
-
-class Tiling(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int64) for name in ("num_rows", "num_columns", "num_tiles")),
-        *((name, c_int) for name in ("lanes", "rows_per_thread")),
-    )
-
-    def __init__(self, num_rows: int, num_columns: int) -> None:
-        lanes = 1
-        while lanes < 32 and lanes * COLUMNS < num_columns:
-            lanes *= 2
-        slots, across = THREADS // lanes, -(-num_columns // (lanes * COLUMNS))
-        num_tiles = across * -(-num_rows // slots)
-        per_thread = max(1, min(MAX_ROWS_PER_THREAD, num_tiles // WANTED_TILES))
-        num_tiles = across * -(-num_rows // (slots * per_thread))
-        super().__init__(num_rows, num_columns, num_tiles, lanes, per_thread)
-
-    @property
-    def across(self) -> int:
-        return -(-self.num_columns // (self.lanes * COLUMNS))
-
-
-class Items(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int64) for name in ("num_items", "num_rows", "dim")),
-        *((name, c_void_p) for name in ("positions", "param", "grad", "scale")),
-        *((name, c_int) for name in ("is_elements", "is_dense")),
-    )
-
-
-class Inserted(IntEnum):
-    """What is inserted into a sketch: values as they are, the gradient, or its square."""
-
-    VALUES = 0
-    GRADIENT = 1
-    SQUARE = 2
-
-
-class Feeding(Argument):
-    _fields_ = (
-        ("rule", Rule),
-        ("items", Items),
-        ("tiling", Tiling),
-        ("sketch", Sketch),
-        ("inserted", c_int),
-        *((name, c_float) for name in ("gain", "forgetting", "keep")),
-        *((name, c_void_p) for name in ("cells", "order", "ranks", "fresh", "estimates")),
-    )
-
-
-class DeviceStep(Argument):
-    _fields_ = (
-        ("rule", Rule),
-        ("items", Items),
-        ("tiling", Tiling),
-        ("first", c_int),
-        ("second", c_int),
-        ("first_values", c_void_p),
-        ("second_values", c_void_p),
-        ("first_sketch", Sketch),
-        ("second_sketch", Sketch),
-        *((name, c_void_p) for name in ("row", "col", "row_max", "col_max", "averages")),
-        *((name, c_void_p) for name in ("row_sums", "col_sums", "mean", "changes")),
-        *((name, c_void_p) for name in ("keys", "order", "means")),
-        ("num_averaged", c_int64),
-    )
 
 
 def _launch(name: str, argument: Argument, device: torch.device, flat: int | None = None) -> None:

@@ -22,19 +22,9 @@ from parsimony_kernels.runtime.operands import (
     Storage,
     Table,
 )
+from parsimony_kernels.step.arguments import HostStep
 
 _pointer, _i64, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-
-
-class HostStep(ctypes.Structure):
-    _fields_ = [
-        *((name, _pointer) for name in ("param", "grad", "at")),
-        *((name, _i64) for name in ("n", "m", "k")),
-        *((name, _int) for name in ("storage", "first", "second", "threads")),
-        *((name, _pointer) for name in ("first_values", "second_values", "row", "col")),
-        *((name, Sketch) for name in ("first_sketch", "second_sketch")),
-        ("rule", Rule),
-    ]
 
 
 def sketch_insert(table: Table, rows: Tensor, values: Tensor) -> None:

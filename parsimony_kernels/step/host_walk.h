@@ -30,17 +30,22 @@ struct Stretch {
 };
 
 constexpr int second_kind_of(int source) {
-    return source >= SKETCH                          ? SECOND_SKETCH
-           : source == FULL                          ? SECOND_FULL
-           : source == COVER || source == COVER_ROW  ? SECOND_COVER
-           : source == LOWER || source == ROW        ? SECOND_COVER_I
-           : source == OUTER                         ? SECOND_FACTORED
-                                                     : SECOND_NONE;
+    switch (source) {
+        case NOTHING: return SECOND_NONE;
+        case FULL: return SECOND_FULL;
+        case COVER:
+        case COVER_ROW: return SECOND_COVER;
+        case LOWER:
+        case ROW: return SECOND_COVER_I;
+        case OUTER: return SECOND_FACTORED;
+        default: return SECOND_SKETCH;
+    }
 }
 
+// F: FirstKind; S: Source, or SKETCH + depth - 1. Every pair has a loop of its own, which g++ vectorises.
 template <int F, int S>
 FN void walk(float *__restrict p, const float *__restrict g, i64 length, Stretch &s, const Rule rule) {
-    const int DEPTH = S >= SKETCH ? S - SKETCH + 1 : 1;
+    constexpr int DEPTH = S >= SKETCH ? S - SKETCH + 1 : 1, SECOND = second_kind_of(S);
     float *__restrict m = s.m, *__restrict v = s.v;
     const float *__restrict col = s.col;
     const float *c0 = s.cells[0], *c1 = s.cells[1], *c2 = s.cells[2], *c3 = s.cells[3], *c4 = s.cells[4];
@@ -67,7 +72,7 @@ FN void walk(float *__restrict p, const float *__restrict g, i64 length, Stretch
             }
             const EntryState state = {m, v, j, F == FIRST_SKETCH ? m[j] : 0.0f, estimate};
             const float gradient = oriented(g[j], p[j], rule);
-            p[j] = step_entry(F, second_kind_of(S), p[j], gradient, state, rule, nu);
+            p[j] = step_entry(F, SECOND, p[j], gradient, state, rule, nu);
             if (S == COVER || S == COVER_ROW) {
                 const u32 bits = magnitude_bits(nu);
                 row_max = larger_bits(row_max, bits);

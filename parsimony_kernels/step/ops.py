@@ -37,10 +37,8 @@ from parsimony_kernels.step import reference
 def sketch_insert(table: Table, rows: Tensor, values: Tensor) -> None:
     """Add values (k, m), in the table's dtype, to the buckets of rows (k,) int64, in order.
 
-    Rows may repeat.
-
-    A bucket's values are summed in the order of `rows` before they are added to it, so that the
-    result does not depend on threads or devices.
+    Rows may repeat. A bucket's values are summed in the order of `rows` before they are added to
+    it, so that the result does not depend on threads or devices.
     """
     check_table(table, values.shape[-1], values.device)
     check_rows(rows, values, table.values.dtype)
@@ -93,17 +91,17 @@ def step(
 ) -> None:
     """Update state and parameter (n, m) in place from a gradient: dense (n, m), or rows (k, m).
 
-    `rows` (k,) int64, ascending and unique, are the only ones that are read or written, with what
-    their state shares. `grad` has the parameter's dtype; state and arithmetic the state's dtype.
+    Of the parameter, only `rows` (k,) int64, ascending and unique, are read and written. `grad` has
+    the parameter's dtype; state and arithmetic have the state's dtype.
 
-    How a row-sparse gradient meets state that rows share: a Cover's estimate is that of the row
-    accumulator alone and its column accumulators can only rise (as in SM3's own code); Factored
-    columns change by what the arriving rows change, (1/n) sum (gain g^2 - forgetting nu); sketches
-    query, then insert.
+    If only some rows arrive, state that rows share changes as follows. Cover: the estimate is the
+    row's accumulator alone, and the columns' accumulators can only rise (as in SM3's own code).
+    Factored: the columns change by what the arriving rows change, (1/n) sum (gain g^2 - forgetting
+    nu). Sketches: all rows are queried, then inserted.
 
-    What the update takes for a first moment in a sketch is not the median: see Rule. Where rows
-    collide, the median after the insertions is mostly the other rows' gradients. Where all rows
-    arrive, dense or as rows, such a sketch is scaled and fed, and is exactly that of the moment.
+    The update does not take the median for a first moment in a sketch: where rows collide, that
+    would be mostly the other rows' gradients. Rule says what it takes. If all rows arrive, the
+    sketch is scaled before they are inserted, and then is exactly the sketch of the moment.
     """
     check_parameter(param, grad, rows)
     if grad.dtype != param.dtype:
@@ -127,8 +125,8 @@ def step_elements(
 
     `indices` (k,) int64 into the flattened parameter, ascending and unique; `values` (k,) in the
     state's dtype.
-    A Cover's accumulators can only rise; Factored rows and columns change by what the arriving
-    elements change; a sketch is queried and fed in the columns that arrived.
+    A Cover's accumulators can only rise. Factored rows and columns change by what the arriving
+    elements change. Of a sketch, only the elements' own columns are queried and inserted.
     """
     check_tensor("param", param, param.device, STEP_DTYPES, 2)
     check_num_rows(param)
@@ -140,11 +138,11 @@ def step_elements(
 
 
 def observe(grad: Tensor, rule: Rule, second: Second, *, scale: Tensor | None = None) -> None:
-    """Feed a second moment from a dense gradient (n, m), as a dense `step` would, and no more.
+    """Feed a second moment with a dense gradient (n, m), as a dense `step` would, but step nothing.
 
-    The rule's second_beta, second_gain and second_forgetting count, the rest does not. `scale` (1,)
-    multiplies the gradient; the product, rounded to the state's dtype, is what is fed. It is
-    float32; of a float64 gradient it may be float64.
+    Of the rule, only second_beta, second_gain and second_forgetting are used. `scale` (1,)
+    multiplies the gradient, and the product is rounded to the state's dtype. It is float32; for a
+    float64 gradient it may be float64.
     """
     check_tensor("grad", grad, grad.device, STEP_DTYPES, 2)
     check_num_rows(grad)

@@ -6,7 +6,7 @@ import torch
 
 import optim
 from optim.moments import SEEDS
-from parsimony_kernels.step.reference import hash_rows
+from parsimony_kernels.step.reference_sketch import hash_rows
 
 # Everything compressed that can be, with each kind of state; rates at which a few steps stay tame.
 EVERY_OPTIMIZER = {

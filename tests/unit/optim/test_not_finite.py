@@ -20,7 +20,7 @@ from optim.options import STRUCTURE_NAMES
 from parsimony_kernels.runtime import launch
 from parsimony_kernels.runtime.operands import PARAMETER_DTYPES
 from parsimony_kernels.step import device, ops
-from parsimony_kernels.step.reference import hash_rows
+from parsimony_kernels.step.reference_sketch import hash_rows
 from tests.emulation.emulator import Emulator
 from tests.tolerances import assert_close
 from tests.unit.optim.helpers import parameter

@@ -3,7 +3,7 @@ import torch
 
 from optim import CountMinSketch, CountSketch
 from optim.sketch import hash_seeds, width_for
-from parsimony_kernels.step.reference import hash_rows
+from parsimony_kernels.step.reference_sketch import hash_rows
 from tests.tolerances import assert_close
 
 BOTH = (CountSketch, CountMinSketch)

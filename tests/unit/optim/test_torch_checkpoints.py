@@ -9,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import OneCycleLR
 
 import optim
-from parsimony_kernels.step.reference import hash_rows
+from parsimony_kernels.step.reference_sketch import hash_rows
 from tests.tolerances import assert_close
 from tests.unit.optim.helpers import (
     EVERY_OPTIMIZER,

@@ -17,8 +17,14 @@ from parsimony_kernels.packing.host import EntryList
 from parsimony_kernels.runtime import operands
 from parsimony_kernels.runtime.build import compiler
 from parsimony_kernels.runtime.sources import PACKAGE
-from parsimony_kernels.step.device import DeviceStep, Feeding, Inserted, Items, Tiling
-from parsimony_kernels.step.host import HostStep
+from parsimony_kernels.step.arguments import (
+    DeviceStep,
+    Feeding,
+    HostStep,
+    Inserted,
+    Items,
+    Tiling,
+)
 
 STRUCTURES = (
     *(operands.Rule, operands.Sketch, HostStep, DeviceStep, Feeding, Items, Tiling),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parsimony_kernels.runtime import launch as launch_cupy
-from parsimony_kernels.step import device
+from parsimony_kernels.step import arguments, device
 from tests.emulation.emulator import BACKWARD, FORWARD, WATCHED
 from tests.unit.parsimony_kernels import cases
 from tests.unit.parsimony_kernels.cases import Case
@@ -34,7 +34,7 @@ ORDERED = [
 @pytest.fixture
 def striding(monkeypatch):
     """Make threads take many rows and blocks many tiles, as only large tensors do otherwise."""
-    monkeypatch.setattr(device, "WANTED_TILES", 6)
+    monkeypatch.setattr(arguments, "WANTED_TILES", 6)
     monkeypatch.setattr(device, "MAX_BLOCKS", 3)  # and 2 tiles across: blocks change columns
 
 

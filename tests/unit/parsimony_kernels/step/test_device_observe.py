@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from parsimony_kernels.runtime.operands import Rule
-from parsimony_kernels.step import device, reference
+from parsimony_kernels.step import arguments, device, reference
 from tests.emulation.emulator import BACKWARD, FORWARD
 from tests.tolerances import assert_close
 from tests.unit.parsimony_kernels import cases
@@ -66,7 +66,7 @@ def test_threads_take_many_rows_and_blocks_many_tiles_in_any_order(
     emulated, monkeypatch, second, order
 ):
     emulated(order)
-    monkeypatch.setattr(device, "WANTED_TILES", 6)
+    monkeypatch.setattr(arguments, "WANTED_TILES", 6)
     monkeypatch.setattr(device, "MAX_BLOCKS", 3)
     check_observe(Case("none", second, "dense", (200, 150)), 0.37)
 

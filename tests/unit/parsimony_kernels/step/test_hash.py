@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from parsimony_kernels.runtime.operands import Table
-from parsimony_kernels.step import host, reference
+from parsimony_kernels.step import host
+from parsimony_kernels.step.reference_sketch import hash_rows
 
 
 def mix(x):
@@ -29,7 +30,7 @@ def test_buckets_and_signs_are_those_of_the_definition(width):
     rows = torch.tensor([0, 1, 2, 255, 2**16, 2**31 - 1])
     seeds = torch.tensor([0, 1, 2**32 + 5, 2**62 + 12345, -1])
     sketch = Table(torch.empty(5, width, 0), seeds, True)  # 0 columns: any width takes no memory
-    buckets, signs = reference.hash_rows(sketch, rows)
+    buckets, signs = hash_rows(sketch, rows)
     for j, seed in enumerate(seeds.tolist()):
         for i, row in enumerate(rows.tolist()):
             low, high = seed % 2**32, (seed >> 32) % 2**32
@@ -42,7 +43,7 @@ def test_rows_spread_evenly_and_tables_are_independent():
     """Chi-square within 6 standard deviations; so for rows that follow each other, or are far."""
     for stride, seed in ((1, 0), (1, 7), (4096, 1), (2**15 + 3, 2)):
         rows, width = torch.arange(50_000) * stride % 2**31, 100
-        buckets, signs = reference.hash_rows(table(width, seed=seed), rows)
+        buckets, signs = hash_rows(table(width, seed=seed), rows)
         pairs = buckets[0] * width + (buckets[1] - width)
         for found, cells in ((buckets[0], width), (pairs, width**2), (buckets[0] * 2 + (
             signs[0] > 0), 2 * width)):  # fmt: skip

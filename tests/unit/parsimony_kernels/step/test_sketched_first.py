@@ -8,7 +8,7 @@ import torch
 
 from parsimony_kernels.runtime.operands import Full, Rule, Table
 from parsimony_kernels.step import device, host, reference
-from parsimony_kernels.step.reference import hash_rows
+from parsimony_kernels.step.reference_sketch import hash_rows
 from tests.unit.parsimony_kernels import cases
 
 N, M, WIDTH = 30, 4, 4
