@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+import pytest
+
 
 def pytest_addoption(parser):
     parser.addoption(

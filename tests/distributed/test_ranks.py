@@ -13,7 +13,7 @@ PROGRAM = str(Path(__file__).with_name("check_ranks.py"))
 
 @pytest.mark.parametrize(
     ("launcher", "num_ranks"),
-    [long("horovodrun", 2), ("horovodrun --gloo", 2), long("mpirun", 2), ("mpirun", 4),
+    [long("horovodrun", 2), long("horovodrun --gloo", 2), long("mpirun", 2), ("mpirun", 4),
      long("horovodrun --gloo", 4), ("torchrun", 2), long("torchrun", 4)],
 )  # fmt: skip
 def test_ranks_agree_to_the_bit(launcher, num_ranks, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ def test_a_killed_run_with_all_the_machinery_resumes_to_the_same_bits(runs):
     configs = [*SMALL, "configs/optim/sm3.py", "configs/optim/warmup_cooldown.py",
                "configs/dgc/residual_8bit.py"]  # fmt: skip
     settings = SETTINGS | {
-        "train__num_epochs": 8,
+        "train__num_epochs": 4,
         "train__precision": "float16",
         "train__batch_size_per_rank": 16,
         "train__micro_batches_per_step": 2,
@@ -27,14 +27,14 @@ def test_a_killed_run_with_all_the_machinery_resumes_to_the_same_bits(runs):
     }
     del settings["train__lr_warmup_epochs"]
     one = runs.straight_and_killed(configs=configs, **settings)
-    assert one["steps"] == 64
+    assert one["steps"] == 32
     assert one["config"]["configs.dgc.residual_dtype"] == "int8"
     assert one["metrics"]["loss/train"]["last"] < 2.25  # guessing: 2.3
     assert one["state_bytes"]["residual"] < 1.1 * one["num_parameters"]
     assert 0 < one["state_bytes"]["optimizer"] < 1.1 * one["state_bytes"]["parameters"]
     assert one["state_bytes"]["averaged"] == one["state_bytes"]["parameters"]
     rates = [value for _, value in read_scalars(runs.folder("straight"))["lr"]]
-    assert rates[-1] < rates[-2] < rates[0]  # falls within the last epoch, by step
+    assert rates[-1] < rates[-2] < max(rates)  # it falls within the last epoch, by step
 
 
 @pytest.mark.long

@@ -60,6 +60,7 @@ def test_a_config_folder_is_a_package_in_the_loader_processes_too(runs, tmp_path
     assert runs.result()["config"]["configs.model"] == "_config_own_net-1.0.net"
 
 
+@pytest.mark.long
 def test_cifar_trains_with_its_defaults_on_a_folder_of_images(runs, tmp_path):
     from PIL import Image
 

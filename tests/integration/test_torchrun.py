@@ -30,6 +30,7 @@ def test_what_torchrun_starts_again_ends_as_if_nothing_had_happened(
     assert runs.result()["parameter_hash"] == undisturbed_hash
 
 
+@pytest.mark.long
 def test_a_number_of_machines_that_may_change_is_refused(runs, tmp_path):
     options = ("--nnodes=1:2", "--rdzv-conf=last_call_timeout=1")
     outcome = torchrun(runs, tmp_path / "log", *options).wait()

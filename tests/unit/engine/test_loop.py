@@ -16,7 +16,7 @@ from assembly import parts
 from configs import load
 from dgc.comm.local import run_local
 from engine.checkpoint import CheckpointError, CheckpointFolder
-from engine.replicas import ReplicaError
+from engine.replicas import ReplicaError, average_batch_statistics
 from engine.report import SilentReporter
 from engine.sampling import random_states, set_random_states
 from engine.state import Progress
@@ -112,7 +112,7 @@ def test_batch_statistics_become_the_mean_of_the_ranks(tmp_path):
         trainer = make_trainer(comm, tmp_path)
         (norm,) = (m for m in trainer.state.model.modules() if isinstance(m, nn.BatchNorm1d))
         norm.running_mean.fill_(comm.rank), norm.running_var.fill_(2.0 + comm.rank)
-        trainer._average_buffers()
+        average_batch_statistics(trainer.state.model, comm)
         return norm.running_mean, norm.running_var
 
     for mean, var in run_local(2, work):

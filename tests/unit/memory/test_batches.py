@@ -10,6 +10,7 @@ from tests.unit.memory.small_jobs import job_of, texts
 MIB = 2**20
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("name", ["this run", "recommended"])
 @pytest.mark.parametrize("memory_mib", [8, 20, 21.3])
 def test_the_largest_batch_fits_and_one_more_does_not(name, memory_mib):

@@ -90,6 +90,7 @@ def test_the_bytes_of_a_tensor_are_told_by_kind():
     assert totals == found.kept_bytes - found.kept.get("exchange buffers", 0) - flags
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("model", ["perceptron", "convolutional", "transformer", "recurrent"])
 @pytest.mark.parametrize("name", PEAKS)
 def test_the_peak_is_within_five_percent_of_the_allocators(model, name):
@@ -117,6 +118,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_of_the_exchange_change_the_peak_as_they_do_in_training(name):
     settings = {"optimizer": factored, "compression": RECOMMENDED, **SETTINGS[name]}
@@ -124,12 +126,14 @@ def test_settings_of_the_exchange_change_the_peak_as_they_do_in_training(name):
     assert abs(predict(job).peak_bytes / measured_peak(job) - 1) < WITHIN
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_what_onednn_takes_for_convolutions_in_16_bits_is_foreseen(precision):
     job = job_of("convolutional", batch_size=20, optimizer=factored, precision=precision)
     assert abs(predict(job).peak_bytes / measured_peak(job) - 1) < WITHIN
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("processor", ["AVX2", "AVX512_CORE"])
 def test_what_onednn_takes_on_older_processors_is_foreseen(processor):
     """Without 16-bit arithmetic: what oneDNN knows of the processor it asks once, when it starts.

@@ -164,6 +164,7 @@ def test_checkpointing_repeats_loss_and_gradients_and_keeps_less(make, kind):
     assert kept[1] < 0.8 * kept[0]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -214,6 +215,7 @@ def test_a_step_runs_without_numbers(make, kind, checkpointed):
     assert loss.shape == () and all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "make, kind, rate",
     [(make_lstm, "full", 0.05), *((make_transformer, kind, 0.02) for kind in KINDS)],
