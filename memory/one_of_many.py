@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgc.comm import Names
+from dgc.comm.interface import Arrived, Names
 from dgc.comm.pieces import check_sendable
 
 
@@ -23,22 +23,22 @@ class _Group:
     def __init__(self, world_size: int) -> None:
         self.rank, self.world_size = 0, world_size
 
-    def all_reduce_async(self, tensor: Tensor, name: str) -> _Arrived:
+    def all_reduce_async(self, tensor: Tensor, name: str) -> Arrived:
         check_sendable(tensor, name)
-        return _Arrived(tensor.mul_(self.world_size) if self.world_size > 1 else tensor)
+        return Arrived(tensor.mul_(self.world_size) if self.world_size > 1 else tensor)
 
-    def all_gather_async(self, tensor: Tensor, name: str) -> _Arrived:
+    def all_gather_async(self, tensor: Tensor, name: str) -> Arrived:
         check_sendable(tensor, name)
-        return _Arrived(torch.cat([tensor] * self.world_size))
+        return Arrived(torch.cat([tensor] * self.world_size))
 
-    def reduce_scatter_async(self, tensor: Tensor, name: str) -> _Arrived:
+    def reduce_scatter_async(self, tensor: Tensor, name: str) -> Arrived:
         check_sendable(tensor, name)
-        return _Arrived(tensor[0] * self.world_size)
+        return Arrived(tensor[0] * self.world_size)
 
     def all_to_all_async(
         self, parts: list[Tensor], name: str, largest_bytes: int | None = None
-    ) -> _Arrived:
-        return _Arrived([parts[0].clone() for _ in range(self.world_size)])
+    ) -> Arrived:
+        return Arrived([parts[0].clone() for _ in range(self.world_size)])
 
 
 class OneOfMany(_Group, Names):
@@ -71,16 +71,3 @@ class OneOfMany(_Group, Names):
 
     def close(self) -> None:
         pass
-
-
-class _Arrived:
-    """The handle of a collective that is complete."""
-
-    def __init__(self, result: Any) -> None:
-        self._result = result
-
-    def poll(self) -> bool:
-        return True
-
-    def wait(self) -> Any:
-        return self._result

@@ -22,6 +22,19 @@ class Handle(Protocol):
         """Tell whether `wait` would return at once."""
 
 
+class Arrived:
+    """The handle of a collective whose result is there."""
+
+    def __init__(self, result: Any) -> None:
+        self._result = result
+
+    def poll(self) -> bool:
+        return True
+
+    def wait(self) -> Any:
+        return self._result
+
+
 class Names:
     """Names that every rank makes alike, if all ask in the same order."""
 

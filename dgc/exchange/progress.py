@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from dgc.comm.interface import Handle
+from dgc.comm.interface import Arrived, Handle
 from dgc.exchange.update import Update
 
 
@@ -20,7 +20,7 @@ class Travelling:
 
     def arrive(self) -> None:
         """Wait for the collective; `go_on` then takes what it brought."""
-        self.handle = _Done(self.handle.wait())
+        self.handle = Arrived(self.handle.wait())
 
     def go_on(self) -> None:
         """Go on with what the collective brought."""
@@ -31,16 +31,3 @@ class Travelling:
             self.handle = self._way.send(arrived)
         except StopIteration as end:
             self.handle, self.update = None, end.value
-
-
-class _Done:
-    """A collective that has been waited for."""
-
-    def __init__(self, result: Any) -> None:
-        self._result = result
-
-    def poll(self) -> bool:
-        return True
-
-    def wait(self) -> Any:
-        return self._result
