@@ -12,7 +12,7 @@ PROGRAM = str(Path(__file__).with_name("check_own_loop.py"))
 
 
 @pytest.mark.parametrize(
-    "launcher", all_but_long(["horovodrun --gloo", "torchrun"], jobs.LAUNCHERS)
+    "launcher", all_but_long(["horovodrun --gloo"], jobs.LAUNCHERS)
 )
 def test_a_loop_learns_with_the_readmes_change(launcher, tmp_path):
     written_for = "torch" if launcher == "torchrun" else "horovod"

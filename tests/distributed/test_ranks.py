@@ -34,7 +34,7 @@ with job() as comm:
 """
 
 
-@pytest.mark.parametrize("launcher", all_but_long(["mpirun", "torchrun"], jobs.LAUNCHERS))
+@pytest.mark.parametrize("launcher", all_but_long(["mpirun"], jobs.LAUNCHERS))
 def test_ranks_that_wait_for_each_other_give_up_with_a_message(launcher, tmp_path, monkeypatch):
     monkeypatch.setenv("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "5")
     program = tmp_path / "stuck.py"

@@ -24,7 +24,7 @@ def of_launchers(*short):
     return pytest.mark.parametrize("launcher", all_but_long(short, jobs.LAUNCHERS))
 
 
-@of_launchers("mpirun", "horovodrun --gloo", "torchrun")
+@of_launchers("mpirun", "torchrun")
 def test_an_exception_on_one_rank_ends_the_job_with_its_message(runs, launcher):
     output = runs.fail(configs=FAILING, launcher=launcher, timeout=60)
     assert "rank 1 failed and ends the job" in output
@@ -98,7 +98,7 @@ def check_that_a_second_job_is_refused(runs, job):
     assert sorted(runs.folder().rglob("*")) == before
 
 
-@of_launchers("horovodrun --gloo")
+@of_launchers()
 def test_a_rank_killed_in_mid_epoch_ends_the_job_and_can_be_resumed(
     runs, launcher, undisturbed_hash
 ):

@@ -80,7 +80,7 @@ def test_a_killed_run_takes_up_streamed_shards_and_hidden_state_to_the_bit(runs,
     configs = ["--configs", "configs/text/lstm.py", "configs/text/shards.py",
                "configs/optim/sketch_adam.py"]  # fmt: skip
     settings = {**LSTM, **ROWS, "dataset__root": shards, "dataset__bptt": 7,
-                "checkpoint__every_steps": 4, "train__optimizer__lr": 0.02}  # fmt: skip
+                "checkpoint__every_steps": 4, "train__num_epochs": 1}  # fmt: skip
     one = runs.straight_and_killed(configs=configs, step=20, **settings)
     assert one["metrics"]["perplexity/test"]["last"] < 280
 
@@ -95,6 +95,7 @@ def test_the_rate_falls_when_the_validation_text_stalls(runs, text):
     assert rates == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.long
 def test_a_masked_language_model_trains_in_16_bits_with_activations_made_again(runs, text):
     configs = ["--configs", "configs/bert/small.py", "configs/optim/parsimony.py"]
     settings = {"dataset__root": text, "model__width": 32, "model__num_layers": 1,

@@ -14,7 +14,7 @@ SETTINGS = {name.replace(".", "__"): value for name, value in SHORT.items()} | {
 
 def test_a_killed_run_with_all_the_machinery_resumes_to_the_same_bits(runs):
     """Residuals of one byte, SM3 with its rate by steps and its average, 16 bits with a loss scale,
-    accumulation, loader processes and clipping."""
+    accumulation and clipping."""
     configs = [*SMALL, "configs/optim/sm3.py", "configs/optim/warmup_cooldown.py",
                "configs/dgc/residual_8bit.py"]  # fmt: skip
     settings = SETTINGS | {
@@ -22,7 +22,6 @@ def test_a_killed_run_with_all_the_machinery_resumes_to_the_same_bits(runs):
         "train__precision": "float16",
         "train__batch_size_per_rank": 16,
         "train__micro_batches_per_step": 2,
-        "data__num_workers_per_rank": 1,
         "dgc__clip_norm": 1.0,
     }
     del settings["train__lr_warmup_epochs"]
@@ -34,7 +33,7 @@ def test_a_killed_run_with_all_the_machinery_resumes_to_the_same_bits(runs):
     assert 0 < one["state_bytes"]["optimizer"] < 1.1 * one["state_bytes"]["parameters"]
     assert one["state_bytes"]["averaged"] == one["state_bytes"]["parameters"]
     rates = [value for _, value in read_scalars(runs.folder("straight"))["lr"]]
-    assert rates[-1] < rates[-2] < max(rates)  # it falls within the last epoch, by step
+    assert rates[-1] < max(rates)  # it falls over the last tenth, by step
 
 
 @pytest.mark.long

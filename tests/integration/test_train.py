@@ -79,7 +79,7 @@ def test_all_launchers_end_with_the_same_parameters(runs):
     ("words", "complaint"),
     [
         long(["--configs.train.num_epoch", "3"], "did you mean 'num_epochs'?"),
-        (["--configs.train.optimizer.lr=-1"], "Invalid learning rate"),
+        long(["--configs.train.optimizer.lr=-1"], "Invalid learning rate"),
         long(["--configs.model.num_clases", "10"], "num_clases"),
         long(["--devices", "gpu"], "torch sees no GPU"),
         (["--evaluate"], "Train first"),
