@@ -15,7 +15,7 @@ FUSION = "Horovod's tensor fusion is on: with 3 ranks"
 
 @pytest.mark.parametrize(
     ("launcher", "num_ranks", "begun_by"),
-    [long("mpirun", 2, "comm"), long("horovodrun --gloo", 3, "comm"), ("mpirun", 3, "person"),
+    [("mpirun", 2, "comm"), long("horovodrun --gloo", 3, "comm"), ("mpirun", 3, "person"),
      ("torchrun", 3, "comm"), long("torchrun", 2, "person")],
 )  # fmt: skip
 def test_any_size_any_number_of_comms_in_any_life(
