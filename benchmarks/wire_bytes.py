@@ -81,6 +81,7 @@ def measure(
         gathered += optimizer.stats.sparse_bytes
         reduced += optimizer.stats.dense_bytes
     seconds = time.perf_counter() - start
+    comm.barrier()  # until the others have it, some of it may not have left the interface
     sent = int(counter.read_text()) - start_bytes
     others = comm.world_size - 1
     return {
