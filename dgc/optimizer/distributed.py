@@ -10,7 +10,6 @@ import logging
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +18,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from dgc.comm.interface import Comm
-from dgc.comm.topology import choose_islands
 from dgc.compression import Compression
-from dgc.exchange.exchange import Exchange
 from dgc.optimizer import apply
 from dgc.optimizer.clipping import clip_grad_norm
 from dgc.optimizer.hooks.holding import hold, let_go
@@ -34,17 +31,13 @@ from dgc.optimizer.setup.checks import (
     at_least_one,
     check_all_exchanged,
     check_comm,
-    check_same_everywhere,
-    refuse_capture,
 )
+from dgc.optimizer.setup.exchange import make_alike_everywhere, make_exchange
 from dgc.optimizer.setup.fresh_state import drop_zeros, fill_in
-from dgc.optimizer.setup.given import Given, check_given
-from dgc.optimizer.setup.momentum import MARK, Momentum
+from dgc.optimizer.setup.given import check_given
 from dgc.optimizer.setup.options import check_groups
-from dgc.optimizer.setup.statistics import delegate_statistics
 from dgc.optimizer.undone import Undone
 from dgc.optimizer.view import View
-from dgc.worker.residual import Compensation
 from dgc.worker.scaling import Scaling
 
 _log = logging.getLogger(__name__)
@@ -137,11 +130,11 @@ class DistributedOptimizer(View):
             self.compression, grad_scaler, world_size=self.comm.world_size,
             num_tensors=len(self._named),
         )  # fmt: skip
-        self._make_alike_everywhere(given, bucket_bytes)
+        make_alike_everywhere(self.comm, given, bucket_bytes, self._scaling.has_scaler)
         self._undone, self._saved = Undone(self.comm.rank), Saved(self.comm.rank)
         self._is_synchronized = self._has_stepped = self._is_closed = False
         self._elements: dict[Tensor, tuple[Tensor, Tensor]] = {}
-        self._momentum, self._exchange = self._make_exchange(given.row_sparse, seed)
+        self._momentum, self._exchange = make_exchange(self.comm, optimizer, given, seed)
         self._replicas = Replicas(self.comm, optimizer, self._named)
         density = self.compression.density_at(0)
         self._layout = Layout(
@@ -152,33 +145,6 @@ class DistributedOptimizer(View):
             given.micro_batches_per_step,
         )  # fmt: skip
         hold(self, self._intake, self._named)
-
-    def _make_alike_everywhere(self, given: Given, bucket_bytes: int) -> None:
-        """Refuse ranks that were given something else; give rank 0's parameters to all."""
-        settings = (given.compression, given.micro_batches_per_step, bucket_bytes,
-                    sorted(given.row_sparse), self._scaling.has_scaler)  # fmt: skip
-        check_same_everywhere(self.comm, self._named, settings)
-        for name, parameter in self._named.items():
-            self.comm.broadcast(parameter.detach(), f"initial.{name}")
-
-    def _make_exchange(
-        self, row_sparse: Collection[str], seed: int
-    ) -> tuple[Momentum, Exchange]:
-        """Take momentum and second moments over from the inner optimizer; make what uses them."""
-        self.inner.state.pop(MARK, None)
-        momentum = Momentum(self.inner, self.compression, self._named, row_sparse)
-        compensation = Compensation(
-            *momentum.now(), self.compression.mask_velocity, self.compression.residual_dtype,
-            self.compression.velocity_dtype, seed + self.comm.rank, momentum.is_sgds,
-        )  # fmt: skip
-        rows = [self._named[name] for name in sorted(row_sparse)]
-        check_groups(self.inner, self.compression, rows)
-        dense = {n: p for n, p in self._named.items() if n not in row_sparse}
-        islands = choose_islands(self.comm, self.compression)
-        statistics = delegate_statistics(self.inner, dense, self.compression)
-        exchange = Exchange(self.comm, self.compression, compensation, statistics, islands)
-        exchange.before_step = partial(_begin_step, momentum, exchange)
-        return momentum, exchange
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         raise NotImplementedError(
@@ -438,8 +404,3 @@ class DistributedOptimizer(View):
         self._elements = {}
         self._has_stepped = True
         return loss
-
-
-def _begin_step(momentum: Momentum, exchange: Exchange) -> None:
-    refuse_capture(exchange.buckets[0].specs[0].device)
-    momentum.begin_step(exchange)
