@@ -77,10 +77,6 @@ class Kept:
         self.thresholds.check(thresholds, specs.keys())
         kept = (state["compensation"]["residual"], state["compensation"]["velocity"], thresholds)
         self.statistics.check(statistics, added=specs.keys() - set().union(*kept))
-        described = (
-            {name: getattr(spec, what) for name, spec in specs.items()}
-            for what in ("device", "numel", "dtype")
-        )
-        self.compensation.load_state_dict(state["compensation"], *described)
+        self.compensation.load_state_dict(state["compensation"], specs)
         self.statistics.load_state_dict(statistics)
         self.thresholds.load_state_dict(thresholds)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dgc.worker.elements import TensorSpec
 from dgc.worker.rounding import RoundingKeys
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers.operands import (
@@ -282,16 +283,8 @@ class Compensation:
         num_steps = torch.tensor(self.num_steps, dtype=torch.int64, device="cpu")
         return {**kinds, "num_steps": num_steps, "momentum": momentum}
 
-    def load_state_dict(
-        self,
-        state: dict[str, Any],
-        devices: Mapping[str, torch.device],
-        numels: Mapping[str, int],
-        dtypes: Mapping[str, torch.dtype] | None = None,
-    ) -> None:
+    def load_state_dict(self, state: dict[str, Any], specs: Mapping[str, TensorSpec]) -> None:
         """Take copies of what was saved, each on the device of its tensor.
-
-        dtypes: of the gradients; None: none is float64.
 
         Raises: ValueError, before anything changes, for a tensor that is not here, or is of another
             size or stored otherwise here.
@@ -301,15 +294,15 @@ class Compensation:
         loaded: dict[str, dict[str, Buffer]] = {kind: {} for kind in _KINDS}
         for kind in _KINDS:
             for name, saved in state[kind].items():
-                if name not in devices:
+                if name not in specs:
                     raise ValueError(f"the saved {kind} is of {name}, which is no parameter here")
-                buffer = _from_state(saved, devices[name])
-                if buffers.numel(buffer) != numels[name]:
+                buffer = _from_state(saved, specs[name].device)
+                if buffers.numel(buffer) != specs[name].numel:
                     raise ValueError(
                         f"the {kind} of {name} was saved with {buffers.numel(buffer)} elements; "
-                        f"allowed: {numels[name]}"
+                        f"allowed: {specs[name].numel}"
                     )
-                stored = self._stored(kind, _exact((dtypes or {}).get(name, torch.float32)))
+                stored = self._stored(kind, _exact(specs[name].dtype))
                 if buffers.dtype_of(buffer) != stored:
                     raise ValueError(
                         f"the {kind} of {name} was saved as {buffers.dtype_of(buffer)}; allowed: "

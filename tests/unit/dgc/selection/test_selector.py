@@ -5,6 +5,7 @@ import torch
 
 from dgc.selection.plan import plan_sparsity
 from dgc.selection.selector import MAX_TRIES, Selector, largest_indices
+from dgc.worker.elements import TensorSpec
 from dgc.worker.residual import Compensation
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.step import ops
@@ -229,9 +230,8 @@ def test_a_saved_selector_goes_on_as_if_never_stopped():
     one, other = Worker(20_000, 0.01), Worker(20_000, 0.01)
     for seed in range(5):
         one.step(gaussian(20_000, seed))
-    other.compensation.load_state_dict(
-        one.compensation.state_dict(), {"w": torch.device("cpu")}, {"w": 20_000}
-    )
+    spec = TensorSpec("w", 20_000, torch.device("cpu"), compressible=True)
+    other.compensation.load_state_dict(one.compensation.state_dict(), {"w": spec})
     other.selector.load(one.selector.state())
     for seed in range(5, 10):
         a, b = one.step(gaussian(20_000, seed)), other.step(gaussian(20_000, seed))

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dgc.worker.elements import TensorSpec
 from dgc.worker.residual import Compensation, Taken
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers.operands import Selection
@@ -184,6 +185,7 @@ def test_state_is_restored_to_the_bit():
     for g in grads():
         accumulate(one, g)
     other = Compensation(0.9)
-    other.load_state_dict(one.state_dict(), {"w": torch.device("cpu")}, {"w": 50})
+    spec = TensorSpec("w", 50, torch.device("cpu"), compressible=True)
+    other.load_state_dict(one.state_dict(), {"w": spec})
     g = grads(6)[-1]
     assert torch.equal(accumulate(one, g), accumulate(other, g))
