@@ -33,7 +33,7 @@ from dgc.wire.codec import Codec
 from dgc.wire.entries import Entries
 from dgc.worker.residual import Taken
 from parsimony_kernels.buffers import ops as buffers
-from parsimony_kernels.buffers.operands import BINS, Blocks, Buffer, Found, Report, Selection
+from parsimony_kernels.buffers.operands import BINS, Blocks, Found, Pass, Report, Selection
 from parsimony_kernels.packing import ops as packing
 from parsimony_kernels.runtime.operands import Table
 from parsimony_kernels.step import ops as step
@@ -76,24 +76,15 @@ def without_data() -> Iterator[None]:
 # ---- kernels -------------------------------------------------------------------------------------
 
 
-def _accumulate(
-    grad_N: Tensor | None,
-    correction: Any,
-    residual: Buffer,
-    old_residual: Buffer | None,
-    velocity: Buffer | None,
-    old_velocity: Buffer | None,
-    scale: Tensor | None,
-    key: int,
-    selection: Selection | None = None,
-) -> Found:
+def _accumulate(given: Pass) -> Found:
     """Allocate what buffers/host.py or buffers/device.py does: lists with room for all entries."""
+    residual, selection = given.residual, given.selection
     values = residual.codes if isinstance(residual, Blocks) else residual
     device = values.device
     room = 0 if selection is None else min(selection.capacity, values.numel())
     aim = getattr(selection, "aim", 0)
     kinds = [torch.int64, torch.float32]
-    if selection is not None and velocity is not None and selection.mask_velocity:
+    if given.lists_velocities:
         kinds.append(torch.float32)
     is_on_gpu = device.type != "cpu"
     capacity = room if is_on_gpu else room * (torch.get_num_threads() if values.numel() >= 1 << 15

@@ -5,7 +5,6 @@ from __future__ import annotations
 from ctypes import Structure, c_float, c_int, c_int64, c_uint32, c_void_p
 
 import torch
-from torch import Tensor
 
 from parsimony_kernels.buffers.operands import (
     BINS,
@@ -13,7 +12,7 @@ from parsimony_kernels.buffers.operands import (
     Blocks,
     Buffer,
     Correction,
-    Selection,
+    Pass,
 )
 from parsimony_kernels.runtime.launch import Argument
 from parsimony_kernels.runtime.operands import Storage
@@ -43,35 +42,29 @@ class Accumulation(Argument):
     )
 
 
-def accumulation(
-    grad_N: Tensor | None,
-    correction: Correction,
-    residual: Buffer,
-    old_residual: Buffer | None,
-    velocity: Buffer | None,
-    old_velocity: Buffer | None,
-    scale: Tensor | None,
-    key: int,
-    selection: Selection | None,
-) -> Accumulation:
+def accumulation(given: Pass) -> Accumulation:
     """Return the argument of a pass that takes nothing out yet: see `make_room`."""
+    residual, key = given.residual, given.key
     values = residual.codes if isinstance(residual, Blocks) else residual
-    stored = map(Stored, (grad_N, residual, old_residual, velocity, old_velocity))
-    work = Accumulation(*stored, values.numel(), key, key ^ VELOCITY_KEY, correction=correction)
-    if scale is not None:
-        work.point(scale=scale)
-    size = 2 if selection is None else 2 + BINS
+    stored = map(Stored, (
+        given.grad_N, residual, given.old_residual, given.velocity, given.old_velocity
+    ))  # fmt: skip
+    work = Accumulation(
+        *stored, values.numel(), key, key ^ VELOCITY_KEY, correction=given.correction
+    )
+    if given.scale is not None:
+        work.point(scale=given.scale)
+    size = 2 if given.selection is None else 2 + BINS
     work.point(report=torch.zeros(size, dtype=torch.int32, device=values.device))
     return work
 
 
-def make_room(
-    work: Accumulation, selection: Selection, *, num_lists: int, has_velocities: bool
-) -> None:
+def make_room(work: Accumulation, given: Pass, *, num_lists: int) -> None:
     """Let a pass select: hand over the settings, and the memory for its lists of entries.
 
     Most of that is never touched on a CPU, and so takes no memory there.
     """
+    selection = given.selection
     device, work.capacity = work.kept["report"].device, min(selection.capacity, work.numel)
     work.threshold = selection.limit
     work.sample_every, work.sample_first = selection.sample_every, selection.sample_first
@@ -80,5 +73,5 @@ def make_room(
         indices=torch.empty(length, dtype=torch.int64, device=device),
         values=torch.empty(length, dtype=torch.float32, device=device),
     )
-    if has_velocities:
+    if given.lists_velocities:
         work.point(velocities=torch.empty(length, dtype=torch.float32, device=device))

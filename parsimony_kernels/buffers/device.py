@@ -7,10 +7,9 @@ are no temporaries but the lists, of a selection's capacity, and the report.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from parsimony_kernels.buffers.arguments import accumulation, make_room
-from parsimony_kernels.buffers.operands import BLOCK, Buffer, Correction, Found, Selection
+from parsimony_kernels.buffers.operands import BLOCK, Found, Pass
 from parsimony_kernels.runtime.launch import THREADS, launch
 
 # Enough to fill a GPU; few, because each of their warps ends in an atomic on one number.
@@ -18,25 +17,13 @@ MAX_BLOCKS = 4096
 _LANES = 32
 
 
-def accumulate(
-    grad_N: Tensor | None,
-    correction: Correction,
-    residual: Buffer,
-    old_residual: Buffer | None,
-    velocity: Buffer | None,
-    old_velocity: Buffer | None,
-    scale: Tensor | None,
-    key: int,
-    selection: Selection | None = None,
-) -> Found:
-    buffers = residual, old_residual, velocity, old_velocity
-    work = accumulation(grad_N, correction, *buffers, scale, key, selection)
+def accumulate(given: Pass) -> Found:
+    work = accumulation(given)
     device = work.kept["report"].device
     kernel = "accumulate"
-    if selection is not None:
-        is_masked = velocity is not None and selection.mask_velocity
-        make_room(work, selection, num_lists=1, has_velocities=is_masked)
-        kernel = "select_stored" if grad_N is None else "accumulate_select"
+    if given.selection is not None:
+        make_room(work, given, num_lists=1)
+        kernel = "select_stored" if given.grad_N is None else "accumulate_select"
     blocks = -(-work.numel // (THREADS // _LANES * BLOCK))  # a warp for each of the buffer's
     launch(kernel, min(blocks, MAX_BLOCKS), work, device)
     nothing = torch.zeros(0, dtype=torch.int64, device=device)

@@ -9,32 +9,20 @@ import torch
 from torch import Tensor
 
 from parsimony_kernels.buffers.arguments import accumulation, make_room
-from parsimony_kernels.buffers.operands import Buffer, Correction, Found, Selection
+from parsimony_kernels.buffers.operands import Found, Pass
 from parsimony_kernels.runtime.build import host_library
 
 PARALLEL_FROM = 1 << 15  # elements; below, starting threads costs more than it saves
 
 
-def accumulate(
-    grad_N: Tensor | None,
-    correction: Correction,
-    residual: Buffer,
-    old_residual: Buffer | None,
-    velocity: Buffer | None,
-    old_velocity: Buffer | None,
-    scale: Tensor | None,
-    key: int,
-    selection: Selection | None = None,
-) -> Found:
-    buffers = residual, old_residual, velocity, old_velocity
-    work = accumulation(grad_N, correction, *buffers, scale, key, selection)
+def accumulate(given: Pass) -> Found:
+    work = accumulation(given)
     work.threads = torch.get_num_threads() if work.numel >= PARALLEL_FROM else 1
-    if selection is not None:
-        is_masked = velocity is not None and selection.mask_velocity
-        make_room(work, selection, num_lists=work.threads, has_velocities=is_masked)
+    if given.selection is not None:
+        make_room(work, given, num_lists=work.threads)
     listed = (ctypes.c_int64 * work.threads)()
     host_library().parsimony_accumulate(ctypes.byref(work), listed)
-    if selection is None:
+    if given.selection is None:
         nothing = torch.zeros(0, dtype=torch.int64, device=work.kept["report"].device)
         return Found(work.kept["report"], nothing, nothing.float(), None)
     lists = (work.kept.get(name) for name in ("indices", "values", "velocities"))

@@ -10,6 +10,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,6 +99,26 @@ class Selection:
     def limit(self) -> float:
         """What magnitudes are compared with: NaN for inf, so that infinite ones stay, too."""
         return self.threshold if self.threshold < math.inf else math.nan
+
+
+class Pass(NamedTuple):
+    """What a pass over a tensor's buffers is given; ops.accumulate says what it does with it."""
+
+    grad_N: Tensor | None
+    correction: Correction
+    residual: Buffer
+    old_residual: Buffer | None
+    velocity: Buffer | None
+    old_velocity: Buffer | None
+    scale: Tensor | None
+    key: int
+    selection: Selection | None = None
+
+    @property
+    def lists_velocities(self) -> bool:
+        """Whether the velocity is listed, and made 0, where the residual is."""
+        has_both = self.selection is not None and self.velocity is not None
+        return has_both and self.selection.mask_velocity
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from parsimony_kernels.buffers.operands import (
     Buffer,
     Correction,
     Found,
+    Pass,
     Selection,
 )
 from parsimony_kernels.buffers.operands import Report as Report
@@ -170,7 +171,7 @@ def accumulate(
     if n == 0:
         return _nothing(dtype, device, selection)
     return implementing_module("buffers", device.type, dtype).accumulate(
-        grad_N, correction, residual, old_residual, velocity, old_velocity, scale, key, selection
+        Pass(grad_N, correction, *stored, scale, key, selection)
     )
 
 

@@ -17,9 +17,8 @@ from parsimony_kernels.buffers.operands import (
     VELOCITY_KEY,
     Blocks,
     Buffer,
-    Correction,
     Found,
-    Selection,
+    Pass,
 )
 from parsimony_kernels.runtime.operands import state_dtype
 from parsimony_kernels.step.reference_sketch import mix
@@ -83,39 +82,32 @@ def _store(values: Tensor, buffer: Buffer, key: int) -> None:
         buffer.copy_(round_bfloat16(values, indices, key))
 
 
-def accumulate(
-    grad_N: Tensor | None,
-    correction: Correction,
-    residual: Buffer,
-    old_residual: Buffer | None,
-    velocity: Buffer | None,
-    old_velocity: Buffer | None,
-    scale: Tensor | None,
-    key: int,
-    selection: Selection | None = None,
-) -> Found:
-    if grad_N is None:
+def accumulate(given: Pass) -> Found:
+    residual, velocity = given.residual, given.velocity
+    if given.grad_N is None:
         u = None if velocity is None else decode(velocity)
         v = decode(residual)
-        found = _find(v.new_zeros(1), v, u, selection)
+        found = _find(v.new_zeros(1), v, u, given)
         _mask(found, residual, velocity)
         return found
-    x = grad_N.to(state_dtype(grad_N.dtype))
-    if scale is not None:
-        x = x * scale
-    u_beta, u_gain, v_from_u, v_gain = correction.scalars(x.dtype)
+    x = given.grad_N.to(state_dtype(given.grad_N.dtype))
+    if given.scale is not None:
+        x = x * given.scale
+    u_beta, u_gain, v_from_u, v_gain = given.correction.scalars(x.dtype)
     change, u = x * v_gain, None
     if velocity is not None:
-        before = torch.zeros_like(x) if old_velocity is None else decode(old_velocity).to(x.dtype)
-        u = before * u_beta + x * u_gain
+        u = _before(given.old_velocity, x) * u_beta + x * u_gain
         change = u * v_from_u + change
-        _store(u, velocity, key ^ VELOCITY_KEY)
-    before = torch.zeros_like(x) if old_residual is None else decode(old_residual).to(x.dtype)
-    v = before + change
-    _store(v, residual, key)
-    found = _find(x, v, u, selection)
+        _store(u, velocity, given.key ^ VELOCITY_KEY)
+    v = _before(given.old_residual, x) + change
+    _store(v, residual, given.key)
+    found = _find(x, v, u, given)
     _mask(found, residual, velocity)
     return found
+
+
+def _before(old: Buffer | None, x: Tensor) -> Tensor:
+    return torch.zeros_like(x) if old is None else decode(old).to(x.dtype)
 
 
 def _magnitude_bits(x: Tensor) -> Tensor:
@@ -124,7 +116,8 @@ def _magnitude_bits(x: Tensor) -> Tensor:
     return x.float().contiguous().view(torch.int32) & 0x7FFFFFFF
 
 
-def _find(x: Tensor, v: Tensor, u: Tensor | None, selection: Selection | None) -> Found:
+def _find(x: Tensor, v: Tensor, u: Tensor | None, given: Pass) -> Found:
+    selection = given.selection
     largest = _magnitude_bits(x).amax().view(1)
     if selection is None:
         nothing = torch.zeros(0, dtype=torch.int64, device=v.device)
@@ -136,7 +129,7 @@ def _find(x: Tensor, v: Tensor, u: Tensor | None, selection: Selection | None) -
     bins = (_magnitude_bits(sampled) >> BIN_SHIFT).bincount(minlength=BINS)
     count = largest.new_tensor([indices.numel()])
     indices = indices[: selection.capacity]
-    velocities = u[indices] if u is not None and selection.mask_velocity else None
+    velocities = u[indices] if given.lists_velocities else None
     return Found(torch.cat([largest, count, bins.int()]), indices, v[indices], velocities)
 
 

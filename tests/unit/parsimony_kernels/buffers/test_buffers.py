@@ -17,6 +17,7 @@ from parsimony_kernels.buffers.operands import (
     Buffer,
     Correction,
     Found,
+    Pass,
     Selection,
 )
 from parsimony_kernels.buffers.ops import read_reports
@@ -83,7 +84,9 @@ def numbers(n: int, seed: int = 0) -> Tensor:
 
 def stored(values: Tensor, dtype: str, key: int = 0) -> Buffer:
     buffer = buffers.empty(values.numel(), dtype, CPU)
-    reference_buffers.accumulate(values, Correction(), buffer, None, None, None, None, key)
+    reference_buffers.accumulate(
+        Pass(values, Correction(), buffer, None, None, None, None, key)
+    )
     return buffer
 
 
@@ -110,7 +113,7 @@ def run(case: Case, implementation, selection: Selection | None = None) -> tuple
     grad = guarded.copy(numbers(case.n, 5).clamp(-6e4, 6e4).to(case.grad))
     scale = guarded.copy(torch.tensor([0.37])) if case.scaled else None
     correction = NESTEROV if case.velocity else Correction(v_gain=1.3)
-    found = implementation.accumulate(grad, correction, *kept, scale, KEY, selection)
+    found = implementation.accumulate(Pass(grad, correction, *kept, scale, KEY, selection))
     guarded.check()
     parts = (part for b in kept if b is not None for part in buffers.tensors(b))
     return *found_parts(found), *parts

@@ -10,7 +10,7 @@ from torch import Tensor
 from parsimony_kernels.buffers import device as device_buffers
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers import reference as reference_buffers
-from parsimony_kernels.buffers.operands import BLOCK, Correction, Selection
+from parsimony_kernels.buffers.operands import BLOCK, Correction, Pass, Selection
 from tests.emulation.emulator import BACKWARD, FORWARD
 from tests.unit.parsimony_kernels.buffers.test_buffers import (
     KEY,
@@ -59,7 +59,7 @@ def accumulated(
     scale = guarded.copy(torch.tensor([0.37])) if case.scaled else None
     correction = NESTEROV if case.velocity else Correction(v_gain=1.3)
     given = (guarded.copy(grad), correction, *kept, scale, KEY, selection)
-    found = implementation.accumulate(*given)
+    found = implementation.accumulate(Pass(*given))
     guarded.check()
     parts = [part for buffer in kept if buffer is not None for part in buffers.tensors(buffer)]
     return [*found_parts(found), *(part.cpu() for part in parts)]
@@ -94,7 +94,7 @@ def check_select_stored(
         guarded = Guarded(device)
         residual, velocity = (guarded.buffer(stored(numbers(n, seed), dtype)) for seed in (1, 3))
         given = (None, Correction(), residual, residual, velocity, None, None, 0, selection)
-        found = implementation.accumulate(*given)
+        found = implementation.accumulate(Pass(*given))
         guarded.check()
         parts = [part.cpu() for b in (residual, velocity) for part in buffers.tensors(b)]
         results.append([*found_parts(found), *parts])
@@ -110,7 +110,7 @@ def check_overflow(dtype: str, n: int, where: torch.device = CPU) -> None:
     residual = guarded.buffer(whole)
     selection = Selection(0.0, capacity)
     given = (None, Correction(), residual, residual, None, None, None, 0, selection)
-    found = device_buffers.accumulate(*given)
+    found = device_buffers.accumulate(Pass(*given))
     guarded.check()
     before = buffers.decode(whole)
     report, indices, values, _ = found_parts(found)
@@ -187,5 +187,7 @@ def test_what_is_not_finite_stays_in_its_block(emulated, dtype, bad):
 def test_nan_is_above_infinity(emulated):
     emulated()
     grad, residual = torch.tensor([float("inf"), -float("nan"), 1.0]), torch.zeros(3)
-    found = device_buffers.accumulate(grad, Correction(), residual, None, None, None, None, KEY)
+    found = device_buffers.accumulate(
+        Pass(grad, Correction(), residual, None, None, None, None, KEY)
+    )
     assert found.largest.isnan().all()

@@ -10,7 +10,7 @@ import torch
 from parsimony_kernels.buffers import host as host_buffers
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers import reference as reference_buffers
-from parsimony_kernels.buffers.operands import BINS, VELOCITY_KEY, Correction, Selection
+from parsimony_kernels.buffers.operands import BINS, VELOCITY_KEY, Correction, Pass, Selection
 from parsimony_kernels.buffers.ops import read_reports
 from parsimony_kernels.step import ops
 from tests.unit.parsimony_kernels.buffers.test_buffers import (
@@ -121,7 +121,7 @@ def test_selecting_from_what_is_stored_equals_the_reference(dtype, n, selection,
         guarded = Guarded(CPU)
         residual, velocity = map(guarded.buffer, pair(dtype, n))
         given = (None, Correction(), residual, residual, velocity, None, None, KEY, selection)
-        found = implementation.accumulate(*given)
+        found = implementation.accumulate(Pass(*given))
         guarded.check()
         parts = [part for b in (residual, velocity) for part in buffers.tensors(b)]
         results.append([*found_parts(found), *parts])

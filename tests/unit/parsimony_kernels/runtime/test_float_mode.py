@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from parsimony_kernels.buffers import host as host_buffers
-from parsimony_kernels.buffers.operands import Correction
+from parsimony_kernels.buffers.operands import Correction, Pass
 from parsimony_kernels.runtime.operands import Rule
 from parsimony_kernels.step import host, reference
 from tests.unit.parsimony_kernels import cases
@@ -92,7 +92,7 @@ def accumulated():
     grad = torch.randn(n, generator=torch.Generator().manual_seed(0)) * 2e-38
     residual, velocity = torch.zeros(n), torch.zeros(n)
     correction = Correction(0.9, 0.1, 1.0, 0.0)
-    host_buffers.accumulate(grad, correction, residual, None, velocity, None, None, 0)
+    host_buffers.accumulate(Pass(grad, correction, residual, None, velocity, None, None, 0))
     return residual, velocity
 
 
