@@ -8,6 +8,7 @@ weights, a kernel's small lists, Horovod's buffers.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +78,7 @@ def held_by(model: nn.Module, optimizer: Any, *others: Any) -> list[Tensor]:
 
 
 def _peak_on_cpu(step: Callable[[], Any], held: Callable[[], Iterable[Any]], num_steps: int) -> int:
+    gc.collect()  # garbage from before the steps, if freed within them, would lower their peak
     before = {s._cdata: (StorageWeakRef(s), s.nbytes()) for s in map(_storage, held())}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
         step()
