@@ -102,6 +102,24 @@ def compression_of(choice):
     return Compression(**settings, min_numel=100, ranks_per_island=2, merged_factor=1)
 
 
+class Recording:
+    """A comm that notes the names of what it gathers and sums."""
+
+    def __init__(self, comm):
+        self._comm, self.names = comm, []
+
+    def __getattr__(self, name):
+        return getattr(self._comm, name)
+
+    def all_gather_async(self, tensor, name):
+        self.names.append(name)
+        return self._comm.all_gather_async(tensor, name)
+
+    def all_reduce_async(self, tensor, name):
+        self.names.append(name)
+        return self._comm.all_reduce_async(tensor, name)
+
+
 class Job:
     """One worker's model, optimizer and data; `spoil` puts a bad number into a gradient."""
 

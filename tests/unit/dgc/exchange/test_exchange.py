@@ -13,7 +13,7 @@ from dgc.wire.buckets import explain, make_buckets
 from dgc.worker.elements import TensorSpec
 from dgc.worker.residual import Compensation
 from dgc.worker.statistics import Statistics
-from tests.unit.dgc.method import CHOICES, assert_equal, run_jobs
+from tests.unit.dgc.method import CHOICES, Recording, assert_equal, run_jobs
 
 CPU = torch.device("cpu")
 
@@ -180,21 +180,6 @@ def test_payload_counts_every_byte_given_to_the_collectives():
 
 
 def test_buckets_leave_in_order_whatever_comes_first():
-    class Recording:
-        def __init__(self, comm):
-            self._comm, self.names = comm, []
-
-        def __getattr__(self, name):
-            return getattr(self._comm, name)
-
-        def all_gather_async(self, tensor, name):
-            self.names.append(name)
-            return self._comm.all_gather_async(tensor, name)
-
-        def all_reduce_async(self, tensor, name):
-            self.names.append(name)
-            return self._comm.all_reduce_async(tensor, name)
-
     def work(comm):
         recording = Recording(comm)
         exchange = make_exchange(recording)
