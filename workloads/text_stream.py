@@ -123,7 +123,8 @@ def _files_of_splits(root: str, patterns: Mapping[str, str | None]) -> dict[str,
 
 
 def _most_frequent(counted: dict[bytes, int], max_words: int | None, min_count: int) -> Vocabulary:
-    counted = {**counted, **{word: counted.get(word, 0) for word in (END, UNKNOWN)}}
+    for special in (END, UNKNOWN):
+        counted.setdefault(special, 0)
     frequencies = torch.tensor(list(counted.values()), dtype=torch.int64)
     return Vocabulary.most_frequent(list(counted), frequencies, max_words, min_count)
 
