@@ -20,6 +20,7 @@ from engine import report
 from engine.checkpoint import CheckpointError, CheckpointFolder, readable
 from engine.interfaces import Batch, Batches, Carried, Collectives, RunSettings, Task
 from engine.meters import Stopwatch, Sums, add_seconds
+from engine.notices import Notices
 from engine.precision import autocast
 from engine.replicas import agreed_hash, average_batch_statistics, refuse_writes
 from engine.sampling import seed_all
@@ -56,6 +57,7 @@ class Trainer:
         self._data_facts = data_facts
         self.checkpoints = CheckpointFolder(folder / "checkpoints", comm, run.checkpoint.keep)
         self.steps_per_epoch, self._config_changes = steps_per_epoch, config_changes
+        self.notices = Notices(comm, ("stop", "interrupt", "written"))
         self.density, self._last_explanation = 1.0, ""
         self._watched: set[bool] = set()  # model.training of the passes watched in this epoch
 
@@ -138,6 +140,7 @@ class Trainer:
         first = progress.step_in_epoch * self.run.train.micro_batches_per_step
         batches = self.batches["train"].start(progress.epoch, first, state.position)
         for _ in self._progress_bar():
+            self.notices.start(**self._my_notices())
             start = time.perf_counter()
             loss = self.train_step(batches)
             seconds = time.perf_counter() - start
@@ -146,6 +149,14 @@ class Trainer:
             state.learning_rate.step()
             if self._saves_here():
                 self._save(is_best=False)
+            self._heed(self.notices.finish())
+
+    def _my_notices(self) -> dict[str, int]:
+        """Return what this rank wants all to know at the end of the step that begins."""
+        return {}
+
+    def _heed(self, notices: dict[str, int]) -> None:
+        """Do what the ranks' notices, summed, ask for at the end of a step."""
 
     def _set_density(self) -> None:
         """Set the epoch's density; when that changes the exchange, print how buckets are sent."""
