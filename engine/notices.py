@@ -1,4 +1,4 @@
-"""What any rank wants all ranks to know at the end of a step, for the price of one small all-reduce.
+"""What any rank wants all to know at the end of a step, for the price of one small all-reduce.
 
 It starts when a step starts and travels beside the step's gradients, so nobody waits for it. All
 ranks read the same sums after the same step, and so come to the same decision.

@@ -9,7 +9,7 @@ Shapes: N elements of one flattened tensor, or of this rank's slice of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from dgc.comm.interface import Comm, Group
 from dgc.compression import Compression
 from dgc.exchange import protocols
+from dgc.exchange.handover import take_over
 from dgc.exchange.kept import Kept
 from dgc.exchange.progress import Travelling
 from dgc.exchange.route import Route
@@ -271,11 +272,10 @@ class Exchange:
         are.
         """
         self.end_step(stands=True)
-        slices = [self.route.slice_index, self.route.num_slices]
         return {
             "order": self.order,
             "rows": [name for name, spec in self._specs.items() if spec.row_size],
-            "share": torch.tensor(slices, dtype=torch.int64, device="cpu"),
+            "share": torch.tensor(self._slice, dtype=torch.int64, device="cpu"),
             **self.kept.state_dict(),
         }
 
@@ -284,14 +284,33 @@ class Exchange:
 
         Raises: ValueError, before anything changes, for the state of another slice, or of tensors
             that are not here."""
+        self._check_between_steps()
+        if not self.is_of_here(state):
+            raise ValueError(
+                f"the state is of slice (number, of how many) {_slice_of(state)} of every tensor; "
+                f"allowed: {self._slice}, as ranks are placed here. Start them on the nodes as "
+                f"before, or give all workers' states to load_worker_states"
+            )
+        self.kept.load_state_dict(state, self._specs)
+
+    def is_of_here(self, state: Mapping[str, Any]) -> bool:
+        """Tell whether a worker of this rank's place has made the state: of the same slice."""
+        return _slice_of(state) == self._slice
+
+    def take_over(self, states: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
+        """Go on with a share of what the workers of another job kept; see handover.take_over."""
+        self._check_between_steps()
+        return take_over(self.kept, self.route, self._specs, states)
+
+    @property
+    def _slice(self) -> tuple[int, int]:
+        return self.route.slice_index, self.route.num_slices
+
+    def _check_between_steps(self) -> None:
         if self.is_under_way:
             raise RuntimeError("a state can be loaded only between steps; finish this one first")
         self.end_step(stands=True)
-        saved = tuple(state["share"].tolist() if "share" in state else (0, 1))
-        mine = (self.route.slice_index, self.route.num_slices)
-        if saved != mine:
-            raise ValueError(
-                f"the state is of slice (number, of how many) {saved} of every tensor; allowed: "
-                f"{mine}, as ranks are placed here. Start them on the nodes as before"
-            )
-        self.kept.load_state_dict(state, self._specs)
+
+
+def _slice_of(state: Mapping[str, Any]) -> tuple[int, int]:
+    return tuple(state["share"].tolist() if "share" in state else (0, 1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -137,9 +137,7 @@ class DistributedOptimizer(View):
         self._momentum, self._exchange = make_exchange(self.comm, optimizer, given, seed)
         self._replicas = Replicas(self.comm, optimizer, self._named)
         density = self.compression.density_at(0)
-        self._layout = Layout(
-            self._named, given.row_sparse, self._exchange, bucket_bytes, density
-        )
+        self._layout = Layout(self._named, given.row_sparse, self._exchange, bucket_bytes, density)
         self._intake = Intake(
             self._named, given.row_sparse, self._exchange, self._scaling,
             given.micro_batches_per_step,
@@ -210,8 +208,28 @@ class DistributedOptimizer(View):
         Raises: ValueError, before anything changes, for a state of other tensors than those here.
         """
         self._exchange.load_state_dict(state)
+        self._lay_out_as(state)
+
+    def is_own_worker_state(self, state: Mapping[str, Any]) -> bool:
+        """Tell whether `load_worker_state_dict` can take this up, as ranks are placed here: in two
+        levels a worker keeps a slice of every tensor, by its place among its island."""
+        return self._exchange.is_of_here(state)
+
+    def load_worker_states(self, states: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+        """Go on from the workers of a job of another size, or placed otherwise. A collective.
+
+        Between steps. What those workers had not sent is kept: its sum, divided by their number, is
+        what this job's workers have not sent, each with its share. Statistics are averaged.
+        Args: states: (rank, its `worker_state_dict`) of the workers that this rank has read; over
+            all ranks each of the old job's once.
+        Raises: ValueError, on all ranks and before anything changes, for states of other tensors
+            than those here, and for ranks that are missing or come twice.
+        """
+        self._lay_out_as(self._exchange.take_over(states))
+
+    def _lay_out_as(self, state: Mapping[str, Any]) -> None:
         self._take_as_rows(set(state.get("rows", ())) - self._layout.row_sparse)
-        self._layout.learn(state.get("order", self._layout.order))
+        self._layout.learn(state.get("order") or self._layout.order)
         self._layout.refresh()
         self._replicas.are_new = True
 

@@ -12,6 +12,7 @@ Shapes: N elements of one flattened tensor, K selected of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -105,6 +106,11 @@ class Selector:
     def state(self) -> Tensor:
         """Return what `load` takes, between steps: (6,) float64."""
         return self._steering.to_tensor()
+
+    @staticmethod
+    def merged(states: Sequence[Tensor], scale: float) -> Tensor:
+        """Return a `state` that starts from the mean of the states' thresholds, times scale."""
+        return Steering.merged(map(Steering.from_tensor, states), scale).to_tensor()
 
     @staticmethod
     def check(state: Tensor) -> None:

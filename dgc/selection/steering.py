@@ -8,6 +8,7 @@ which then arrive above this step's cut, and what lies in the residual between t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
 import torch
@@ -72,6 +73,13 @@ class Steering:
     def for_plan(self, plan: SparsityPlan) -> Steering:
         """Return what to start from with a plan: the threshold alone if its k is another."""
         return self if plan.k == self.k else Steering(threshold=self.threshold, k=plan.k)
+
+    @staticmethod
+    def merged(workers: Iterable[Steering], scale: float) -> Steering:
+        """Return what to start from with what several workers had, times scale: the mean of their
+        thresholds; nothing is known of the rest."""
+        known = [w.threshold for w in workers if math.isfinite(w.threshold)]
+        return Steering(scale * sum(known) / len(known)) if known else Steering()
 
     def to_tensor(self) -> Tensor:
         """Return (6,) float64, what `from_tensor` takes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -53,3 +53,14 @@ class Thresholds:
         self._saved = dict(state)
         for name, selector in self._selectors.items():
             selector.load(self._saved.pop(name, Selector(selector.plan).state()))
+
+
+def merged_thresholds(states: Sequence[Mapping[str, Tensor]], scale: float) -> dict[str, Tensor]:
+    """Return what a new worker begins with, given `Thresholds.state_dict` of those before it.
+
+    Of each tensor the mean threshold, times `scale`, as what to start from.
+    """
+    merged = {}
+    for name in dict.fromkeys(name for state in states for name in state):
+        merged[name] = Selector.merged([state[name] for state in states if name in state], scale)
+    return merged

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from parsimony_kernels.buffers.operands import (
 from parsimony_kernels.buffers.ops import tensors
 from parsimony_kernels.runtime.operands import STATE_DTYPES
 
-_KINDS = ("velocity", "residual")
+KINDS = ("velocity", "residual")
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Compensation:
 
     def drop(self, name: str) -> None:
         """Undo what a tensor's gradients did in this step, to the bit."""
-        for kind in _KINDS:
+        for kind in KINDS:
             if (kind, name) in self._before:
                 kept, buffer = getattr(self, kind), self._before.pop((kind, name))
                 kept.pop(name, None)
@@ -270,14 +270,14 @@ class Compensation:
         """Return the bytes kept, by kind: velocity, residual."""
         return {
             kind: sum(t.nbytes for buffer in getattr(self, kind).values() for t in tensors(buffer))
-            for kind in _KINDS
+            for kind in KINDS
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors only; this rank's, not the replica's."""
         kinds = {
             kind: {name: _to_state(buffer) for name, buffer in getattr(self, kind).items()}
-            for kind in _KINDS
+            for kind in KINDS
         }
         momentum = torch.tensor(self._last_momentum, dtype=torch.float64, device="cpu")
         num_steps = torch.tensor(self.num_steps, dtype=torch.int64, device="cpu")
@@ -289,13 +289,10 @@ class Compensation:
         Raises: ValueError, before anything changes, for a tensor that is not here, or is of another
             size or stored otherwise here.
         """
-        if state["velocity"] and not (self.momentum or self.momentum_varies):
-            raise ValueError("velocities were saved; allowed: none, as there is no momentum here")
-        loaded: dict[str, dict[str, Buffer]] = {kind: {} for kind in _KINDS}
-        for kind in _KINDS:
+        self.check_names(state, specs)
+        loaded: dict[str, dict[str, Buffer]] = {kind: {} for kind in KINDS}
+        for kind in KINDS:
             for name, saved in state[kind].items():
-                if name not in specs:
-                    raise ValueError(f"the saved {kind} is of {name}, which is no parameter here")
                 buffer = _from_state(saved, specs[name].device)
                 if buffers.numel(buffer) != specs[name].numel:
                     raise ValueError(
@@ -314,6 +311,44 @@ class Compensation:
         self._last_momentum = float(state.get("momentum", self.momentum))
         self._forget_before()
 
+    def check_names(self, state: Mapping[str, Any], names: Collection[str]) -> None:
+        """Raise ValueError for a saved state of tensors that are not here, or that needs momentum
+        where there is none."""
+        if state["velocity"] and not (self.momentum or self.momentum_varies):
+            raise ValueError("velocities were saved; allowed: none, as there is no momentum here")
+        for kind in KINDS:
+            for name in state[kind].keys() - set(names):
+                raise ValueError(f"the saved {kind} is of {name}, which is no parameter here")
+
+    def inherit(
+        self,
+        residual: Mapping[str, Tensor],
+        velocity: Mapping[str, Tensor],
+        specs: Mapping[str, TensorSpec],
+        num_steps: int,
+        momentum: float,
+    ) -> None:
+        """Begin with these values (N,) float64, by tensor, in place of what there was.
+
+        They are rounded stochastically to how this worker stores them, so that over workers nothing
+        is lost in the mean. momentum: of the last step that stood.
+        """
+        given = {"residual": residual, "velocity": velocity}
+        for kind in KINDS:
+            kept = {name: self._rounded(kind, v, specs[name]) for name, v in given[kind].items()}
+            setattr(self, kind, kept)
+        self.num_steps, self._last_momentum = num_steps, momentum
+        self._forget_before()
+
+    def _rounded(self, kind: str, values_N: Tensor, spec: TensorSpec) -> Buffer:
+        exact = _exact(spec.dtype)
+        buffer = buffers.empty(spec.numel, self._stored(kind, exact), spec.device)
+        values_N = values_N.to(spec.device, getattr(torch, exact))
+        # A key that no step has.
+        key = self._rounding.key(f"{kind} of {spec.name}, inherited", self.num_steps)
+        buffers.accumulate(values_N, Correction(), residual=buffer, old_residual=None, key=key)
+        return buffer
+
 
 def _exact(dtype: torch.dtype) -> str:
     """Return as what gradients of this dtype are stored without loss."""
@@ -324,6 +359,11 @@ def _to_state(buffer: Buffer) -> Tensor | dict[str, Tensor]:
     if isinstance(buffer, Blocks):
         return {"codes": buffer.codes, "scales": buffer.scales}
     return buffer
+
+
+def decoded(saved: Tensor | dict[str, Tensor]) -> Tensor:
+    """Return the values (N,) of a saved velocity or residual, in float32 or float64."""
+    return buffers.decode(_from_state(saved, torch.device("cpu")))
 
 
 def _from_state(saved: Tensor | dict[str, Tensor], device: torch.device) -> Buffer:
