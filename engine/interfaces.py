@@ -67,7 +67,11 @@ class Task(Protocol):
 
 
 class Batches(Protocol):
-    """One rank's batches of one split; all ranks have the same number of them."""
+    """One rank's batches of one split; all ranks have the same number of them.
+
+    A position says where a rank's next batch begins, as tensors and plain values. {}: at the batch
+    whose number is `first`, of the whole epoch as this many ranks divide it.
+    """
 
     num_batches: int
     """Batches of an epoch."""
@@ -75,15 +79,22 @@ class Batches(Protocol):
     """On this rank. A sample is what the split says: an image, or a text of so many words."""
 
     def start(self, epoch: int, first: int, position: Mapping[str, Any]) -> Iterator[Batch]:
-        """Yield the batches of an epoch, beginning with number `first`.
+        """Yield the batches of an epoch from a position to its end."""
 
-        Args: position: what `position()` returned after batch first - 1; {} if first is 0.
-        """
+    def num_left(self, first: int, position: Mapping[str, Any]) -> int:
+        """Return how many batches follow a position."""
 
     def position(self) -> dict[str, Any]:
-        """Return where the next batch begins, as tensors and plain values.
+        """Return where the batch after the last one begins."""
 
-        {} if that follows from the epoch and the number of the batch.
+    def take_over(
+        self, epoch: int, first: int, positions: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Return where this rank goes on in an epoch that another number of ranks began.
+
+        What those had not seen is divided among the ranks of this job; what then does not fill a
+        batch on every rank is left out.
+        Args: first, positions: as the ranks of that job would have gone on, each at its own.
         """
 
 

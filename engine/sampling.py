@@ -14,7 +14,7 @@ import pickle
 import random
 import threading
 from collections import ChainMap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
 
@@ -115,33 +115,37 @@ def _file_of(dataset: Any, index: int) -> str:
 
 
 class EpochSampler(Sampler):
-    """A rank's part of each epoch's shuffled samples, beginning at any position of it.
+    """A rank's part of each epoch's shuffled samples, beginning at any of them.
 
+    The ranks take samples in turns, so that what they have taken is always the first of the epoch,
+    however many ranks there are.
     Args: limit: the most samples of an epoch over all ranks; None: no limit.
     """
 
     def __init__(
         self, num_samples: int, rank: int, world_size: int, seed: int, limit: int | None
     ) -> None:
-        self._shuffled = DistributedSampler(
-            range(num_samples), world_size, rank, shuffle=True, seed=seed, drop_last=True
-        )
-        self._num = self._shuffled.num_samples
-        if limit is not None:
-            self._num = min(self._num, limit // world_size)
-        self.epoch = self.first = 0
+        self._shuffled = DistributedSampler(range(num_samples), 1, 0, shuffle=True, seed=seed)
+        self._rank, self._world_size = rank, world_size
+        self._num = num_samples if limit is None else min(num_samples, limit)
+        self.epoch = self.taken = 0
 
-    def start(self, epoch: int, first: int) -> None:
-        """Let the next iteration begin at this rank's sample number `first` of `epoch`."""
-        self.epoch, self.first = epoch, first
+    def start(self, epoch: int, taken: int) -> None:
+        """Let the next iteration begin after the epoch's first `taken` samples, of all ranks."""
+        self.epoch, self.taken = epoch, taken
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         self._shuffled.set_epoch(self.epoch)
-        order = list(self._shuffled)[self.first : self._num]
+        left = list(self._shuffled)[self.taken : self._num]
+        order = left[self._rank :: self._world_size][: len(left) // self._world_size]
         return iter([(self.epoch, index) for index in order])
 
+    def num_left(self, taken: int) -> int:
+        """Return how many samples each rank has after the first `taken` of all ranks."""
+        return (self._num - taken) // self._world_size
+
     def __len__(self) -> int:
-        return self._num
+        return self.num_left(self.taken)
 
 
 class _EveryNth(Sampler):
@@ -158,21 +162,51 @@ class _EveryNth(Sampler):
 
 
 class SampleBatches:
-    """Batches of a DataLoader, which loads sample by sample; see interfaces.Batches."""
+    """Batches of a DataLoader, which loads sample by sample; see interfaces.Batches.
+
+    A position is {}, or {"taken": samples of the epoch that all ranks have trained on} where other
+    ranks began it.
+    Args: sampler: of batches to train on; None: every rank's are evaluated from the first.
+    """
 
     def __init__(
-        self, loader: DataLoader, batch_size: int, sampler: EpochSampler | None = None
+        self,
+        loader: DataLoader,
+        batch_size: int,
+        world_size: int,
+        sampler: EpochSampler | None = None,
     ) -> None:
-        self._loader, self._sampler = loader, sampler
+        self._loader, self._sampler, self._world_size = loader, sampler, world_size
         self.num_batches, self.samples_per_batch = len(loader), batch_size
+        self._position: dict[str, Any] = {}
 
-    def start(self, epoch: int, first: int, position: Any) -> Iterator[Any]:
+    def start(self, epoch: int, first: int, position: Mapping[str, Any]) -> Iterator[Any]:
+        self._position = dict(position)
         if self._sampler is not None:
-            self._sampler.start(epoch, first * self.samples_per_batch)
-        return iter(self._loader)
+            self._sampler.start(epoch, self._where(first, position, self._world_size))
+        return self._counted() if position else iter(self._loader)
+
+    def _counted(self) -> Iterator[Any]:
+        for batch in self._loader:
+            self._position["taken"] += self.samples_per_batch * self._world_size
+            yield batch
+
+    def num_left(self, first: int, position: Mapping[str, Any]) -> int:
+        if self._sampler is None:
+            return self.num_batches
+        taken = self._where(first, position, self._world_size)
+        return self._sampler.num_left(taken) // self.samples_per_batch
 
     def position(self) -> dict[str, Any]:
-        return {}
+        return dict(self._position)
+
+    def take_over(
+        self, epoch: int, first: int, positions: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        return {"taken": self._where(first, positions[0], len(positions))}
+
+    def _where(self, first: int, position: Mapping[str, Any], world_size: int) -> int:
+        return position.get("taken", first * self.samples_per_batch * world_size)
 
 
 def make_batches(
@@ -198,11 +232,11 @@ def make_batches(
         every_nth = _EveryNth(len(dataset), rank, world_size)
         samples = SeededSamples(dataset, 0, prepare_worker)
         loader = _loader(samples, every_nth, batch_size, num_workers, pin_memory, drop_last=False)
-        return SampleBatches(loader, batch_size)
+        return SampleBatches(loader, batch_size, world_size)
     sampler = EpochSampler(len(dataset), rank, world_size, seed, samples_per_epoch)
     samples = SeededSamples(dataset, seed, prepare_worker)
     loader = _loader(samples, sampler, batch_size, num_workers, pin_memory, drop_last=True)
-    return SampleBatches(loader, batch_size, sampler)
+    return SampleBatches(loader, batch_size, world_size, sampler)
 
 
 def _end_with_rank(worker: int) -> None:

@@ -10,16 +10,16 @@ Errors about a missing folder say where it was looked for and what to do.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from workloads.download import fetch_zip
 from workloads.tasks import NOT_COUNTED
+from workloads.text_columns import ColumnBatches
 from workloads.vocabulary import read_texts
 
 _SHA1 = {  # of the files in the published archives
@@ -104,20 +104,23 @@ class Text:
         without the words before them, which are in another column.
         Raises: ValueError if an epoch holds less than one batch.
         """
-        num_columns = batch_size * world_size
-        cut = self._training_columns if is_training else self._evaluation_columns
-        inputs, targets = cut(num_columns)
-        num_batches = inputs.shape[1] // self._bptt
-        if is_training and samples_per_epoch is not None:
-            num_batches = min(num_batches, samples_per_epoch // num_columns)
         if len(self) < 2:
             raise ValueError(f"a text of {len(self)} words has none to predict; is its file empty?")
-        if num_batches < 1:
+        batches = ColumnBatches(
+            self._words,
+            self._training_columns if is_training else self._evaluation_columns,
+            bptt=self._bptt,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            limit=samples_per_epoch if is_training else None,
+            seed=seed,
+        )
+        if batches.num_batches < 1:
             raise ValueError(
                 too_short(len(self), self._bptt, batch_size, world_size, samples_per_epoch)
             )
-        mine = slice(rank * batch_size, (rank + 1) * batch_size)
-        return ColumnBatches(inputs[mine], targets[mine], self._bptt, num_batches, seed)
+        return batches
 
     def _training_columns(self, num_columns: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets, views (C, L) that are shifted by one word."""
@@ -135,38 +138,6 @@ class Text:
         inputs = pad(self._words[:-1], filling)
         targets = pad(self._words[1:], filling, value=NOT_COUNTED)
         return inputs.view(num_columns, length), targets.view(num_columns, length)
-
-
-class ColumnBatches:
-    """Batches of T rows each of B columns. Args: inputs, targets: (B, L) int32."""
-
-    def __init__(
-        self, inputs: Tensor, targets: Tensor, bptt: int, num_batches: int, seed: int
-    ) -> None:
-        self._inputs, self._targets, self._bptt, self._seed = inputs, targets, bptt, seed
-        self.num_batches, self.samples_per_batch = num_batches, inputs.shape[0]
-
-    def start(
-        self, epoch: int, first: int, position: Mapping[str, Any]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of an epoch, beginning with number `first`."""
-        left_out = self._inputs.shape[1] - self.num_batches * self._bptt
-        begin = int(torch.randint(left_out + 1, (), generator=seeded(self._seed, epoch)))
-        for number in range(first, self.num_batches):
-            row = begin + number * self._bptt
-            yield tuple(
-                columns[:, row : row + self._bptt].t().long().contiguous()
-                for columns in (self._inputs, self._targets)
-            )
-
-    def position(self) -> dict[str, Any]:
-        """Return {}: the epoch and the number of a batch say where it begins."""
-        return {}
-
-
-def seeded(seed: int, epoch: int) -> torch.Generator:
-    """Return a generator whose numbers depend on seed and epoch alone."""
-    return torch.Generator().manual_seed(hash((seed, epoch)) & 0x7FFFFFFFFFFFFFFF)
 
 
 def check_bptt(bptt: int) -> None:

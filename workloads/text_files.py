@@ -80,21 +80,24 @@ def is_plain(path: Path) -> bool:
         return not file.read(len(_GZIP)).startswith((_GZIP, _UTF8_MARK))
 
 
-def line_spans(path: Path, num_parts: int) -> list[Span]:
-    """Divide a text into parts of nearly equal size at the starts of lines; return their spans."""
-    bounds = [0]
+def line_spans(path: Path, num_parts: int, begin: int = 0, end: int | None = None) -> list[Span]:
+    """Divide a text, or the span of it from `begin` to `end`, into parts of nearly equal size.
+
+    Parts begin where lines do, as `begin` must. Returns: their spans.
+    """
+    bounds = [begin]
     with open_text(path) as file:
         start = file.tell()
-        size = file.seek(0, os.SEEK_END) - start
+        end = file.seek(0, os.SEEK_END) - start if end is None else end
         for part in range(1, num_parts):
-            wanted = size * part // num_parts
+            wanted = begin + (end - begin) * part // num_parts
             if wanted > bounds[-1]:
                 file.seek(start + wanted - 1)
                 file.readline()
                 bounds.append(file.tell() - start)
             else:  # inside the line that ends the part before
                 bounds.append(bounds[-1])
-    return list(zip(bounds, [*bounds[1:], size], strict=True))
+    return list(zip(bounds, [*bounds[1:], end], strict=True))
 
 
 def _check(path: Path, head: bytes, file: BinaryIO) -> None:
