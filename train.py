@@ -9,8 +9,8 @@ Score the best epoch:      ... --evaluate
 Predict its memory:        ... --report memory --memory-gib 16
 Set up and start in one:   launch/train.sh -np 2 --configs ...
 
-The run's folder is runs/<configs>.np<ranks><suffix>/. The same command again resumes the run from
-its newest checkpoint. Config files are Python: run only those that you trust.
+The run's folder is runs/<configs><suffix>/. The same command again resumes the run from its newest
+checkpoint, with as many ranks or with others. Config files are Python: run only what you trust.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from configs import load
 from dgc.comm import Comm
 from dgc.comm.job import job
 from dgc.comm.launched import KINDS, LaunchError
-from engine import report
+from engine import earlier_folders, report
 from engine.checkpoint import CheckpointError
 from engine.replicas import ReplicaError
 from engine.run_folder import RunFolderError, held
@@ -56,10 +56,11 @@ def run_job(arguments: argparse.Namespace, overrides: dict[str, str], comm: Comm
     check_job(comm, flat_config, vars(arguments))
     run = load.build(config)
     device = choose_device(arguments.devices, comm)
-    name = load.run_name(arguments.configs, comm.world_size, arguments.suffix)
-    folder = Path(os.path.expanduser(arguments.runs)) / name
+    name, runs = load.run_name(arguments.configs), Path(os.path.expanduser(arguments.runs))
+    folder, told = earlier_folders.find(runs, name, arguments.suffix, comm)
     reporter = report.Reporter(folder) if comm.rank == 0 else report.SilentReporter()
     reporter.say("\n".join(f"{path} = {value}" for path, value in flat_config.items()))
+    reporter.say(f"folder of this run: {folder.resolve()}" + (f" ({told})" if told else ""))
     if arguments.report == "memory":
         report_memory(run, comm, device, folder, reporter, memory_gib=arguments.memory_gib,
                       num_steps=arguments.report_steps)  # fmt: skip

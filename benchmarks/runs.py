@@ -49,7 +49,7 @@ def trained(
     Args: files: config files, below the repository or absolute. settings: dotted path below
         `configs` -> text. runs: the folder of all runs, below the repository or absolute.
     """
-    folder = ROOT / runs / load.run_name(files, num_ranks, suffix)
+    folder = ROOT / runs / load.run_name(files, suffix)
     if not (folder / "result.json").exists():
         words = [word for path, text in settings.items() for word in (f"--configs.{path}", text)]
         command = ["horovodrun", "-np", str(num_ranks), "python", "train.py", "--configs", *files,

@@ -118,10 +118,10 @@ def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]
     ]
 
 
-def run_name(files: Sequence[str | Path], world_size: int, suffix: str = "") -> str:
-    """Name the folder of a run after its config files, ranks and suffix.
+def run_name(files: Sequence[str | Path], suffix: str = "") -> str:
+    """Name the folder of a run after its config files and suffix.
 
-    Example: configs/cifar/resnet20.py configs/dgc/wm5.py, 2 ranks -> cifar.resnet20+dgc.wm5.np2
+    Example: configs/cifar/resnet20.py configs/dgc/wm5.py -> cifar.resnet20+dgc.wm5
     """
     names = []
     for file in files:
@@ -130,7 +130,7 @@ def run_name(files: Sequence[str | Path], world_size: int, suffix: str = "") -> 
             path.parts[path.parts.index(_PREFIX) + 1 :] if _PREFIX in path.parts else [path.name]
         )
         names.append(".".join(parts))
-    return "+".join(names) + f".np{world_size}{suffix}"
+    return "+".join(names) + suffix
 
 
 def _with_folders(file: Path) -> list[Path]:

@@ -9,20 +9,24 @@ Every file is written under a temporary name, hashed while it is written, flushe
 renamed. The manifest comes last, so a checkpoint is either complete or does not exist. Writing or
 reading a part neither copies its tensors nor passes over the file twice. Parts hold tensors and
 plain values only, so that `torch.load(weights_only=True)` reads them; a value that it would refuse
-is refused before any file is written. Each rank reads and writes its own part on the host where it
-runs. Hosts need not share a disk, as long as a resumed rank runs on the host that it ran on before.
+is refused before any file is written. Each rank writes its own part on the host where it runs, and
+reads it there if the job has as many ranks again. If it has more or fewer, each part is read by a
+rank that finds it on its disk. So hosts need not share a disk, as long as none of those that wrote
+is missing.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from engine import hashed_files
 from engine.interfaces import Collectives
+from engine.parts import assign, may_remove, part_name, step_name
 from engine.plain import plain
 
 _MANIFEST_KEYS = {"step", "world_size", "parts", "best"}
@@ -30,6 +34,35 @@ _MANIFEST_KEYS = {"step", "world_size", "parts", "best"}
 
 class CheckpointError(Exception):
     """A checkpoint cannot be used; the message says which one, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint whose parts have all been read without fault."""
+
+    _folder: CheckpointFolder
+    _manifest: dict[str, Any]
+    shared: dict[str, Any]
+    mine: dict[str, Any] | None
+    """This rank's part; None if another number of ranks wrote the checkpoint."""
+    _readers: list[int]
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks wrote it."""
+        return self._manifest["world_size"]
+
+    def parts(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (rank that wrote it, part) of those that this rank reads, one after another.
+
+        Over all ranks of this job they are the parts of all ranks that wrote.
+        """
+        for old_rank, reader in enumerate(self._readers):
+            if reader == self._folder.rank and self.mine is not None:
+                yield old_rank, self.mine
+            elif reader == self._folder.rank:
+                name = part_name(self._manifest["step"], old_rank, self.world_size)
+                yield old_rank, self._folder.read(name, self._manifest["parts"][name])
 
 
 class CheckpointFolder:
@@ -40,6 +73,7 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, comm: Collectives, keep: int = 2) -> None:
         self._folder, self._comm, self._keep = folder, comm, keep
+        self.rank = comm.rank
         self._best: dict[str, Any] = {}  # file name -> size and checksum of the best shared part
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -50,12 +84,11 @@ class CheckpointFolder:
 
         Raises: CheckpointError, before any file changes, if a value could not be read back.
         """
-        name = f"step-{step:08d}"
         shared, worker = readable(shared, "shared"), readable(worker, "worker")
         rank, world_size = self._comm.rank, self._comm.world_size
-        mine = {f"{name}.rank-{rank:04d}-of-{world_size:04d}.pt": worker}
+        mine = {part_name(step, rank, world_size): worker}
         if rank == 0:
-            mine[f"{name}.shared.pt"] = shared
+            mine[f"{step_name(step)}.shared.pt"] = shared
         written = {file: self._write_part(file, content) for file, content in mine.items()}
         parts: dict[str, Any] = {}
         for files in self._comm.all_gather_object(written):  # answered only when all have written
@@ -65,32 +98,32 @@ class CheckpointFolder:
         if rank == 0:
             content = {"step": step, "world_size": world_size, "parts": parts, "best": self._best}
             text = json.dumps(content, indent=2).encode()
-            write_atomically(self._folder / f"{name}.json", lambda file: file.write(text))
+            path = self._folder / f"{step_name(step)}.json"
+            write_atomically(path, lambda file: file.write(text))
         self._comm.barrier()
         self._remove_old()
 
-    def load_latest(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """Return the shared part and this rank's part of the newest checkpoint that is complete.
+    def load_latest(self) -> Loaded | None:
+        """Return the newest checkpoint that is complete, whatever number of ranks wrote it.
 
-        Rank 0 names the candidates, newest first, and the first one that every rank can read is
-        taken. Rank 0 then sends its shared part tensor by tensor, so that a rank needs little
-        memory beyond the result: 64 MiB, or as much as the values that are not tensors.
+        Rank 0 names the candidates, newest first, and the first one of which every part is read
+        without fault is taken. Rank 0 then sends its shared part tensor by tensor, so that a rank
+        needs little memory beyond the result: 64 MiB, or as much as the values that are no tensors.
         Returns: None if the folder has no checkpoint.
-        Raises: CheckpointError if the checkpoint was written by another number of ranks, or if
-            there are checkpoints and none of them can be read.
+        Raises: CheckpointError if there are checkpoints and none of them can be read.
         """
         manifests = self._comm.broadcast_object(self._list_manifests())
         complaints = []
         for manifest in manifests:
-            self._check_world_size(manifest)
-            contents, problem = self._try(manifest)
+            readers = self._readers(manifest)
+            contents, problem = self._try(manifest, readers)
             problems = [p for p in self._comm.all_gather_object(problem) if p]
             if not problems:
-                content = dict(self._comm.broadcast_object(contents[0])), contents[-1]
+                shared = dict(self._comm.broadcast_object(contents[0]))
                 self._best = manifest["best"]
                 for complaint in complaints if self._comm.rank == 0 else []:
                     print(f"skipped a damaged checkpoint: {complaint}", flush=True)
-                return content
+                return Loaded(self, manifest, shared, contents[1], readers)
             complaints += problems
             del contents
         if complaints:
@@ -99,6 +132,18 @@ class CheckpointFolder:
                 f"Put the files back, or delete the folder to start anew"
             )
         return None
+
+    def _readers(self, manifest: dict[str, Any]) -> list[int]:
+        """Return which rank of this job reads the part of each rank that wrote. A collective.
+
+        As many ranks read their own. Others read what is on their disk, each as much as another.
+        """
+        written_by = manifest["world_size"]
+        if written_by == self._comm.world_size:
+            return list(range(written_by))
+        names = [part_name(manifest["step"], rank, written_by) for rank in range(written_by)]
+        mine = [(self._folder / name).is_file() for name in names]
+        return assign(self._comm.all_gather_object(mine))
 
     def load_best(self, without: Collection[str] = ()) -> dict[str, Any]:
         """Return the shared part of rank 0's best checkpoint, except for the keys in `without`."""
@@ -137,34 +182,26 @@ class CheckpointFolder:
             raise CheckpointError(f"{path} cannot be read ({reason})") from error
         return content
 
-    def _try(self, manifest: dict[str, Any]) -> tuple[list[Any], str | None]:
-        """Read this rank's parts (on rank 0 the shared one first).
+    def _try(self, manifest: dict[str, Any], readers: list[int]) -> tuple[list[Any], str | None]:
+        """Read the parts that are this rank's to read, of which it keeps no more than its own.
 
-        Returns: the parts and None, or no parts and what is wrong.
+        Returns: the shared part (on rank 0), this rank's own, if it has one, and what is wrong.
         """
-        name, rank, world_size = (
-            f"step-{manifest['step']:08d}",
-            self._comm.rank,
-            self._comm.world_size,
-        )
-        names = [f"{name}.shared.pt"] if rank == 0 else []
-        names.append(f"{name}.rank-{rank:04d}-of-{world_size:04d}.pt")
+        step, written_by, rank = manifest["step"], manifest["world_size"], self._comm.rank
+        contents: list[Any] = [None, None]
         try:
-            contents = [self.read(file, manifest["parts"][file]) for file in names]
+            if rank == 0:
+                name = f"{step_name(step)}.shared.pt"
+                contents[0] = self.read(name, manifest["parts"][name])
+            for old_rank in (old for old, reader in enumerate(readers) if reader == rank):
+                name = part_name(step, old_rank, written_by)
+                content = self.read(name, manifest["parts"][name])
+                if written_by == self._comm.world_size:
+                    contents[1] = content
+                del content
         except CheckpointError as error:
-            contents, problem = [None, None], f"rank {rank}: {error}"
-        else:
-            problem = None
-        return contents, problem
-
-    def _check_world_size(self, manifest: dict[str, Any]) -> None:
-        if manifest["world_size"] != self._comm.world_size:
-            raise CheckpointError(
-                f"the checkpoint of step {manifest['step']} was written by "
-                f"{manifest['world_size']} ranks and this job has {self._comm.world_size}: "
-                f"residuals belong to their rank. Start {manifest['world_size']} ranks, or use "
-                f"--suffix for a new run"
-            )
+            return [None, None], f"rank {rank}: {error}"
+        return contents, None
 
     def _list_manifests(self) -> list[dict[str, Any]]:
         """Return the manifests that can be read, newest first; print which ones cannot."""
@@ -191,13 +228,9 @@ class CheckpointFolder:
                 path.unlink()
         named = self._comm.broadcast_object(self._named_parts() if self._comm.rank == 0 else None)
         rank, world_size = self._comm.rank, self._comm.world_size
-        patterns = [f"step-*.rank-{rank:04d}-of-{world_size:04d}.pt*"]
-        if rank == 0:
-            patterns.append("step-*.shared.pt*")
-        for pattern in patterns:
-            for path in self._folder.glob(pattern):
-                if path.name not in named:
-                    path.unlink()
+        for path in self._folder.glob("step-*.pt*"):
+            if path.name not in named and may_remove(path.name, rank, world_size):
+                path.unlink(missing_ok=True)
 
     def _named_parts(self) -> set[str]:
         return {

@@ -5,7 +5,7 @@ The parts are a run's settings, its task, its batches, the collectives and the o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -172,5 +172,11 @@ class ExchangingOptimizer(Protocol):
         """Return the state that only this rank has."""
 
     def load_worker_state_dict(self, state: dict[str, Any]) -> None: ...
+    def is_own_worker_state(self, state: Mapping[str, Any]) -> bool:
+        """Tell whether `load_worker_state_dict` can take this up, as ranks are placed here."""
+
+    def load_worker_states(self, states: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+        """Go on from the workers of another job: (rank, state) of those that this rank has read."""
+
     def worker_state_bytes(self) -> dict[str, int]:
         """Return the bytes that this rank keeps between steps, by kind."""

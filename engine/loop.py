@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine import report
-from engine.checkpoint import CheckpointError, CheckpointFolder, readable
+from engine.checkpoint import CheckpointError, CheckpointFolder, Loaded, readable
+from engine.handover import take_over
 from engine.interfaces import Batch, Batches, Carried, Collectives, RunSettings, Task
 from engine.meters import Stopwatch, Sums, add_seconds
 from engine.notices import Notices
@@ -25,6 +26,8 @@ from engine.precision import autocast
 from engine.replicas import agreed_hash, average_batch_statistics, refuse_writes
 from engine.sampling import seed_all
 from engine.state import RunState
+
+_NUM_EPOCHS = "configs.train.num_epochs"
 
 
 class Trainer:
@@ -59,6 +62,7 @@ class Trainer:
         self.steps_per_epoch, self._config_changes = steps_per_epoch, config_changes
         self.notices = Notices(comm, ("stop", "interrupt", "written"))
         self.density, self._last_explanation = 1.0, ""
+        self._last_step_in_epoch = steps_per_epoch
         self._watched: set[bool] = set()  # model.training of the passes watched in this epoch
 
     def train(self) -> None:
@@ -116,11 +120,48 @@ class Trainer:
                 if torch.is_tensor(tensor):  # the extra state of a module may be anything
                     self.comm.broadcast(tensor, f"initial.{name}")
             return
-        shared, worker = loaded
-        self._refuse_others("settings", shared["config"], self.flat_config)
+        shared, then = loaded.shared, loaded.shared["config"]
+        num_epochs = then.get(_NUM_EPOCHS, self.run.train.num_epochs)
+        if not self.state.learning_rate.depends_on_length(num_epochs):
+            then = {**then, _NUM_EPOCHS: self.run.train.num_epochs}  # the past would be the same
+        self._refuse_others("settings", then, self.flat_config)
         self._refuse_others("data", shared.get("data", self._data_facts), self._data_facts)
-        self.state.restore(shared, worker)
-        self.reporter.say(f"resuming after step {self.state.progress.step}")
+        self._restore(loaded)
+
+    def _restore(self, loaded: Loaded) -> None:
+        """Take over a checkpoint, of as many ranks or of others, and tell what that changes."""
+        state, rate = self.state, _rate_of(loaded.shared["optimizer"])
+        if loaded.mine is None:
+            take_over(
+                state, loaded.shared, loaded.parts(), comm=self.comm,
+                batches=self.batches["train"], steps_per_epoch=self.steps_per_epoch,
+                micro_batches=self.run.train.micro_batches_per_step, seed=self.run.seed,
+            )  # fmt: skip
+        else:
+            is_own = state.optimizer.is_own_worker_state(loaded.mine["exchange"])
+            is_placed_alike = all(self.comm.all_gather_object(is_own))
+            state.restore(loaded.shared, loaded.mine, None if is_placed_alike else loaded.parts())
+        self.reporter.say(f"resuming after step {state.progress.step}")
+        if loaded.mine is None:
+            self._tell_of_others(loaded.world_size, rate)
+        elif not is_placed_alike:
+            self.reporter.say(
+                "ranks are placed otherwise than before: what they had not sent is divided among "
+                "them anew"
+            )
+
+    def _tell_of_others(self, world_size: int, rate: float) -> None:
+        """Tell what changes with another number of ranks than the `world_size` before."""
+        now, train = self.comm.world_size, self.run.train
+        size = self.batches["train"].samples_per_batch * train.micro_batches_per_step
+        self.reporter.say(
+            f"now with {now} ranks instead of {world_size}: what those had not sent is divided "
+            f"among these\n"
+            f"  samples of a step: {size * world_size} -> {size * now}\n"
+            f"  learning rate: {rate:.6g} -> {_rate_of(self.state.optimizer):.6g}\n"
+            f"  steps left of this epoch: {self._steps_left()} of now {self.steps_per_epoch} an "
+            f"epoch"
+        )
 
     def _refuse_others(self, what: str, then: dict[str, Any], now: dict[str, Any]) -> None:
         if changed := self._config_changes(then, now):
@@ -138,6 +179,7 @@ class Trainer:
             state.train_sums.values.zero_()
             state.carried, state.position = None, {}
         first = progress.step_in_epoch * self.run.train.micro_batches_per_step
+        self._last_step_in_epoch = progress.step_in_epoch + self._steps_left()
         batches = self.batches["train"].start(progress.epoch, first, state.position)
         for _ in self._progress_bar():
             self.notices.start(**self._my_notices())
@@ -150,6 +192,12 @@ class Trainer:
             if self._saves_here():
                 self._save(is_best=False)
             self._heed(self.notices.finish())
+
+    def _steps_left(self) -> int:
+        """Return how many steps this epoch has left."""
+        micro_batches = self.run.train.micro_batches_per_step
+        first = self.state.progress.step_in_epoch * micro_batches
+        return self.batches["train"].num_left(first, self.state.position) // micro_batches
 
     def _my_notices(self) -> dict[str, int]:
         """Return what this rank wants all to know at the end of the step that begins."""
@@ -172,10 +220,10 @@ class Trainer:
         """Iterate over the steps left in this epoch, with a progress bar on rank 0."""
         progress = self.state.progress
         return tqdm(
-            range(progress.step_in_epoch, self.steps_per_epoch),
+            range(progress.step_in_epoch, self._last_step_in_epoch),
             desc=f"epoch {progress.epoch + 1}/{self.run.train.num_epochs}",
             initial=progress.step_in_epoch,
-            total=self.steps_per_epoch,
+            total=self._last_step_in_epoch,
             disable=self.comm.rank != 0,
             leave=False,
             mininterval=0.5 if sys.stderr.isatty() else 10,  # in a log each refresh is a line
@@ -263,7 +311,8 @@ class Trainer:
 
     def _saves_here(self) -> bool:
         every, progress = self.run.checkpoint.every_steps, self.state.progress
-        is_within = progress.step_in_epoch < self.steps_per_epoch  # the epoch's end saves by itself
+        # The epoch's end saves by itself.
+        is_within = progress.step_in_epoch < self._last_step_in_epoch
         return every is not None and is_within and progress.step % every == 0
 
     def _end_epoch(self) -> None:
@@ -305,3 +354,10 @@ class Trainer:
         self.checkpoints.save(
             self.state.progress.step, shared, self.state.worker(), is_best=is_best
         )
+
+
+def _rate_of(optimizer: Any) -> float:
+    """Return the first group's learning rate, of an optimizer or of its saved state."""
+    is_state = isinstance(optimizer, dict)
+    groups = optimizer["param_groups"] if is_state else optimizer.param_groups
+    return float(groups[0]["lr"])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from engine import report
@@ -73,15 +73,20 @@ def average_batch_statistics(model: nn.Module, comm: Collectives) -> None:
 
     The other buffers of a model are taken to be constants, equal on all ranks.
     """
-    statistics = [
-        buffer
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
-        for buffer in (module.running_mean, module.running_var)
-    ]
+    statistics = batch_statistics(model).values()
     if statistics:
         flat = torch.cat([buffer.double() for buffer in statistics])
         flat = comm.all_reduce_async(flat, "buffers").wait() / comm.world_size
         parts = flat.split([buffer.numel() for buffer in statistics])
         for buffer, mean in zip(statistics, parts, strict=True):
             buffer.copy_(mean)
+
+
+def batch_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Return the running means and variances of normalization layers, by name."""
+    return {
+        f"{prefix}.{name}".lstrip("."): getattr(module, name)
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        for name in ("running_mean", "running_var")
+    }

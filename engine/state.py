@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -177,29 +177,48 @@ class RunState:
             own["random_cuda"] = torch.cuda.get_rng_state(self.device)
         return own
 
-    def restore(self, shared: dict[str, Any], worker: dict[str, Any]) -> None:
+    def restore(
+        self,
+        shared: dict[str, Any],
+        worker: dict[str, Any],
+        parts: Iterable[tuple[int, dict[str, Any]]] | None = None,
+    ) -> None:
         """Take over a saved state, bit for bit.
 
         Removes the model from `shared` after copying it, so that its memory is free for the rest.
+        Args: parts: (rank, `worker` of that rank) that this rank has read, where ranks are placed
+            otherwise than before; what they had not sent is then divided anew.
         """
-        self.restore_model(shared)
-        for part in ("model", "averaged"):
-            shared.pop(part, None)
-        self.optimizer.load_state_dict(shared["optimizer"])
+        self.restore_shared(shared)
         self.learning_rate.load_state_dict(shared["learning_rate"])
-        if self.grad_scaler.is_enabled():
-            self.grad_scaler.load_state_dict(shared["grad_scaler"])
-        self.progress = Progress(**shared["progress"])
         self.progress.payload_bytes = worker["payload_bytes"]
         self.progress.phase_seconds = dict(worker["phase_seconds"])
         self.progress.peak_memory_bytes = worker["peak_memory_bytes"]
-        self.optimizer.set_epoch(self.progress.epoch)
-        self.optimizer.load_worker_state_dict(worker["exchange"])
+        if parts is None:
+            self.optimizer.load_worker_state_dict(worker["exchange"])
+        else:
+            self.optimizer.load_worker_states((rank, part["exchange"]) for rank, part in parts)
         for name, buffer in self.model.named_buffers():
             buffer.copy_(worker["buffers"][name])
         self.train_sums.values.copy_(worker["train_sums"])
         self.carried = to_device(worker.get("carried"), self.device)
         self.position = worker.get("position", {})
+        self.restore_random(worker)
+
+    def restore_shared(self, shared: dict[str, Any]) -> None:
+        """Take over what is equal on all ranks, but for the learning rate. Empties `shared` of the
+        model."""
+        self.restore_model(shared)
+        for part in ("model", "averaged"):
+            shared.pop(part, None)
+        self.optimizer.load_state_dict(shared["optimizer"])
+        if self.grad_scaler.is_enabled():
+            self.grad_scaler.load_state_dict(shared["grad_scaler"])
+        self.progress = Progress(**shared["progress"])
+        self.optimizer.set_epoch(self.progress.epoch)
+
+    def restore_random(self, worker: dict[str, Any]) -> None:
+        """Take over a rank's random states."""
         set_random_states(worker["random"])
         if self.device.type == "cuda" and "random_cuda" in worker:
             torch.cuda.set_rng_state(worker["random_cuda"], self.device)

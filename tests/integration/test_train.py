@@ -21,7 +21,7 @@ def test_a_run_leaves_its_figures_and_can_be_scored(runs):
     assert "configs.train.num_epochs = 2" in output
     assert "taken without worker_state_dict" not in output  # a person's mistake, not ours
     folder, result = runs.folder(), runs.result()
-    assert folder.name == "digits.resnet20+dgc.wm5+dgc.fp16.np2.try"
+    assert folder.name == "digits.resnet20+dgc.wm5+dgc.fp16.try"
 
     assert (result["epochs"], result["steps"], result["world_size"]) == (2, 16, 2)
     assert result["num_parameters"] == 269_434

@@ -10,6 +10,7 @@ import torch
 from dgc.comm.local import run_local
 from engine import checkpoint
 from engine.checkpoint import CheckpointError, CheckpointFolder, write_atomically
+from engine.parts import assign
 
 
 def save(folder, steps, num_ranks=2, best=(), keep=2, shared=None):
@@ -28,9 +29,9 @@ def load(folder, num_ranks=2):
 
 def test_each_rank_gets_the_shared_part_and_its_own_of_the_newest(tmp_path):
     save(tmp_path, [1, 2])
-    for rank, (shared, worker) in enumerate(load(tmp_path)):
-        assert shared == {"step": 2}
-        assert worker["mine"].tolist() == [20.0 + rank] * 3
+    for rank, loaded in enumerate(load(tmp_path)):
+        assert loaded.shared == {"step": 2}
+        assert loaded.mine["mine"].tolist() == [20.0 + rank] * 3
 
 
 def test_an_empty_folder_is_a_new_run(tmp_path):
@@ -76,7 +77,7 @@ def flip(path):
 def test_damage_on_any_rank_makes_all_take_the_one_before(tmp_path, damage, part):
     save(tmp_path, [1, 2])
     damage(tmp_path / f"step-00000002.{part}.pt")
-    assert [shared for shared, _ in load(tmp_path)] == [{"step": 1}] * 2
+    assert [loaded.shared for loaded in load(tmp_path)] == [{"step": 1}] * 2
     damage(tmp_path / f"step-00000001.{part}.pt")
     with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
         load(tmp_path)
@@ -86,7 +87,7 @@ def test_a_part_that_the_reader_refuses_gives_way_to_the_one_before(tmp_path, mo
     save(tmp_path, [1])
     monkeypatch.setattr(checkpoint, "plain", lambda value, path: value)  # as it was written before
     save(tmp_path, [2], shared={"rate": numpy.float64(1)})
-    assert [shared for shared, _ in load(tmp_path)] == [{"step": 1}] * 2
+    assert [loaded.shared for loaded in load(tmp_path)] == [{"step": 1}] * 2
     told = capsys.readouterr().out
     assert re.search("skipped a damaged checkpoint: .*00000002.shared.pt cannot be read", told)
 
@@ -103,7 +104,7 @@ def test_a_save_that_was_cut_short_is_as_if_it_had_not_begun(tmp_path):
     save(tmp_path, [1])
     (tmp_path / "step-00000002.shared.pt").write_bytes(b"half")
     (tmp_path / "step-00000002.rank-0001-of-0002.pt.tmp").write_bytes(b"half")
-    assert [shared for shared, _ in load(tmp_path)] == [{"step": 1}] * 2
+    assert [loaded.shared for loaded in load(tmp_path)] == [{"step": 1}] * 2
     save(tmp_path, [2, 3, 4])
     assert not list(tmp_path.glob("*.tmp"))
     assert not list(tmp_path.glob("step-00000002*"))
@@ -113,14 +114,47 @@ def test_a_save_that_was_cut_short_is_as_if_it_had_not_begun(tmp_path):
 def test_a_damaged_manifest_gives_way_to_the_one_before(tmp_path, capsys, content):
     save(tmp_path, [1, 2])
     (tmp_path / "step-00000002.json").write_bytes(content)
-    assert [shared for shared, _ in load(tmp_path)] == [{"step": 1}] * 2
+    assert [loaded.shared for loaded in load(tmp_path)] == [{"step": 1}] * 2
     assert "skipped a damaged checkpoint" in capsys.readouterr().out
 
 
-def test_another_number_of_ranks_is_refused_with_the_remedy(tmp_path):
-    save(tmp_path, [1], num_ranks=2)
-    with pytest.raises(CheckpointError, match="was written by 2 ranks and this job has 3"):
-        load(tmp_path, num_ranks=3)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+def test_other_ranks_read_each_part_once(tmp_path, num_ranks):
+    save(tmp_path, [1], num_ranks=3)
+
+    def work(comm):
+        loaded = CheckpointFolder(tmp_path, comm).load_latest()
+        assert loaded.world_size == 3
+        assert (loaded.mine is None) == (num_ranks != 3)
+        return [(rank, part["mine"].tolist()) for rank, part in loaded.parts()]
+
+    read = run_local(num_ranks, work)
+    everything = sorted(part for parts in read for part in parts)
+    assert everything == [(rank, [10.0 + rank] * 3) for rank in range(3)]
+    assert max(map(len, read)) == -(-3 // num_ranks)
+
+
+def test_damage_to_a_departed_ranks_part_makes_others_take_the_one_before(tmp_path):
+    save(tmp_path, [1, 2], num_ranks=3)
+    flip(tmp_path / "step-00000002.rank-0002-of-0003.pt")
+    assert [loaded.shared for loaded in load(tmp_path)] == [{"step": 1}] * 2
+    (tmp_path / "step-00000001.rank-0002-of-0003.pt").unlink()
+    with pytest.raises(CheckpointError, match="rank-0002-of-0003.pt is not there"):
+        load(tmp_path)
+
+
+def test_parts_on_disks_that_are_not_shared_are_read_where_they_are():
+    assert assign([[True, False, False], [False, True, True]]) == [0, 1, 1]
+    assert assign([[True] * 4, [True] * 4]) == [0, 1, 0, 1]
+    assert assign([[False, False, True], [False, False, True]]) == [0, 1, 0]  # two will be missed
+
+
+def test_files_of_a_departed_rank_go_with_their_checkpoint(tmp_path):
+    save(tmp_path, [1], num_ranks=3)
+    save(tmp_path, [2, 3], num_ranks=1, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000003.json", "step-00000003.rank-0000-of-0001.pt", "step-00000003.shared.pt",
+    ]  # fmt: skip
 
 
 def test_the_manifest_names_what_is_on_disk(tmp_path):

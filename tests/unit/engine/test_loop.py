@@ -286,7 +286,8 @@ def test_a_rate_that_is_a_tensor_goes_on_to_the_bit(tmp_path):
             step(straight, iter(data[2 * number :]))
         straight._save(is_best=False)
         saved = CheckpointFolder(tmp_path / "one/checkpoints", comm).load_latest()
-        resumed.state.restore(*copy.deepcopy(saved))  # LocalComm gives all ranks one object
+        # LocalComm gives all ranks one object.
+        resumed.state.restore(copy.deepcopy(saved.shared), copy.deepcopy(saved.mine))
         for number in range(3, 6):
             for trainer in (straight, resumed):
                 step(trainer, iter(data[2 * number :]))
