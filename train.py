@@ -34,6 +34,7 @@ from engine import earlier_folders, report
 from engine.checkpoint import CheckpointError
 from engine.replicas import ReplicaError
 from engine.run_folder import RunFolderError, held
+from engine.stopping import StopSignals
 
 
 def main() -> None:
@@ -43,14 +44,16 @@ def main() -> None:
     try:
         with job(None if arguments.comm == "auto" else arguments.comm) as comm:
             try:
-                run_job(arguments, overrides, comm)
+                status = run_job(arguments, overrides, comm)
             except (load.ConfigError, CheckpointError, ReplicaError, RunFolderError) as error:
                 raise SystemExit(str(error)) from error  # a mistake of the user: no traceback
     except LaunchError as error:
         raise SystemExit(str(error)) from error
+    sys.exit(status)  # when all ranks have left the job in good order
 
 
-def run_job(arguments: argparse.Namespace, overrides: dict[str, str], comm: Comm) -> None:
+def run_job(arguments: argparse.Namespace, overrides: dict[str, str], comm: Comm) -> int:
+    """Do what the options ask for; return the exit status."""
     config = load.compose(arguments.configs, overrides)
     flat_config = load.flatten(config)
     check_job(comm, flat_config, vars(arguments))
@@ -64,14 +67,16 @@ def run_job(arguments: argparse.Namespace, overrides: dict[str, str], comm: Comm
     if arguments.report == "memory":
         report_memory(run, comm, device, folder, reporter, memory_gib=arguments.memory_gib,
                       num_steps=arguments.report_steps)  # fmt: skip
-        return
+        return 0
     with nullcontext() if arguments.evaluate else held(folder, comm):  # --evaluate writes nothing
         trainer = build_trainer(run, comm, device, folder, flat_config, reporter)
         if arguments.evaluate:
             metrics = trainer.evaluate_best()
             reporter.say("\n".join(f"{name}: {value:.4f}" for name, value in metrics.items()))
-        else:
-            trainer.train()
+            return 0
+        signals = StopSignals()
+        signals.listen()  # Horovod and MPI have begun, and take no handler away
+        return trainer.train(signals)
 
 
 def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:

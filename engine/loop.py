@@ -26,6 +26,7 @@ from engine.precision import autocast
 from engine.replicas import agreed_hash, average_batch_statistics, refuse_writes
 from engine.sampling import seed_all
 from engine.state import RunState
+from engine.stopping import StopSignals, exit_status
 
 _NUM_EPOCHS = "configs.train.num_epochs"
 
@@ -63,24 +64,47 @@ class Trainer:
         self.notices = Notices(comm, ("stop", "interrupt", "written"))
         self.density, self._last_explanation = 1.0, ""
         self._last_step_in_epoch = steps_per_epoch
+        self._signals: StopSignals | None = None
+        self._exit_status: int | None = None  # of a job that a signal stops
+        self._saved_step: int | None = None
         self._watched: set[bool] = set()  # model.training of the passes watched in this epoch
 
-    def train(self) -> None:
-        """Take up the newest checkpoint, train what is left of the run, write result.json."""
+    def train(self, signals: StopSignals | None = None) -> int:
+        """Take up the newest checkpoint, train what is left of the run, write result.json.
+
+        Args: signals: that ask all ranks to save and stop.
+        Returns: the exit status of the job.
+        """
+        self._signals = signals
         self._resume()
         readable(self.state.shared(), "shared")  # refuse now rather than after an epoch
         readable(self.state.worker(), "worker")
         self.reporter.start(self.state.progress.examples, self.flat_config)
+        self._ask()
         first_epoch = self.state.progress.epoch
         if first_epoch == self.run.train.num_epochs:
             self.reporter.say("this run is complete; use --suffix for another")
-        while self.state.progress.epoch < self.run.train.num_epochs:
+        while self._exit_status is None and self.state.progress.epoch < self.run.train.num_epochs:
             self._train_epoch()
-            self._end_epoch()
-        if first_epoch < self.run.train.num_epochs or not self.reporter.has_result:
+            if self._exit_status is None:
+                self._end_epoch()
+        if self._exit_status is not None:
+            self._stop()
+        elif first_epoch < self.run.train.num_epochs or not self.reporter.has_result:
             result = self.state.result(self.comm.world_size)
             self.reporter.result({**result, "config": self.flat_config})
         self.reporter.close()
+        return self._exit_status or 0
+
+    def _stop(self) -> None:
+        """Save, unless this step is saved, and tell how to go on."""
+        step = self.state.progress.step
+        if step not in (0, self._saved_step):
+            self._save(is_best=False)
+        self.reporter.say(
+            f"stopped by a signal after step {step}, which is saved: the same command goes on from "
+            f"there"
+        )
 
     def evaluate(self) -> dict[str, float]:
         """Return the task's metrics, over all ranks, of every split except "train"."""
@@ -141,6 +165,7 @@ class Trainer:
             is_own = state.optimizer.is_own_worker_state(loaded.mine["exchange"])
             is_placed_alike = all(self.comm.all_gather_object(is_own))
             state.restore(loaded.shared, loaded.mine, None if is_placed_alike else loaded.parts())
+        self._saved_step = state.progress.step
         self.reporter.say(f"resuming after step {state.progress.step}")
         if loaded.mine is None:
             self._tell_of_others(loaded.world_size, rate)
@@ -192,6 +217,8 @@ class Trainer:
             if self._saves_here():
                 self._save(is_best=False)
             self._heed(self.notices.finish())
+            if self._exit_status is not None:
+                break
 
     def _steps_left(self) -> int:
         """Return how many steps this epoch has left."""
@@ -199,12 +226,18 @@ class Trainer:
         first = self.state.progress.step_in_epoch * micro_batches
         return self.batches["train"].num_left(first, self.state.position) // micro_batches
 
+    def _ask(self) -> None:
+        """Heed what ranks have noticed since the last step. A collective."""
+        self.notices.start(**self._my_notices())
+        self._heed(self.notices.finish())
+
     def _my_notices(self) -> dict[str, int]:
         """Return what this rank wants all to know at the end of the step that begins."""
-        return {}
+        return {} if self._signals is None else self._signals.notices()
 
     def _heed(self, notices: dict[str, int]) -> None:
         """Do what the ranks' notices, summed, ask for at the end of a step."""
+        self._exit_status = exit_status(notices)
 
     def _set_density(self) -> None:
         """Set the epoch's density; when that changes the exchange, print how buckets are sent."""
@@ -330,6 +363,8 @@ class Trainer:
         if is_best or last or progress.epoch % self.run.checkpoint.every_epochs == 0:
             self._save(is_best=is_best)
         self._report_epoch(metrics, parameter_hash)
+        if not last:  # evaluation may have taken long: a signal need not wait for another step
+            self._ask()
 
     def _report_epoch(self, metrics: dict[str, float], parameter_hash: str) -> None:
         state, progress = self.state, self.state.progress
@@ -354,6 +389,7 @@ class Trainer:
         self.checkpoints.save(
             self.state.progress.step, shared, self.state.worker(), is_best=is_best
         )
+        self._saved_step = self.state.progress.step
 
 
 def _rate_of(optimizer: Any) -> float:

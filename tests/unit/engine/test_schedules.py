@@ -161,3 +161,80 @@ def test_a_rate_that_is_a_tensor_is_no_other_than_a_number_and_stays_the_configs
 
     assert list(steps(given)) == list(steps(given)) == list(steps(0.125))
     assert given == 0.125
+
+
+SCHEDULES = {
+    "constant": (None, "epoch"),
+    "milestones": (partial(MultiStepLR, milestones=[1, 3]), "epoch"),
+    "cosine": (CosineAnnealingLR, "step"),
+    "one tensor": (partial(ExponentialLR, gamma=0.9), "epoch"),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("at", [5, 24, 50])
+def test_with_other_workers_the_rate_is_that_of_a_run_of_theirs(name, at):
+    """Twice as many ranks make half as many steps an epoch, at twice the rate."""
+
+    def make(scale, steps_per_epoch):
+        rate = torch.tensor(0.1) if name == "one tensor" else 0.1
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+        scheduler, per = SCHEDULES[name]
+        return optimizer, LearningRate(
+            optimizer, scale=scale, warmup_steps=steps_per_epoch, make_scheduler=scheduler,
+            total_steps=6 * steps_per_epoch, steps_per_epoch=steps_per_epoch, per=per,
+        )  # fmt: skip
+
+    def go(optimizer, rate, num_steps):
+        seen = []
+        for _ in range(num_steps):
+            seen.append(float(optimizer.param_groups[0]["lr"]))
+            optimizer.step()
+            rate.step()
+        return seen
+
+    before = make(4, 10)
+    go(*before, at)
+    optimizer, rate = make(8, 5)
+    optimizer.load_state_dict(before[0].state_dict())
+    rate.take_over(before[1].state_dict(), at // 2)
+    assert go(optimizer, rate, 30 - at // 2) == go(*make(8, 5), 30)[at // 2 :]
+
+
+def test_with_other_workers_a_plateau_keeps_what_it_has_seen():
+    def make(scale):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        return optimizer, LearningRate(
+            optimizer, scale=scale, warmup_steps=0, total_steps=100, steps_per_epoch=10,
+            make_scheduler=partial(ReduceLROnPlateau, patience=0), per="epoch",
+        )  # fmt: skip
+
+    optimizer, rate = make(4)
+    for metric in (50.0, 40.0):  # no better: the rate falls to a tenth
+        rate.step()
+        rate.end_epoch(metric)
+    other, resumed = make(2)
+    other.load_state_dict(optimizer.state_dict())
+    resumed.take_over(rate.state_dict(), 4)
+    assert other.param_groups[0]["lr"] == pytest.approx(0.02)
+    resumed.end_epoch(45.0)
+    assert other.param_groups[0]["lr"] == pytest.approx(0.002)  # 50 is still the best
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "warmup", "depends"),
+    [
+        (None, 10, False),
+        (partial(MultiStepLR, milestones=[2]), 10, False),
+        (CosineAnnealingLR, 10, True),
+        (partial(CosineAnnealingLR, T_max=7), 10, False),
+        (None, 70, True),  # a run of 6 epochs ended while its rate still rose
+    ],
+)
+def test_whether_a_longer_run_would_have_had_other_rates(scheduler, warmup, depends):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    rate = LearningRate(
+        optimizer, scale=4, warmup_steps=warmup, make_scheduler=scheduler, total_steps=100,
+        steps_per_epoch=10, per="epoch",
+    )  # fmt: skip
+    assert rate.depends_on_length(6) == depends

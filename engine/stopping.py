@@ -1,0 +1,54 @@
+"""Signals that ask a run to stop: it ends its step, saves, and can be taken up again.
+
+A signal to any rank is noted there, told to all with the next step's notices, and heeded by all
+after that step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+
+SAVE_AND_END = (signal.SIGTERM, signal.SIGUSR1)
+"""A job that ends by these has ended well: its exit status is 0."""
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit status of a job that SIGINT, which is Ctrl-C, has stopped."""
+
+# A terminal sends Ctrl-C to launchers and ranks at once, and launchers pass it on: all of this is
+# one request.
+_ONE_REQUEST_S = 1.0
+
+
+class StopSignals:
+    """Notes SIGTERM, SIGINT and SIGUSR1 to this process; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self._first: int | None = None
+        self._first_at = 0.0
+
+    def listen(self) -> None:
+        """Note signals from now on. In the main thread only."""
+        for number in (*SAVE_AND_END, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._first is None:
+            self._first, self._first_at = number, time.monotonic()
+        elif time.monotonic() - self._first_at > _ONE_REQUEST_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def notices(self) -> dict[str, int]:
+        """Return what this rank tells the others: that it was asked to stop, or interrupted."""
+        if self._first is None:
+            return {}
+        return {"interrupt" if self._first == signal.SIGINT else "stop": 1}
+
+
+def exit_status(notices: dict[str, int]) -> int | None:
+    """Return the status with which all ranks end, by the sums of their notices; None: go on."""
+    if notices["interrupt"]:
+        return INTERRUPTED
+    return 0 if notices["stop"] else None
