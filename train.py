@@ -39,12 +39,15 @@ from engine.stopping import StopSignals
 
 def main() -> None:
     arguments, overrides = parse_arguments(sys.argv[1:])
+    signals = StopSignals()
+    if not (arguments.report or arguments.evaluate):  # these have nothing to save
+        signals.listen()
     if arguments.report:  # the other ranks wait while rank 0 predicts; Horovod must not end the job
         os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "0")
     try:
         with job(None if arguments.comm == "auto" else arguments.comm) as comm:
             try:
-                status = run_job(arguments, overrides, comm)
+                status = run_job(arguments, overrides, comm, signals)
             except (load.ConfigError, CheckpointError, ReplicaError, RunFolderError) as error:
                 raise SystemExit(str(error)) from error  # a mistake of the user: no traceback
     except LaunchError as error:
@@ -52,7 +55,9 @@ def main() -> None:
     sys.exit(status)  # when all ranks have left the job in good order
 
 
-def run_job(arguments: argparse.Namespace, overrides: dict[str, str], comm: Comm) -> int:
+def run_job(
+    arguments: argparse.Namespace, overrides: dict[str, str], comm: Comm, signals: StopSignals
+) -> int:
     """Do what the options ask for; return the exit status."""
     config = load.compose(arguments.configs, overrides)
     flat_config = load.flatten(config)
@@ -74,8 +79,6 @@ def run_job(arguments: argparse.Namespace, overrides: dict[str, str], comm: Comm
             metrics = trainer.evaluate_best()
             reporter.say("\n".join(f"{name}: {value:.4f}" for name, value in metrics.items()))
             return 0
-        signals = StopSignals()
-        signals.listen()  # Horovod and MPI have begun, and take no handler away
         return trainer.train(signals)
 
 

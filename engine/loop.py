@@ -101,10 +101,8 @@ class Trainer:
         step = self.state.progress.step
         if step not in (0, self._saved_step):
             self._save(is_best=False)
-        self.reporter.say(
-            f"stopped by a signal after step {step}, which is saved: the same command goes on from "
-            f"there"
-        )
+        where = f"after step {step}, which is saved" if step else "before the first step"
+        self.reporter.say(f"stopped by a signal {where}: the same command goes on from there")
 
     def evaluate(self) -> dict[str, float]:
         """Return the task's metrics, over all ranks, of every split except "train"."""

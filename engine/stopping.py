@@ -15,6 +15,8 @@ SAVE_AND_END = (signal.SIGTERM, signal.SIGUSR1)
 """A job that ends by these has ended well: its exit status is 0."""
 INTERRUPTED = 128 + signal.SIGINT
 """The exit status of a job that SIGINT, which is Ctrl-C, has stopped."""
+# Set where launch/supervise.py gives that status itself: launchers complain of ranks that do.
+_SUPERVISED = "PARSIMONY_SUPERVISED"
 
 # A terminal sends Ctrl-C to launchers and ranks at once, and launchers pass it on: all of this is
 # one request.
@@ -50,5 +52,5 @@ class StopSignals:
 def exit_status(notices: dict[str, int]) -> int | None:
     """Return the status with which all ranks end, by the sums of their notices; None: go on."""
     if notices["interrupt"]:
-        return INTERRUPTED
+        return 0 if _SUPERVISED in os.environ else INTERRUPTED
     return 0 if notices["stop"] else None

@@ -64,11 +64,45 @@ is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
 value_of() { (($# >= 2)) || fail "$1 needs a value"; value=$2; }
 
 # Print a command so that it can be copied, then become it.
-print_and_exec() {
+print_and_exec() { print_command "$@"; dry_run || exec "$@"; }
+
+print_command() {
     local word line=
     for word; do line+="$(quote "$word") "; done
     say "+ ${line% }"
-    dry_run || exec "$@"
+}
+
+# Options of launch/supervise.py: `take_supervision "$@"` takes one at the head of "$@", if it is one.
+supervision=()
+take_supervision() {
+    case $1 in
+    --restarts | --min-np)
+        value_of "$@"
+        is_count "$value" || [[ $1$value == --restarts0 ]] || fail "$1 $value: should be a number"
+        supervision+=("$1" "$value")
+        ;;
+    *) return 1 ;;
+    esac
+}
+
+# Print a launcher's command so that it can be copied, then start it: signals reach its ranks, which
+# save and stop, nothing of it is left behind, and it is started again if --restarts says so.
+print_and_supervise() {
+    print_command "$@"
+    dry_run || exec "$venv/bin/python" -m launch.supervise "${supervision[@]}" -- "$@"
+}
+
+# Sets `mpirun` to the words that start one process a slot with Open MPI: mpirun_on RANKS WHERE...
+# ob1 over TCP and shared memory: Horovod's own advice, and it works on any cluster. openib is left
+# out because it hangs in threads; NCCL uses InfiniBand by itself.
+mpirun_on() {
+    local name ranks=$1
+    shift
+    mpirun=(mpirun ${ranks:+-np "$ranks"} "$@" -bind-to none -map-by slot -mca pml ob1 -mca btl ^openib)
+    ((EUID)) || mpirun+=(--allow-run-as-root)
+    for name in $(compgen -e | grep -E '^(PATH|LD_LIBRARY_PATH|PYTHONPATH|(HOROVOD|NCCL|OMP)_.*)$'); do
+        mpirun+=(-x "$name")
+    done
 }
 
 # Quote a word for the shell only where it needs it.

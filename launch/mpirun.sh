@@ -6,6 +6,9 @@
 #   -H HOSTS           e.g. server0:8,server1:8, the number of ranks after the colon
 #   -hostfile FILE     instead of -H: lines of "server0 slots=8"
 #   -np N              number of ranks (default: all that the hosts offer)
+#   --restarts N       start again when the job ends badly, from its newest checkpoint, on the hosts (of
+#                      -H) that still answer; give up after N failures without a new checkpoint
+#   --min-np M         with that: wait until there are slots for so many ranks (default: 1)
 # The rest goes to train.py as it stands; paths in it are relative to the repository.
 #   MPIRUN_ARGS          further options for mpirun, e.g. "-mca btl_tcp_if_include eth0"; set it if the
 #                        hosts have several networks, of which not all connect them
@@ -23,8 +26,9 @@ while (($#)); do
     -np | -n) value_of "$@"; ranks=$value; shift 2 ;;
     -H | --host) value_of "$@"; where=(-H "$value"); shift 2 ;;
     -hostfile | --hostfile) value_of "$@"; where=(-hostfile "$value"); shift 2 ;;
+    --requeue) supervision+=("$1"); shift ;;  # launch/slurm.sh's
     -h | --help) usage; exit ;;
-    *) break ;;
+    *) take_supervision "$@" || break; shift 2 ;;
     esac
 done
 [[ -z $ranks ]] || is_count "$ranks" || fail "-np $ranks: should be a number of ranks"
@@ -35,13 +39,6 @@ done
 if [[ ${where[0]} == -H && -z $ranks ]]; then count_slots "${where[1]}"; ranks=$num_ranks; fi
 enter
 
-# ob1 over TCP and shared memory: Horovod's own advice, and it works on any cluster. openib is left
-# out because it hangs in threads; NCCL uses InfiniBand by itself.
-options=(-bind-to none -map-by slot -mca pml ob1 -mca btl ^openib)
-((EUID)) || options+=(--allow-run-as-root)
-for name in $(compgen -e | grep -E '^(PATH|LD_LIBRARY_PATH|PYTHONPATH|(HOROVOD|NCCL|OMP)_.*)$'); do
-    options+=(-x "$name")
-done
+mpirun_on "$ranks" "${where[@]}"
 # shellcheck disable=SC2086  # MPIRUN_ARGS is meant to be split
-print_and_exec mpirun ${ranks:+-np "$ranks"} "${where[@]}" "${options[@]}" ${MPIRUN_ARGS:-} \
-    python "$repo/train.py" "$@"
+print_and_supervise "${mpirun[@]}" ${MPIRUN_ARGS:-} python "$repo/train.py" "$@"

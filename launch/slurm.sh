@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=parsimony
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #
 # sbatch --nodes 4 --ntasks-per-node 8 [--gpus-per-node 8 ...] launch/slurm.sh --configs FILE... [settings]
 #
@@ -9,6 +12,9 @@
 # by launch/setup.sh; with PARSIMONY_GPU=1 where the login node has no GPU and the nodes have.
 # Limits: mpirun, not srun, starts the ranks, so srun's --cpu-bind and --gpu-bind do not apply: Horovod
 # picks a rank's GPU by its local rank. A node's tasks all run; heterogeneous jobs are not supported.
+# Two minutes before its time is up SLURM tells the job, which then saves and is queued again, until the run is
+# complete; a model that takes longer to save needs an earlier signal: sbatch --signal=B:USR1@600.
+#   --restarts N, --min-np M   as in launch/mpirun.sh, before --configs
 # MPIRUN_ARGS, TORCHRUN_ARGS and PARSIMONY_DRY_RUN=1 as in launch/mpirun.sh and launch/train.sh.
 set -euo pipefail
 
@@ -45,6 +51,7 @@ mapfile -t nodes <<<"$names"
 }
 
 source "$home/launch/common.sh"
+while (($#)) && take_supervision "$@"; do shift 2; done
 if without_horovod; then
     each=${tasks[0]}
     for count in "${tasks[@]}"; do
@@ -52,7 +59,8 @@ if without_horovod; then
     done
     enter
     # shellcheck disable=SC2086  # TORCHRUN_ARGS is meant to be split
-    print_and_exec srun --nodes "${#nodes[@]}" --ntasks "${#nodes[@]}" --ntasks-per-node 1 \
+    supervision+=(--requeue)
+    print_and_supervise srun --nodes "${#nodes[@]}" --ntasks "${#nodes[@]}" --ntasks-per-node 1 \
         torchrun --nnodes "${#nodes[@]}" --nproc-per-node "$each" --rdzv-backend c10d \
         --rdzv-endpoint "${nodes[0]}:$((29400 + ${SLURM_JOB_ID:-0} % 1000))" --rdzv-id "${SLURM_JOB_ID:-0}" \
         ${TORCHRUN_ARGS:-} "$repo/train.py" "$@"
@@ -60,4 +68,4 @@ if without_horovod; then
 fi
 hosts=
 for i in "${!nodes[@]}"; do hosts+=${hosts:+,}${nodes[i]}:${tasks[i]}; done
-exec "$home/launch/mpirun.sh" -H "$hosts" "$@"
+exec "$home/launch/mpirun.sh" -H "$hosts" --requeue "${supervision[@]}" "$@"

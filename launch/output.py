@@ -1,0 +1,83 @@
+"""What a job prints: passed through as it comes, and read for what a supervisor must know of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+from collections import deque
+from pathlib import Path
+from typing import BinaryIO
+
+_FOLDER = re.compile(r"folder of this run: (/.*?)(?: \(.*\))?$")
+_FAILURE = "failed and ends the job"  # how a rank begins its last message
+_LONGEST_MESSAGE = 30  # lines
+
+
+class Output:
+    """One start's output. is_read: else it goes where this process's own goes, unread."""
+
+    def __init__(self, is_read: bool) -> None:
+        self._is_read = is_read
+        self.folder: Path | None = None
+        """The run's, as rank 0 has told it."""
+        self._first_step = -1
+        self._failure: list[str] | None = None
+        self._last: deque[str] = deque(maxlen=10)
+        self._readers: list[threading.Thread] = []
+
+    def pipes(self) -> dict[str, int]:
+        return {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} if self._is_read else {}
+
+    def follow(self, process: subprocess.Popen) -> None:
+        """Begin to pass on what a process prints."""
+        if not self._is_read:
+            return
+        for source, target in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
+            reader = threading.Thread(target=self._copy, args=(source, target.buffer), daemon=True)
+            reader.start()
+            self._readers.append(reader)
+
+    def finish(self) -> None:
+        """Wait for the rest of it. When nothing is left that could print more."""
+        for reader in self._readers:
+            reader.join(timeout=5)
+
+    def _copy(self, source: BinaryIO, target: BinaryIO) -> None:
+        rest = b""
+        while piece := source.read1(2**16):
+            target.write(piece)
+            target.flush()
+            *lines, rest = re.split(rb"[\r\n]", rest + piece)
+            for line in lines:
+                self._read(line.decode(errors="replace"))
+        self._read(rest.decode(errors="replace"))
+
+    def _read(self, line: str) -> None:
+        if found := _FOLDER.search(line):
+            self.folder = Path(found[1])
+            self._first_step = newest_step(self.folder)
+        if self._failure is None and _FAILURE in line:
+            self._failure = []
+        if self._failure is not None and len(self._failure) < _LONGEST_MESSAGE:
+            self._failure.append(line)
+        if any(map(str.isalnum, line)):
+            self._last.append(line)
+
+    @property
+    def has_progressed(self) -> bool:
+        """Whether the run has a newer checkpoint than when it told its folder."""
+        return newest_step(self.folder) > self._first_step
+
+    @property
+    def message(self) -> str:
+        """Return why the job ended: what the first rank to fail said, or the last lines."""
+        lines = self._last if self._failure is None else self._failure
+        return "\n".join(f"  | {line}" for line in lines)
+
+
+def newest_step(folder: Path | None) -> int:
+    """Return the step of a run's newest checkpoint; -1 if none can be seen from here."""
+    names = [] if folder is None else (folder / "checkpoints").glob("step-*.json")
+    return max((int(path.stem.removeprefix("step-")) for path in names), default=-1)
