@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _UNCHANGING = (bool, int, float, complex, str, bytes, type(None))
 
@@ -24,7 +24,9 @@ def _copy(value: Any, storages: dict[int, torch.UntypedStorage]) -> Any:
     if isinstance(value, _UNCHANGING):
         return value
     if isinstance(value, Tensor):
-        return _copy_tensor(value.detach(), storages)
+        copied = _copy_tensor(value.detach(), storages).requires_grad_(value.requires_grad)
+        is_parameter = isinstance(value, nn.Parameter)
+        return nn.Parameter(copied, value.requires_grad) if is_parameter else copied
     if isinstance(value, dict):
         copied = type(value)({key: _copy(item, storages) for key, item in value.items()})
         if type(value) is not dict:  # such as a state_dict's `_metadata`

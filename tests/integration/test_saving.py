@@ -1,0 +1,53 @@
+import json
+import re
+
+import pytest
+
+from tests import jobs
+from tests.integration.conftest import KILLED
+from tests.unit.engine.test_writing import SMALL_DISK, has_small_disks
+
+ASYNCHRONOUS = {"checkpoint__asynchronous": True}
+
+
+def test_checkpoints_written_beside_training_resume_to_the_bit(runs, undisturbed_hash):
+    job = runs.start(**KILLED, **ASYNCHRONOUS)
+    runs.wait_for_step(14, job)
+    job.kill()
+    assert "resuming after step" in runs.succeed(**KILLED)
+    assert runs.result()["parameter_hash"] == undisturbed_hash
+
+
+@pytest.mark.long
+def test_a_run_with_all_its_checkpoints_written_beside_training(runs, undisturbed_hash):
+    runs.succeed(**KILLED, **ASYNCHRONOUS)
+    result = runs.result()
+    assert result["parameter_hash"] == undisturbed_hash
+    assert result["checkpoints"]["written"] >= 32
+    assert result["checkpoints"]["seconds_held_up"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+def test_a_disk_that_fills_up(runs, tmp_path, undisturbed_hash, on_error, beside):
+    if not has_small_disks(tmp_path):
+        pytest.skip("no user namespaces: a small disk cannot be mounted here")
+    folder, copied = tmp_path / "runs", tmp_path / "copied.json"
+    folder.mkdir()
+    settings = {**KILLED, "checkpoint__on_error": on_error, "checkpoint__asynchronous": beside}
+    words = jobs.command(jobs.DEFAULT, 2, runs.words(**settings))
+    # room for one checkpoint and a half
+    fill = (
+        f'head -c 500k /dev/zero > {folder}/filler; "$@"; s=$?; cp {folder}/*/result.json {copied}'
+    )
+    words = [*SMALL_DISK, str(folder), "sh", "-c", f"{fill}; exit $s", "sh", *words]
+    outcome = jobs.Job(words, tmp_path / "log").wait(240)
+    told = r"cannot be written by \S+ \(No space left on device; [\d.]+ of 1\.0 MiB are free"
+    assert re.search(told, outcome.output), outcome.output[-3000:]
+    assert "Traceback" not in outcome.output
+    assert (outcome.status == 0) == (on_error == "continue")
+    if on_error == "continue":
+        assert json.loads(copied.read_text())["parameter_hash"] == undisturbed_hash
+    else:
+        assert "the one before is intact" in outcome.output
