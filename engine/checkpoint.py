@@ -18,6 +18,7 @@ disk. So hosts need not share a disk, as long as none of those that wrote is mis
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +174,7 @@ class CheckpointFolder:
         Returns: None if the folder has no checkpoint.
         Raises: CheckpointError if there are checkpoints and none of them can be read.
         """
-        manifests = self._on_rank_0(self._list_manifests)
+        manifests = self._on_rank_0(self._candidates)
         complaints = []
         for content in manifests:
             readers = self._readers(content)
@@ -203,7 +204,7 @@ class CheckpointFolder:
         if written_by == self._comm.world_size:
             return list(range(written_by))
         names = [part_name(manifest["step"], rank, written_by) for rank in range(written_by)]
-        mine = [(self._folder / name).is_file() for name in names]
+        mine = [os.path.isfile(self._folder / name) for name in names]
         return assign(self._comm.all_gather_object(mine))
 
     def load_best(self, without: Collection[str] = ()) -> dict[str, Any]:
@@ -237,14 +238,8 @@ class CheckpointFolder:
     def read(self, name: str, part: dict[str, Any]) -> dict[str, Any]:
         """Read one part; its size and checksum must be those that the manifest gives."""
         path = self._folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is not there")
-        if path.resolve().parent != self._folder.resolve():
-            raise CheckpointError(f"{path} is a link that leads out of the folder; copy the file")
-        size = path.stat().st_size
-        if size != part["bytes"]:
-            raise CheckpointError(f"{path} has {size} bytes, not {part['bytes']}")
         try:
+            self._check_file(path, part)
             content, error, sha256 = hashed_files.load(path)
         except OSError as broken:  # the disk fails
             raise CheckpointError(f"{path} cannot be read ({broken})") from broken
@@ -254,6 +249,15 @@ class CheckpointFolder:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{path} cannot be read ({reason})") from error
         return content
+
+    def _check_file(self, path: Path, part: dict[str, Any]) -> None:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not there")
+        if path.resolve().parent != self._folder.resolve():
+            raise CheckpointError(f"{path} is a link that leads out of the folder; copy the file")
+        size = path.stat().st_size
+        if size != part["bytes"]:
+            raise CheckpointError(f"{path} has {size} bytes, not {part['bytes']}")
 
     def _try(self, manifest: dict[str, Any], readers: list[int]) -> tuple[list[Any], str | None]:
         """Read the parts that are this rank's to read, of which it keeps no more than its own.
@@ -288,6 +292,16 @@ class CheckpointFolder:
                 print(f"skipped a damaged checkpoint: {problem}", flush=True)
             else:
                 manifests.append(content)
+        return manifests
+
+    def _candidates(self) -> list[dict[str, Any]]:
+        """Return the manifests that can be read. Raises: CheckpointError if all are damaged."""
+        manifests = self._list_manifests()
+        if not manifests and any(self._folder.glob("step-*.json")):
+            raise CheckpointError(
+                f"no checkpoint in {self._folder} can be read: all manifests, step-*.json, are "
+                f"damaged. Put the files back, or delete the folder to start anew"
+            )
         return manifests
 
     def _remove_old(self, step: int) -> None:

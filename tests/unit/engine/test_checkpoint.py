@@ -240,6 +240,13 @@ def test_a_checkpoint_of_format_1_is_taken_up(tmp_path, num_ranks):
     assert json.loads((folder / "step-00000016.json").read_text())["format"] == 2
 
 
+def test_a_run_whose_manifests_are_all_damaged_does_not_start_anew(tmp_path):
+    save(tmp_path, [1])
+    truncate(tmp_path / "step-00000001.json")
+    with pytest.raises(CheckpointError, match="all manifests, step-.*, are damaged"):
+        load(tmp_path)
+
+
 def rewrite(path, **values):
     """Change a manifest as somebody would who knows its hash."""
     content = json.loads(path.read_text()) | values
