@@ -147,7 +147,7 @@ class Damage:
                 shutil.copyfile(source, path.parent / source.name)
 
     def make_strange(self, path: Path) -> None:
-        """No file any more: a folder, a pipe, or a link to nowhere, to itself, out, or in the run."""
+        """No file any more: a folder, a pipe, or a link to nowhere, itself, outside or inside."""
         path.unlink()
         kind = self._draw.randrange(6)
         if kind == 0:

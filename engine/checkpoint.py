@@ -81,7 +81,10 @@ class CheckpointFolder:
         self.rank = comm.rank
         self._pending: _Pending | None = None
         self._best: dict[str, Any] = {}  # file name -> size and checksum of the best shared part
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WriteError(f"rank {self.rank}: {cannot_write(folder, error)}") from error
 
     def save(
         self, step: int, shared: dict[str, Any], worker: dict[str, Any], *, is_best: bool
