@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 _FLUSH_S = 30
+
+
+@cache
+def _cleaned(tag: str) -> str:
+    """Return a tag as TensorBoard allows it: other characters than these become _."""
+    return re.sub(r"[^-/\w.]", "_", tag).lstrip("/")
 
 
 class Events:
@@ -65,11 +73,10 @@ class Events:
 
     def _write(self, values: Mapping[str, float], example: int) -> None:
         from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
 
         event = Event(step=example, wall_time=time.time())
         for tag, value in values.items():
-            event.summary.MergeFrom(scalar(tag, value))
+            event.summary.value.add(tag=_cleaned(tag), simple_value=float(value))
         self._file.write_event(event)
         self._first_example = example + 1
 

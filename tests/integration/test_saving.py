@@ -8,6 +8,20 @@ from tests.integration.conftest import KILLED
 from tests.unit.engine.test_writing import SMALL_DISK, has_small_disks
 
 ASYNCHRONOUS = {"checkpoint__asynchronous": True}
+# Leaves room for one checkpoint and a half, and for all of them once training goes on without.
+FILL_UNTIL_TOLD = """
+folder=$1; shift
+head -c 500k /dev/zero > $folder/runs/filler
+"$@" &
+job=$!
+while kill -0 $job 2> /dev/null; do
+    grep -q "training goes on without" $folder/log && rm -f $folder/runs/filler
+    sleep 0.1
+done
+wait $job; status=$?
+cp $folder/runs/*/result.json $folder 2> /dev/null
+exit $status
+"""
 
 
 def test_checkpoints_written_beside_training_resume_to_the_bit(runs, undisturbed_hash):
@@ -33,21 +47,19 @@ def test_a_run_with_all_its_checkpoints_written_beside_training(runs, undisturbe
 def test_a_disk_that_fills_up(runs, tmp_path, undisturbed_hash, on_error, beside):
     if not has_small_disks(tmp_path):
         pytest.skip("no user namespaces: a small disk cannot be mounted here")
-    folder, copied = tmp_path / "runs", tmp_path / "copied.json"
-    folder.mkdir()
+    (tmp_path / "runs").mkdir()
     settings = {**KILLED, "checkpoint__on_error": on_error, "checkpoint__asynchronous": beside}
     words = jobs.command(jobs.DEFAULT, 2, runs.words(**settings))
-    # room for one checkpoint and a half
-    fill = (
-        f'head -c 500k /dev/zero > {folder}/filler; "$@"; s=$?; cp {folder}/*/result.json {copied}'
-    )
-    words = [*SMALL_DISK, str(folder), "sh", "-c", f"{fill}; exit $s", "sh", *words]
+    script = ["sh", "-c", FILL_UNTIL_TOLD, "sh", str(tmp_path), *words]
+    words = [*SMALL_DISK, str(tmp_path / "runs"), *script]
     outcome = jobs.Job(words, tmp_path / "log").wait(240)
     told = r"cannot be written by \S+ \(No space left on device; [\d.]+ of 1\.0 MiB are free"
     assert re.search(told, outcome.output), outcome.output[-3000:]
     assert "Traceback" not in outcome.output
     assert (outcome.status == 0) == (on_error == "continue")
     if on_error == "continue":
-        assert json.loads(copied.read_text())["parameter_hash"] == undisturbed_hash
+        assert (
+            json.loads((tmp_path / "result.json").read_text())["parameter_hash"] == undisturbed_hash
+        )
     else:
         assert "the one before is intact" in outcome.output
