@@ -75,6 +75,11 @@ def write_run(folder: Path, run: str) -> None:
     (folder / "lock").write_text(json.dumps({"host": "h", "pid": 1, "since": "now"}))
 
 
+def _is_plain(path: Path) -> bool:
+    """Tell whether a path is a file of the damaged run itself, not a link to another."""
+    return path.is_file() and not path.is_symlink()
+
+
 class Damage:
     """Damages files of a run in ways drawn from a generator."""
 
@@ -87,7 +92,7 @@ class Damage:
 
     def once(self, folder: Path) -> str:
         """Damage something; return what was done."""
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = sorted(filter(_is_plain, folder.rglob("*")))
         if not files:
             return "nothing left"
         path = self._draw.choice(files)
@@ -133,7 +138,7 @@ class Damage:
 
     def swap(self, path: Path) -> None:
         """With another file of the run: of another step, rank or kind."""
-        other = self._draw.choice(sorted(p for p in path.parent.iterdir() if p.is_file()))
+        other = self._draw.choice(sorted(filter(_is_plain, path.parent.iterdir())))
         one, two = path.read_bytes(), other.read_bytes()
         path.write_bytes(two)
         other.write_bytes(one)
@@ -144,7 +149,9 @@ class Damage:
         alike = f"{stem}.*" if self._draw.random() < 0.3 else path.name
         for source in self._other.rglob(alike):
             if source.parent.name == path.parent.name or path.parent.name != "checkpoints":
-                shutil.copyfile(source, path.parent / source.name)
+                to = path.parent / source.name
+                if _is_plain(to) or not os.path.lexists(to):
+                    shutil.copyfile(source, to)
 
     def make_strange(self, path: Path) -> None:
         """No file any more: a folder, a pipe, or a link to nowhere, itself, outside or inside."""
