@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import signal
 
 import pytest
 
@@ -63,3 +65,20 @@ def test_a_disk_that_fills_up(runs, tmp_path, undisturbed_hash, on_error, beside
         )
     else:
         assert "the one before is intact" in outcome.output
+
+
+@pytest.mark.long
+def test_a_signal_finishes_what_is_written_beside_training(runs, undisturbed_hash):
+    job = runs.start(**KILLED, **ASYNCHRONOUS)
+    runs.wait_for_step(4, job)
+    os.kill(job.rank_pids()[0], signal.SIGTERM)
+    outcome = job.wait()
+    assert outcome.status == 0, outcome.output[-3000:]
+    step = int(
+        re.search(r"stopped by a signal after step (\d+), which is saved", outcome.output)[1]
+    )
+    checkpoints = runs.folder() / "checkpoints"
+    assert (checkpoints / f"step-{step:08d}.json").exists()
+    assert not list(checkpoints.glob("*.tmp"))
+    assert f"resuming after step {step}\n" in runs.succeed(**KILLED)
+    assert runs.result()["parameter_hash"] == undisturbed_hash
