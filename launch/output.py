@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 _FOLDER = re.compile(r"folder of this run: (/.*?)(?: \(.*\))?$")
-_FAILURE = "failed and ends the job"  # how a rank begins its last message
+# What ranks print: at the first step, when a signal has stopped the run, and of a failure.
+_BEGINNING, _STOPPED, _FAILURE = (
+    "training begins", "stopped by a signal", "failed and ends the job"
+)  # fmt: skip
 _LONGEST_MESSAGE = 30  # lines
 
 
@@ -22,6 +25,10 @@ class Output:
         self._is_read = is_read
         self.folder: Path | None = None
         """The run's, as rank 0 has told it."""
+        self.has_begun = False
+        """Whether ranks came to train."""
+        self.was_stopped = False
+        """Whether ranks have ended because they got a signal."""
         self._first_step = -1
         self._failure: list[str] | None = None
         self._last: deque[str] = deque(maxlen=10)
@@ -45,10 +52,14 @@ class Output:
             reader.join(timeout=5)
 
     def _copy(self, source: BinaryIO, target: BinaryIO) -> None:
-        rest = b""
+        rest, is_heard = b"", True
         while piece := source.read1(2**16):
-            target.write(piece)
-            target.flush()
+            try:
+                if is_heard:
+                    target.write(piece)
+                    target.flush()
+            except OSError:  # nobody reads it any more: the job need not end for that
+                is_heard = False
             *lines, rest = re.split(rb"[\r\n]", rest + piece)
             for line in lines:
                 self._read(line.decode(errors="replace"))
@@ -58,6 +69,8 @@ class Output:
         if found := _FOLDER.search(line):
             self.folder = Path(found[1])
             self._first_step = newest_step(self.folder)
+        self.has_begun |= _BEGINNING in line
+        self.was_stopped |= _STOPPED in line
         if self._failure is None and _FAILURE in line:
             self._failure = []
         if self._failure is not None and len(self._failure) < _LONGEST_MESSAGE:
