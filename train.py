@@ -32,6 +32,7 @@ from dgc.comm.job import job
 from dgc.comm.launched import KINDS, LaunchError
 from engine import earlier_folders, report
 from engine.checkpoint import CheckpointError
+from engine.orphans import end_with_launcher
 from engine.replicas import ReplicaError
 from engine.run_folder import RunFolderError, held
 from engine.stopping import StopSignals
@@ -39,6 +40,7 @@ from engine.stopping import StopSignals
 
 def main() -> None:
     arguments, overrides = parse_arguments(sys.argv[1:])
+    end_with_launcher()
     signals = StopSignals()
     if not (arguments.report or arguments.evaluate):  # these have nothing to save
         signals.listen()

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import pickle
 import random
-import threading
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
@@ -239,20 +238,6 @@ def make_batches(
     return SampleBatches(loader, batch_size, world_size, sampler)
 
 
-def _end_with_rank(worker: int) -> None:
-    """Let this loader process end when its rank ends, even if the rank is killed.
-
-    Torch's own watch does not help: it waits for the direct parent, and that is the fork server,
-    which lives as long as this process.
-    """
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _loader(
     dataset: Dataset[Any],
     sampler: Sampler,
@@ -265,7 +250,7 @@ def _loader(
     # server is a fresh process that has imported torch, once for all loaders.
     context = multiprocessing.get_context("forkserver") if num_workers else None
     if context is not None:
-        context.set_forkserver_preload(["torch.utils.data"])
+        context.set_forkserver_preload(["engine.fork_server", "torch.utils.data"])
     return DataLoader(
         dataset,
         batch_size,
@@ -275,6 +260,5 @@ def _loader(
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         multiprocessing_context=context,
-        worker_init_fn=_end_with_rank,
         generator=torch.Generator(),  # or each epoch's start would draw from the default generator
     )
