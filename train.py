@@ -16,6 +16,7 @@ checkpoint, with as many ranks or with others. Config files are Python: run only
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from contextlib import nullcontext
@@ -54,6 +55,7 @@ def main() -> None:
                 raise SystemExit(str(error)) from error  # a mistake of the user: no traceback
     except LaunchError as error:
         raise SystemExit(str(error)) from error
+    gc.freeze()  # or Python looks through all modules again at its end, for seconds
     sys.exit(status)  # when all ranks have left the job in good order
 
 
