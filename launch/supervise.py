@@ -122,7 +122,7 @@ class Supervisor:
 
     def _run(self) -> int:
         asked_for, restarts = list(self._options.command), self._options.restarts
-        command, failures, first, before = asked_for, 0, "", ""
+        command, failures, first, before = asked_for, 0, "", None
         while True:
             status, output = self._start(command)
             if self._asked is not None:
@@ -132,12 +132,12 @@ class Supervisor:
             failures = 0 if output.has_progressed else failures + 1
             first = output.message if failures <= 1 else first
             problem = f"the job failed {failures} times without a new checkpoint"
-            if not output.has_begun and output.message == before:
+            if before is not None and output.has_failed_early and output.is_like(before):
                 failures, problem = restarts + 1, "twice the job failed alike before its first step"
-            before = "" if output.has_begun else output.message
             if failures > restarts:
                 say(f"{problem}: giving up. First:\n{first}\nLast:\n{output.message}")
                 return status
+            before = output if output.has_failed_early else None
             command = self._after_pause(asked_for, failures)
 
     def _start(self, command: Sequence[str]) -> tuple[int, Output]:
