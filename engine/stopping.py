@@ -2,6 +2,17 @@
 
 A signal to any rank is noted there, told to all with the next step's notices, and heeded by all
 after that step.
+
+| it comes                                   | what happens                        | exit status  |
+| ------------------------------------------ | ----------------------------------- | ------------ |
+| before train.py's main: Python's imports   | the job ends; nothing is lost       | 128 + number |
+| connecting, reading data, resuming         | it stops before the first step      | 0; SIGINT 130 |
+| in a step, or while a checkpoint is saved  | it stops after that step, saved once | 0; SIGINT 130 |
+| between epochs, in evaluation              | it stops after that epoch's save    | 0; SIGINT 130 |
+| in the last evaluation, or later           | the run is completed                | 0; SIGINT 130 |
+| a second one, a second or more later       | this process ends at once           | 128 + number |
+
+A rank gives these itself; through launch/*.sh the job does.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from pathlib import Path
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _libc = ctypes.CDLL(None, use_errno=True)
 
-GRACE_S = 3.0  # in which what is left of a job ends by itself, and again after SIGTERM
+GRACE_S = 2.0  # in which what is left of a job ends by itself, and again after SIGTERM
 
 
 def become_subreaper() -> None:

@@ -154,6 +154,58 @@ def test_nobody_reading_the_output_does_not_stop_a_job(tmp_path):
     assert (tmp_path / "done").exists()
 
 
+@pytest.fixture
+def rank(tmp_path) -> str:
+    """A program that a supervisor takes for a rank: it ends well by SIGUSR1, in a while."""
+    path = tmp_path / "train.py"
+    path.write_text(
+        "import signal, sys, time\n"
+        "def stop(*_): time.sleep(0.5); print('stopped by a signal'); sys.exit(0)\n"
+        "signal.signal(signal.SIGUSR1, stop)\n"
+        "print('ready', flush=True); time.sleep(100)"
+    )
+    return f"import os, sys; os.execv(sys.executable, [sys.executable, {str(path)!r}])"
+
+
+@pytest.mark.parametrize("restarts", ["0", "3"])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)]
+)
+def test_ranks_are_asked_to_save_whatever_the_signal(rank, number, status, restarts):
+    job = start(rank, "--restarts", restarts, RANK="0")
+    assert job.stdout.readline() == b"ready\n"
+    job.send_signal(number)
+    job.send_signal(number)  # at once: a terminal's Ctrl-C, that a shell passes on too
+    assert job.wait(20) == status
+    assert job.stdout.read() == b"stopped by a signal\n"
+
+
+def test_ranks_that_were_interrupted_themselves_are_not_started_again():
+    code = (
+        "import os; open(os.environ['PARSIMONY_SUPERVISED'], 'w').write('130')\n"
+        "print('stopped by a signal')"
+    )
+    assert run(code, "--restarts", "3") == (130, "stopped by a signal\n", "")
+
+
+@pytest.mark.parametrize(
+    ("number", "asked"), [(signal.SIGUSR1, "requeue 77\n"), (signal.SIGTERM, "")]
+)
+def test_slurm_is_asked_to_queue_the_job_again_only_when_its_time_is_up(
+    rank, tmp_path, number, asked
+):
+    log, scontrol = tmp_path / "asked", tmp_path / "scontrol"
+    log.touch()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    scontrol.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    job = start(rank, "--requeue", RANK="0", SLURM_JOB_ID="77", PATH=path)
+    assert job.stdout.readline() == b"ready\n"
+    job.send_signal(number)
+    assert job.wait(20) == 0
+    assert log.read_text() == asked
+
+
 # ---- hosts ---------------------------------------------------------------------------------------
 
 COMMAND = ["mpirun", "-np", "12", "-H", "a:8,b:4", "python", "train.py", "-H", "x", "-np", "5"]
