@@ -3,16 +3,15 @@
 A signal to any rank is noted there, told to all with the next step's notices, and heeded by all
 after that step.
 
-| it comes                                   | what happens                        | exit status  |
-| ------------------------------------------ | ----------------------------------- | ------------ |
-| before train.py's main: Python's imports   | the job ends; nothing is lost       | 128 + number |
-| connecting, reading data, resuming         | it stops before the first step      | 0; SIGINT 130 |
-| in a step, or while a checkpoint is saved  | it stops after that step, saved once | 0; SIGINT 130 |
-| between epochs, in evaluation              | it stops after that epoch's save    | 0; SIGINT 130 |
-| in the last evaluation, or later           | the run is completed                | 0; SIGINT 130 |
-| a second one, a second or more later       | this process ends at once           | 128 + number |
-
-A rank gives these itself; through launch/*.sh the job does.
+| it comes                                  | what happens, on all ranks        | exit status   |
+| ----------------------------------------- | --------------------------------- | ------------- |
+| while Python imports, with --evaluate     | the job ends; nothing is lost     | 128 + number  |
+| connecting, reading data, resuming        | they stop before the first step   | 0, SIGINT 130 |
+| in a step, while a checkpoint is saved    | they end this step or the next,   | 0, SIGINT 130 |
+|                                           | save unless it is saved, and stop |               |
+| in evaluation at an epoch's end           | they end the epoch, save and stop | 0, SIGINT 130 |
+| in the last evaluation, or later          | the run is completed              | 0             |
+| a second one, a second or more later      | the job ends at once              | 128 + number  |
 """
 
 from __future__ import annotations
