@@ -64,6 +64,30 @@ class _Asked(Exception):
     """A signal came while no job was running."""
 
 
+class Failures:
+    """How often a job has failed since its last new checkpoint."""
+
+    def __init__(self, num_allowed: int) -> None:
+        self._num_allowed = num_allowed
+        self.number, self.first = 0, ""
+        self._last: Output | None = None
+        self._has_trained = False
+
+    def add(self, output: Output) -> str | None:
+        """Count a failure; return why the job is not worth another start, if so."""
+        self.number = 0 if output.has_progressed else self.number + 1
+        if self.number <= 1:
+            self.first = output.message
+        last, self._last = self._last, output
+        self._has_trained |= not output.has_failed_early
+        # Before the first step it is a person's mistake; after it, the machine's, which may pass.
+        if not self._has_trained and last is not None and output.is_like(last):
+            return "twice the job failed alike before its first step"
+        if self.number > self._num_allowed:
+            return f"the job failed {self.number} times without a new checkpoint"
+        return None
+
+
 class Supervisor:
     """One job, and its starts."""
 
@@ -121,24 +145,18 @@ class Supervisor:
             return self._end_as_asked(128 + self._asked)
 
     def _run(self) -> int:
-        asked_for, restarts = list(self._options.command), self._options.restarts
-        command, failures, first, before = asked_for, 0, "", None
+        asked_for, failures = list(self._options.command), Failures(self._options.restarts)
+        command = asked_for
         while True:
             status, output = self._start(command)
             if self._asked is not None:
                 return self._end_as_asked(status)
-            if status == 0 or restarts == 0 or output.was_stopped:
+            if status == 0 or self._options.restarts == 0 or output.was_stopped:
                 return status or self._told_status()
-            failures = 0 if output.has_progressed else failures + 1
-            first = output.message if failures <= 1 else first
-            problem = f"the job failed {failures} times without a new checkpoint"
-            if before is not None and output.has_failed_early and output.is_like(before):
-                failures, problem = restarts + 1, "twice the job failed alike before its first step"
-            if failures > restarts:
-                say(f"{problem}: giving up. First:\n{first}\nLast:\n{output.message}")
+            if problem := failures.add(output):
+                say(f"{problem}: giving up. First:\n{failures.first}\nLast:\n{output.message}")
                 return status
-            before = output if output.has_failed_early else None
-            command = self._after_pause(asked_for, failures)
+            command = self._after_pause(asked_for, failures.number)
 
     def _start(self, command: Sequence[str]) -> tuple[int, Output]:
         """Start the job once; return its exit status, and what it printed."""

@@ -99,6 +99,13 @@ def test_a_wrong_setting_is_not_tried_again_and_again(tmp_path):
     assert err.count("starting again") == 1
 
 
+def test_what_goes_wrong_once_a_job_has_trained_is_tried_again_as_often_as_asked(tmp_path):
+    code = counting(tmp_path, "print(f'training begins' * (start == 1)); sys.exit('no such file')")
+    status, _, err = run(code, "--restarts", "2")
+    assert status == 1
+    assert "the job failed 3 times without a new checkpoint: giving up" in err
+
+
 def test_nothing_of_a_job_is_left_behind(processes):
     """A process in a session of its own, deaf to SIGTERM and SIGHUP, whose parent has ended."""
     code = (
