@@ -5,14 +5,15 @@
 What launch/train.sh, mpirun.sh and slurm.sh end in. COMMAND is a launcher's (mpirun, horovodrun,
 torchrun or srun); after -np and -H in it stand the ranks and hosts of its next start.
 
-SIGTERM, SIGINT and SIGUSR1 reach a rank, and through it all: they save and stop. A second signal
-ends everything at once. Exit status: 0 after a save for SIGTERM and SIGUSR1, 130 for SIGINT, else
-what COMMAND gave.
+SIGTERM, SIGINT, SIGUSR1 and SIGHUP (a terminal that is closed) reach a rank, and through it all:
+they save and stop. A second signal ends everything at once. Exit status: 130 after a save for
+SIGINT, 0 for the others, 128 + number where there was nothing to save, else what COMMAND gave.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -28,7 +29,7 @@ from launch import processes
 from launch.hosts import narrowed
 from launch.output import Output
 
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _ONE_REQUEST_S = 1.0  # signals within this time are one request; see engine/stopping.py
 _PAUSES_S = (0, 1, 2, 4, 8, 15, 30, 60)  # after so many failures without progress
 _LOOK_AGAIN_S = 0.2
@@ -40,6 +41,9 @@ def main() -> int:
     processes.become_subreaper()
     try:
         return Supervisor(options).run()
+    except OSError as error:
+        say(f"{shlex.join(options.command)} cannot be started ({error}); see launch/doctor")
+        return 127
     finally:
         processes.end_descendants()
 
@@ -137,7 +141,8 @@ class Supervisor:
         """Start the job until it ends well, or has failed too often; return the exit status."""
         try:
             for number in _STOPPING:
-                signal.signal(number, self._on_signal)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                    signal.signal(number, self._on_signal)
             signal.signal(signal.SIGALRM, self._tell)
             return self._run()
         except _Asked:
@@ -215,7 +220,8 @@ def _passes_on(words: Sequence[str]) -> bool:
 
 
 def say(text: str) -> None:
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"launch: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -146,6 +146,13 @@ def test_a_signal_in_a_pause_ends_it(number):
     assert job.wait(20) == 128 + number
 
 
+def test_a_launcher_that_is_not_there_is_named():
+    words = [sys.executable, "-m", "launch.supervise", "--", "no-such-mpirun", "-np", "2"]
+    done = subprocess.run(words, cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 127
+    assert "launch: no-such-mpirun -np 2 cannot be started" in done.stderr
+
+
 def test_a_killed_supervisor_takes_its_job_along(processes):
     job = start("import time; print('ready', flush=True); time.sleep(100)")
     assert job.stdout.readline() == b"ready\n"
@@ -176,7 +183,8 @@ def rank(tmp_path) -> str:
 
 @pytest.mark.parametrize("restarts", ["0", "3"])
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)]
+    ("number", "status"),
+    [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGHUP, 0), (signal.SIGINT, 130)],
 )
 def test_ranks_are_asked_to_save_whatever_the_signal(rank, number, status, restarts):
     job = start(rank, "--restarts", restarts, RANK="0")
