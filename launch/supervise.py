@@ -41,9 +41,6 @@ def main() -> int:
     processes.become_subreaper()
     try:
         return Supervisor(options).run()
-    except OSError as error:
-        say(f"{shlex.join(options.command)} cannot be started ({error}); see launch/doctor")
-        return 127
     finally:
         processes.end_descendants()
 
@@ -141,7 +138,7 @@ class Supervisor:
         """Start the job until it ends well, or has failed too often; return the exit status."""
         try:
             for number in _STOPPING:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
                     signal.signal(number, self._on_signal)
             signal.signal(signal.SIGALRM, self._tell)
             return self._run()
@@ -167,7 +164,11 @@ class Supervisor:
         """Start the job once; return its exit status, and what it printed."""
         output = Output(is_read=self._options.restarts > 0)
         environment = {**os.environ, "PARSIMONY_SUPERVISED": self._told.name}
-        self._process = process = processes.start(command, environment, **output.pipes())
+        try:
+            self._process = process = processes.start(command, environment, **output.pipes())
+        except OSError as error:
+            say(f"{shlex.join(command)} cannot be started ({error}); see launch/doctor")
+            raise SystemExit(127) from error
         output.follow(process)
         status = processes.wait(process)
         processes.end_descendants()
@@ -182,10 +183,7 @@ class Supervisor:
     def _end_as_asked(self, status: int) -> int:
         assert self._asked is not None
         if self._asked == signal.SIGUSR1 and self._options.requeue:
-            job = os.environ.get("SLURM_JOB_ID", "")
-            done = subprocess.run(["scontrol", "requeue", job], check=False)
-            say(f"asked SLURM to queue job {job} again" if done.returncode == 0 else
-                f"SLURM would not queue job {job} again: submit it anew")  # fmt: skip
+            _requeue(os.environ.get("SLURM_JOB_ID", ""))
         if status == 0:
             return 128 + signal.SIGINT if self._asked == signal.SIGINT else 0
         # Ranks that do not listen yet end by the signal that was passed on, with nothing to save.
@@ -207,6 +205,15 @@ class Supervisor:
             if problem_is_new or problem != told:
                 say(f"waiting: {problem}")
             told, number = problem, number + 1
+
+
+def _requeue(job: str) -> None:
+    """Ask SLURM to queue this job again."""
+    say(f"asking SLURM to queue job {job} again")
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        say(f"it is not queued ({error}): submit it anew")
 
 
 def _is_rank(pid: int, words: Sequence[str]) -> bool:
