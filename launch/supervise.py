@@ -62,7 +62,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 class _Asked(Exception):
-    """A signal came while no job was running."""
+    """A signal came while no rank was there that could save."""
 
 
 class Failures:
@@ -125,6 +125,9 @@ class Supervisor:
         below = {pid: processes.words_of(pid) for pid in processes.descendants()}
         ranks = [pid for pid, words in below.items() if _is_rank(pid, words)]
         launchers = [pid for pid, words in below.items() if _passes_on(words)]
+        if ranks and not any(processes.listens(pid, signal.SIGUSR1) for pid in ranks):
+            processes.send(signal.SIGKILL, list(below))  # they are starting: nothing to save
+            raise _Asked
         processes.send(signal.SIGUSR1, ranks)
         if not ranks:
             if launchers and not self._has_told_launcher:
@@ -184,10 +187,7 @@ class Supervisor:
         assert self._asked is not None
         if self._asked == signal.SIGUSR1 and self._options.requeue:
             _requeue(os.environ.get("SLURM_JOB_ID", ""))
-        if status == 0:
-            return 128 + signal.SIGINT if self._asked == signal.SIGINT else 0
-        # Ranks that do not listen yet end by the signal that was passed on, with nothing to save.
-        return 128 + self._asked if status == 128 + signal.SIGUSR1 else status
+        return 128 + signal.SIGINT if (status, self._asked) == (0, signal.SIGINT) else status
 
     def _after_pause(self, asked_for: list[str], failures: int) -> list[str]:
         """Wait until enough hosts answer; return the command for those that do."""

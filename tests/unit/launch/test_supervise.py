@@ -195,6 +195,16 @@ def test_ranks_are_asked_to_save_whatever_the_signal(rank, number, status, resta
     assert job.stdout.read() == b"stopped by a signal\n"
 
 
+def test_ranks_that_cannot_save_yet_are_ended_at_once(tmp_path, processes):
+    (tmp_path / "train.py").write_text("import time; print('ready', flush=True); time.sleep(100)")
+    words = [sys.executable, "-Su", str(tmp_path / "train.py")]
+    job = start(f"import os; os.execv({words[0]!r}, {words!r})", RANK="0")
+    assert job.stdout.readline() == b"ready\n"
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(20) == 128 + signal.SIGTERM
+    assert processes.left() == {}
+
+
 def test_ranks_that_were_interrupted_themselves_are_not_started_again():
     code = (
         "import os; open(os.environ['PARSIMONY_SUPERVISED'], 'w').write('130')\n"
