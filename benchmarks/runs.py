@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.tables import Row
 from configs import load
-from engine.checkpoint import write_atomically
+from engine.writing import write_atomically
 
 ROOT = Path(__file__).parents[1]
 

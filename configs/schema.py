@@ -129,6 +129,12 @@ class Checkpoint:
     hours; None: only at the ends of epochs."""
     keep: int = 2
     """Newest checkpoints that are kept, besides the best one."""
+    asynchronous: bool = False
+    """Copy the state to host memory and write it while training goes on: takes as much memory again
+    as a checkpoint has bytes."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What to do when a checkpoint cannot be written, because a disk is full or fails: end the job,
+    or say so and train on; the checkpoint before stays in either case."""
 
     def __post_init__(self) -> None:
         _require(

@@ -5,35 +5,31 @@
     checkpoints/step-00000440.json                 names, sizes and SHA-256 of the above, and of
                                                    the shared part of the best step so far
 
-Every file is written under a temporary name, hashed while it is written, flushed to disk and then
-renamed. The manifest comes last, so a checkpoint is either complete or does not exist. Writing or
-reading a part neither copies its tensors nor passes over the file twice. Parts hold tensors and
-plain values only, so that `torch.load(weights_only=True)` reads them; a value that it would refuse
-is refused before any file is written. Each rank writes its own part on the host where it runs, and
-reads it there if the job has as many ranks again. If it has more or fewer, each part is read by a
-rank that finds it on its disk. So hosts need not share a disk, as long as none of those that wrote
-is missing.
+Every file is written under a temporary name, hashed while it is written, and flushed to disk; when
+all ranks have done so, all files are renamed. The manifest comes last, so a checkpoint is either
+complete or does not exist; when a rank cannot write, all ranks remove what they have written of it,
+and say so. Parts may be written beside training, from copies. Otherwise neither writing nor reading
+copies tensors, and both pass over a file once. Parts hold tensors and plain values only, so that
+`torch.load(weights_only=True)` reads them; a value that it would refuse is refused before any file
+is written. Each rank writes its own part on the host where it runs, and reads it there if the job
+has as many ranks again. If it has more or fewer, each part is read by a rank that finds it on its
+disk. So hosts need not share a disk, as long as none of those that wrote is missing.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from engine import hashed_files
+from engine import hashed_files, manifest
 from engine.interfaces import Collectives
-from engine.parts import assign, may_remove, part_name, step_name
+from engine.manifest import CheckpointError
+from engine.parts import assign, is_later, may_remove, part_name, shared_name, step_name
 from engine.plain import plain
-
-_MANIFEST_KEYS = {"step", "world_size", "parts", "best"}
-
-
-class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message says which one, why, and what to do."""
+from engine.writing import WriteError, Writing, cannot_write, write_atomically
 
 
 @dataclass(frozen=True)
@@ -65,43 +61,112 @@ class Loaded:
                 yield old_rank, self._folder.read(name, self._manifest["parts"][name])
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that was begun and is not finished."""
+
+    step: int
+    is_best: bool
+    writing: Writing
+
+
 class CheckpointFolder:
     """The checkpoints of one run, as one rank sees them.
 
-    All methods except `read` are collectives: every rank must call them.
+    All methods except `begin` and `read` are collectives: every rank must call them.
     """
 
     def __init__(self, folder: Path, comm: Collectives, keep: int = 2) -> None:
         self._folder, self._comm, self._keep = folder, comm, keep
         self.rank = comm.rank
+        self._pending: _Pending | None = None
         self._best: dict[str, Any] = {}  # file name -> size and checksum of the best shared part
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WriteError(f"rank {self.rank}: {cannot_write(folder, error)}") from error
 
     def save(
         self, step: int, shared: dict[str, Any], worker: dict[str, Any], *, is_best: bool
     ) -> None:
-        """Write a checkpoint of `step`, then delete all but the newest `keep` and the best one.
+        """Write a checkpoint of `step`, then delete all but the newest `keep` and the best one."""
+        self.begin(step, shared, worker, is_best=is_best)
+        self.finish()
 
+    def begin(
+        self, step: int, shared: dict[str, Any], worker: dict[str, Any],
+        *, is_best: bool, beside: bool = False,
+    ) -> None:  # fmt: skip
+        """Write this rank's parts; with `beside`, copy them now and write them on a thread.
+
+        `finish` must follow, and makes them a checkpoint.
         Raises: CheckpointError, before any file changes, if a value could not be read back.
         """
+        assert self._pending is None, "begin() before the end of another"
         shared, worker = readable(shared, "shared"), readable(worker, "worker")
-        rank, world_size = self._comm.rank, self._comm.world_size
-        mine = {part_name(step, rank, world_size): worker}
-        if rank == 0:
-            mine[f"{step_name(step)}.shared.pt"] = shared
-        written = {file: self._write_part(file, content) for file, content in mine.items()}
-        parts: dict[str, Any] = {}
-        for files in self._comm.all_gather_object(written):  # answered only when all have written
-            parts.update(files)
-        if is_best:
-            self._best = {f: part for f, part in parts.items() if f.endswith(".shared.pt")}
-        if rank == 0:
-            content = {"step": step, "world_size": world_size, "parts": parts, "best": self._best}
-            text = json.dumps(content, indent=2).encode()
-            path = self._folder / f"{step_name(step)}.json"
-            write_atomically(path, lambda file: file.write(text))
-        self._comm.barrier()
-        self._remove_old()
+        contents = {part_name(step, self.rank, self._comm.world_size): worker}
+        if self.rank == 0:
+            contents[shared_name(step)] = shared
+        writing = Writing(self._folder, contents, beside=beside)
+        self._pending = _Pending(step, is_best, writing)
+
+    @property
+    def pending_step(self) -> int | None:
+        """The step of the checkpoint that was begun and is not finished."""
+        return None if self._pending is None else self._pending.step
+
+    @property
+    def is_written(self) -> bool:
+        """Whether `finish` need not wait for this rank."""
+        return self._pending is not None and self._pending.writing.is_done
+
+    def finish(self) -> None:
+        """Make what was begun a checkpoint, when all ranks have written; delete old ones.
+
+        Raises: WriteError, on all ranks, if one of them cannot write. The checkpoint before is then
+            the newest, and nothing is left of this one.
+        """
+        pending, self._pending = self._pending, None
+        assert pending is not None, "finish() without begin()"
+        step, path = pending.step, self._folder / f"{step_name(pending.step)}.json"
+        try:
+            parts = self._together(pending.writing.wait)
+            self._together(pending.writing.publish)
+            best = self._best
+            if pending.is_best:
+                best = {shared_name(step): parts[shared_name(step)]}
+            content = manifest.to_bytes(step, self._comm.world_size, parts, best)
+            self._together(lambda: self._write_manifest(path, content))
+        except WriteError:
+            pending.writing.remove()
+            raise
+        self._best = best
+        self._remove_old(step)
+
+    def _write_manifest(self, path: Path, content: bytes) -> dict[str, Any]:
+        if self.rank == 0:
+            try:
+                write_atomically(path, lambda file: file.write(content))
+            except OSError:
+                path.unlink(missing_ok=True)  # its parts will be removed
+                raise
+        return {}
+
+    def _together(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Do this rank's share of some writing; return what all ranks' shares returned."""
+        result, problem = {}, None
+        try:
+            result = work()
+        except OSError as error:
+            problem = f"rank {self.rank}: {cannot_write(self._folder, error)}"
+        answers = self._comm.all_gather_object((result, problem))
+        if problems := [text for _, text in answers if text]:
+            raise WriteError(
+                f"no checkpoint was written, the one before is intact: {'; '.join(problems)}. Make "
+                f"room or mend the disk and start the same command again; checkpoint.on_error = "
+                f'"continue" trains on without'
+            )
+        return {name: part for files, _ in answers for name, part in files.items()}
 
     def load_latest(self) -> Loaded | None:
         """Return the newest checkpoint that is complete, whatever number of ranks wrote it.
@@ -112,18 +177,18 @@ class CheckpointFolder:
         Returns: None if the folder has no checkpoint.
         Raises: CheckpointError if there are checkpoints and none of them can be read.
         """
-        manifests = self._comm.broadcast_object(self._list_manifests())
+        manifests = self._on_rank_0(self._candidates)
         complaints = []
-        for manifest in manifests:
-            readers = self._readers(manifest)
-            contents, problem = self._try(manifest, readers)
+        for content in manifests:
+            readers = self._readers(content)
+            contents, problem = self._try(content, readers)
             problems = [p for p in self._comm.all_gather_object(problem) if p]
             if not problems:
                 shared = dict(self._comm.broadcast_object(contents[0]))
-                self._best = manifest["best"]
+                self._best = content["best"]
                 for complaint in complaints if self._comm.rank == 0 else []:
                     print(f"skipped a damaged checkpoint: {complaint}", flush=True)
-                return Loaded(self, manifest, shared, contents[1], readers)
+                return Loaded(self, content, shared, contents[1], readers)
             complaints += problems
             del contents
         if complaints:
@@ -142,22 +207,32 @@ class CheckpointFolder:
         if written_by == self._comm.world_size:
             return list(range(written_by))
         names = [part_name(manifest["step"], rank, written_by) for rank in range(written_by)]
-        mine = [(self._folder / name).is_file() for name in names]
+        mine = [os.path.isfile(self._folder / name) for name in names]
         return assign(self._comm.all_gather_object(mine))
 
     def load_best(self, without: Collection[str] = ()) -> dict[str, Any]:
         """Return the shared part of rank 0's best checkpoint, except for the keys in `without`."""
+        return self._on_rank_0(lambda: self._read_best(without))
+
+    def _read_best(self, without: Collection[str]) -> dict[str, Any]:
+        try:
+            best = [m["best"] for m in self._list_manifests() if m["best"]]
+            if not best:
+                raise CheckpointError(f"{self._folder} holds none")
+            ((name, part),) = best[0].items()
+            content = self.read(name, part)
+        except CheckpointError as error:
+            raise CheckpointError(f"no best checkpoint to evaluate: {error}. Train first") from None
+        return {key: value for key, value in content.items() if key not in without}
+
+    def _on_rank_0(self, work: Callable[[], Any]) -> Any:
+        """Return on all ranks what rank 0's work returns, or raise its CheckpointError."""
         result: Any = None
-        if self._comm.rank == 0:
+        if self.rank == 0:
             try:
-                best = [m["best"] for m in self._list_manifests() if m["best"]]
-                if not best:
-                    raise CheckpointError(f"{self._folder} holds none")
-                ((name, part),) = best[0].items()
-                result = self.read(name, part)
-                result = {key: value for key, value in result.items() if key not in without}
+                result = work()
             except CheckpointError as error:
-                result = CheckpointError(f"no best checkpoint to evaluate: {error}. Train first")
+                result = error
         result = self._comm.broadcast_object(result)
         if isinstance(result, CheckpointError):
             raise result
@@ -166,12 +241,8 @@ class CheckpointFolder:
     def read(self, name: str, part: dict[str, Any]) -> dict[str, Any]:
         """Read one part; its size and checksum must be those that the manifest gives."""
         path = self._folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is not there")
-        size = path.stat().st_size
-        if size != part["bytes"]:
-            raise CheckpointError(f"{path} has {size} bytes, not {part['bytes']}")
         try:
+            self._check_file(path, part)
             content, error, sha256 = hashed_files.load(path)
         except OSError as broken:  # the disk fails
             raise CheckpointError(f"{path} cannot be read ({broken})") from broken
@@ -182,6 +253,15 @@ class CheckpointFolder:
             raise CheckpointError(f"{path} cannot be read ({reason})") from error
         return content
 
+    def _check_file(self, path: Path, part: dict[str, Any]) -> None:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is not there")
+        if path.resolve().parent != self._folder.resolve():
+            raise CheckpointError(f"{path} is a link that leads out of the folder; copy the file")
+        size = path.stat().st_size
+        if size != part["bytes"]:
+            raise CheckpointError(f"{path} has {size} bytes, not {part['bytes']}")
+
     def _try(self, manifest: dict[str, Any], readers: list[int]) -> tuple[list[Any], str | None]:
         """Read the parts that are this rank's to read, of which it keeps no more than its own.
 
@@ -191,7 +271,7 @@ class CheckpointFolder:
         contents: list[Any] = [None, None]
         try:
             if rank == 0:
-                name = f"{step_name(step)}.shared.pt"
+                name = shared_name(step)
                 contents[0] = self.read(name, manifest["parts"][name])
             for old_rank in (old for old, reader in enumerate(readers) if reader == rank):
                 name = part_name(step, old_rank, written_by)
@@ -204,40 +284,53 @@ class CheckpointFolder:
         return contents, None
 
     def _list_manifests(self) -> list[dict[str, Any]]:
-        """Return the manifests that can be read, newest first; print which ones cannot."""
+        """Return the manifests that can be read, newest first; print which ones cannot.
+
+        Raises: CheckpointError if a later version of Parsimony wrote one.
+        """
         manifests = []
         for path in sorted(self._folder.glob("step-*.json"), reverse=True):
-            try:
-                manifest = json.loads(path.read_text())
-                if not isinstance(manifest, dict) or not _MANIFEST_KEYS <= manifest.keys():
-                    raise ValueError(f"allowed: an object with {', '.join(sorted(_MANIFEST_KEYS))}")
-                manifests.append(manifest)
-            except (OSError, ValueError) as error:
-                print(f"skipped a damaged checkpoint: {path}: {error}", flush=True)
+            content, problem = manifest.read(path)
+            if content is None:
+                print(f"skipped a damaged checkpoint: {problem}", flush=True)
+            else:
+                manifests.append(content)
         return manifests
 
-    def _write_part(self, name: str, content: dict[str, Any]) -> dict[str, Any]:
-        path = self._folder / name
-        sha256 = write_atomically(path, lambda file: hashed_files.save(content, file))
-        return {"bytes": path.stat().st_size, "sha256": sha256}
+    def _candidates(self) -> list[dict[str, Any]]:
+        """Return the manifests that can be read. Raises: CheckpointError if all are damaged."""
+        manifests = self._list_manifests()
+        if not manifests and any(self._folder.glob("step-*.json")):
+            raise CheckpointError(
+                f"no checkpoint in {self._folder} can be read: all manifests, step-*.json, are "
+                f"damaged. Put the files back, or delete the folder to start anew"
+            )
+        return manifests
 
-    def _remove_old(self) -> None:
-        """Delete old manifests (rank 0), then this rank's files that no manifest names any more."""
-        if self._comm.rank == 0:
-            for path in sorted(self._folder.glob("step-*.json"))[: -self._keep]:
-                path.unlink()
-        named = self._comm.broadcast_object(self._named_parts() if self._comm.rank == 0 else None)
-        rank, world_size = self._comm.rank, self._comm.world_size
+    def _remove_old(self, step: int) -> None:
+        """Delete manifests that are old, or later than `step`, which was just written (rank 0),
+        then this rank's files that no manifest names any more.
+
+        One that is later could not be read when this job began, and its steps are made anew.
+        """
+        named = None
+        if self.rank == 0:
+            paths = sorted(self._folder.glob("step-*.json"))
+            later = [path for path in paths if is_later(path.name, step)]
+            kept = [path for path in paths if path not in later][-self._keep :]
+            for path in {*paths, *self._folder.glob("step-*.json.tmp")} - {*kept}:
+                self._unlink(path)
+            named = {name for m in self._list_manifests() for name in m["parts"] | m["best"]}
+        named = self._comm.broadcast_object(named)
         for path in self._folder.glob("step-*.pt*"):
-            if path.name not in named and may_remove(path.name, rank, world_size):
-                path.unlink(missing_ok=True)
+            if path.name not in named and may_remove(path.name, self.rank, self._comm.world_size):
+                self._unlink(path)
 
-    def _named_parts(self) -> set[str]:
-        return {
-            name
-            for manifest in self._list_manifests()
-            for name in manifest["parts"] | manifest["best"]
-        }
+    def _unlink(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:  # it takes room, no more
+            print(f"rank {self.rank}: {path} cannot be removed ({error.strerror})", flush=True)
 
 
 def readable(content: dict[str, Any], part: str) -> dict[str, Any]:
@@ -249,23 +342,3 @@ def readable(content: dict[str, Any], part: str) -> dict[str, Any]:
         return plain(content, part)
     except TypeError as error:
         raise CheckpointError(f"no checkpoint of this run can be written: {error}") from error
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> Any:
-    """Replace a file so that, whenever the machine stops, either the old or the new one is there.
-
-    Args:    write: writes the new content to the open file that it is given.
-    Returns: what `write` returned.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        result = write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return result

@@ -24,9 +24,15 @@ _LARGEST_GAP_BYTES = 2**16  # torch leaves some hundred bytes between two tensor
 
 
 def save(content: Any, file: BinaryIO) -> str:
-    """Write content as torch.save does; return the SHA-256 of the bytes written, in hex digits."""
+    """Write content as torch.save does; return the SHA-256 of the bytes written, in hex digits.
+
+    Raises: OSError, as the file raised it, where torch.save tells only that something has failed.
+    """
     with closing(_HashedWriter(content, file)) as hashed:
-        torch.save(content, hashed)
+        try:
+            torch.save(content, hashed)
+        except Exception as error:
+            raise (hashed.error or error) from None
         return hashed.hash.hexdigest()
 
 
@@ -86,6 +92,7 @@ class _HashedWriter:
 
     def __init__(self, content: Any, file: BinaryIO) -> None:
         self._file, self.hash = file, _Hash()
+        self.error: OSError | None = None
         self._kept = {
             leaf.untyped_storage().data_ptr()
             for leaf in tree_leaves(content)
@@ -96,6 +103,9 @@ class _HashedWriter:
         self.hash.add(data)
         try:
             return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         finally:
             if numpy.frombuffer(data, numpy.uint8).ctypes.data not in self._kept:
                 self.hash.wait()

@@ -33,6 +33,8 @@ class CheckpointSettings(Protocol):
     every_epochs: int
     every_steps: int | None
     keep: int
+    asynchronous: bool
+    on_error: str
 
 
 class RunSettings(Protocol):

@@ -25,6 +25,7 @@ from engine.notices import Notices
 from engine.precision import autocast
 from engine.replicas import agreed_hash, average_batch_statistics, refuse_writes
 from engine.sampling import seed_all
+from engine.saving import Saver
 from engine.state import RunState
 from engine.stopping import StopSignals, exit_status
 
@@ -60,13 +61,13 @@ class Trainer:
         self.batches, self.flat_config, self.reporter = batches, flat_config, reporter
         self._data_facts = data_facts
         self.checkpoints = CheckpointFolder(folder / "checkpoints", comm, run.checkpoint.keep)
+        self._saver = Saver(self.checkpoints, run.checkpoint, state, reporter, comm.world_size)
         self.steps_per_epoch, self._config_changes = steps_per_epoch, config_changes
         self.notices = Notices(comm, ("stop", "interrupt", "written"))
         self.density, self._last_explanation = 1.0, ""
         self._last_step_in_epoch = steps_per_epoch
         self._signals: StopSignals | None = None
         self._exit_status: int | None = None  # of a job that a signal stops
-        self._saved_step: int | None = None
         self._watched: set[bool] = set()  # model.training of the passes watched in this epoch
 
     def train(self, signals: StopSignals | None = None) -> int:
@@ -90,6 +91,7 @@ class Trainer:
             self._train_epoch()
             if self._exit_status is None:
                 self._end_epoch()
+        self._saver.finish()
         if self._exit_status is not None:
             self._stop()
         elif first_epoch < self.run.train.num_epochs or not self.reporter.has_result:
@@ -101,8 +103,8 @@ class Trainer:
     def _stop(self) -> None:
         """Save, unless this step is saved, and tell how to go on."""
         step = self.state.progress.step
-        if step not in (0, self._saved_step):
-            self._save(is_best=False)
+        if step not in (0, self._saver.saved_step):
+            self._save(is_best=False, is_last=True)
         where = f"after step {step}, which is saved" if step else "before the first step"
         self.reporter.say(f"stopped by a signal {where}: the same command goes on from there")
 
@@ -165,7 +167,7 @@ class Trainer:
             is_own = state.optimizer.is_own_worker_state(loaded.mine["exchange"])
             is_placed_alike = all(self.comm.all_gather_object(is_own))
             state.restore(loaded.shared, loaded.mine, None if is_placed_alike else loaded.parts())
-        self._saved_step = state.progress.step
+        self._saver.saved_step = state.progress.step
         self.reporter.say(f"resuming after step {state.progress.step}")
         if loaded.mine is None:
             self._tell_of_others(loaded.world_size, rate)
@@ -233,10 +235,12 @@ class Trainer:
 
     def _my_notices(self) -> dict[str, int]:
         """Return what this rank wants all to know at the end of the step that begins."""
-        return {} if self._signals is None else self._signals.notices()
+        signals = {} if self._signals is None else self._signals.notices()
+        return signals | self._saver.notices()
 
     def _heed(self, notices: dict[str, int]) -> None:
         """Do what the ranks' notices, summed, ask for at the end of a step."""
+        self._saver.heed(notices)
         self._exit_status = exit_status(notices)
 
     def _set_density(self) -> None:
@@ -350,6 +354,7 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         """Average batch statistics, compare the replicas, evaluate, save, report."""
+        self._saver.finish()  # an evaluation may take long
         state, progress = self.state, self.state.progress
         average_batch_statistics(state.model, self.comm)
         parameter_hash = agreed_hash(state.model, self.comm, f"epoch {progress.epoch + 1}")
@@ -382,14 +387,10 @@ class Trainer:
             + (f"; steps undone so far: {progress.skipped_steps}" if progress.skipped_steps else "")
         )
 
-    def _save(self, *, is_best: bool) -> None:
-        self.reporter.flush()
+    def _save(self, *, is_best: bool, is_last: bool = False) -> None:
         self.state.position = self.batches["train"].position()
-        shared = {**self.state.shared(), "config": self.flat_config, "data": self._data_facts}
-        self.checkpoints.save(
-            self.state.progress.step, shared, self.state.worker(), is_best=is_best
-        )
-        self._saved_step = self.state.progress.step
+        facts = {"config": self.flat_config, "data": self._data_facts}
+        self._saver.save(facts, is_best=is_best, is_last=is_last)
 
 
 def _rate_of(optimizer: Any) -> float:

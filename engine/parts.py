@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import re
 
-_PART = re.compile(r"step-\d+\.(?:shared|rank-(\d+)-of-(\d+))\.pt(?:\.tmp)?")
+_PART = re.compile(r"step-\d+\.(?:shared|rank-(\d+)-of-(\d+))\.pt(?:\.tmp)?", re.ASCII)
 
 
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def shared_name(step: int) -> str:
+    """Return the file of what all ranks have in common."""
+    return f"{step_name(step)}.shared.pt"
 
 
 def part_name(step: int, rank: int, world_size: int) -> str:
@@ -42,3 +47,9 @@ def may_remove(name: str, rank: int, world_size: int) -> bool:
     if found[1] is None:
         return rank == 0
     return int(found[2]) != world_size or int(found[1]) == rank
+
+
+def is_later(name: str, step: int) -> bool:
+    """Tell whether a manifest is of a later step."""
+    found = re.fullmatch(r"step-(\d+)\.json", name, re.ASCII)
+    return found is not None and int(found[1]) > step

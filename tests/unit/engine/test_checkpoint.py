@@ -1,6 +1,7 @@
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 from dgc.comm.local import run_local
-from engine import checkpoint
-from engine.checkpoint import CheckpointError, CheckpointFolder, write_atomically
+from engine import checkpoint, manifest
+from engine.checkpoint import CheckpointError, CheckpointFolder
 from engine.parts import assign
+from engine.writing import write_atomically
 
 
 def save(folder, steps, num_ranks=2, best=(), keep=2, shared=None):
@@ -214,4 +216,91 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, fail)
-    assert path.read_bytes() == b"old"
+    assert [(file, file.read_bytes()) for file in tmp_path.iterdir()] == [(path, b"old")]
+
+
+FIXTURE = Path(__file__).parents[2] / "fixtures/run-of-2026-11/checkpoints"
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_a_checkpoint_of_format_1_is_taken_up(tmp_path, num_ranks):
+    folder = shutil.copytree(FIXTURE, tmp_path / "checkpoints")
+
+    def go_on(comm):
+        checkpoints = CheckpointFolder(folder, comm)
+        loaded = checkpoints.load_latest()
+        assert loaded.shared["progress"]["step"] == 15
+        ranks = [rank for rank, _ in loaded.parts()]
+        checkpoints.save(16, loaded.shared, {}, is_best=False)
+        return ranks, checkpoints.load_best()["progress"]["step"]
+
+    answers = run_local(num_ranks, go_on)
+    assert sorted(rank for ranks, _ in answers for rank in ranks) == [0, 1]
+    assert {best for _, best in answers} == {8}
+    assert json.loads((folder / "step-00000016.json").read_text())["format"] == 2
+
+
+def test_a_run_whose_manifests_are_all_damaged_does_not_start_anew(tmp_path):
+    save(tmp_path, [1])
+    truncate(tmp_path / "step-00000001.json")
+    with pytest.raises(CheckpointError, match="all manifests, step-.*, are damaged"):
+        load(tmp_path)
+
+
+def rewrite(path, **values):
+    """Change a manifest as somebody would who knows its hash."""
+    content = json.loads(path.read_text()) | values
+    content.pop("sha256", None)
+    content["sha256"] = manifest._hash(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_later_format_is_refused_on_all_ranks(tmp_path):
+    save(tmp_path, [1, 2])
+    rewrite(tmp_path / "step-00000002.json", format=3)
+    for call in ("load_latest", "load_best"):
+        with pytest.raises(CheckpointError, match=r"later version of Parsimony \(format 3; here 2"):
+            run_local(2, lambda comm, call=call: getattr(CheckpointFolder(tmp_path, comm), call)())
+
+
+@pytest.mark.parametrize("name", ["../other.pt", "/tmp/other.pt", "step-00000001.shared.pt"])
+def test_a_manifest_that_names_other_files_is_refused(tmp_path, capsys, name):
+    save(tmp_path / "run", [1, 2])
+    path = tmp_path / "run/step-00000002.json"
+    parts = json.loads(path.read_text())["parts"]
+    (tmp_path / "other.pt").write_bytes((tmp_path / "run/step-00000002.shared.pt").read_bytes())
+    parts[name] = parts.pop("step-00000002.shared.pt")
+    rewrite(path, parts=parts)
+    assert load(tmp_path / "run")[0].shared == {"step": 1}
+    assert f"it names a part {name!r}; allowed: names of step 2" in capsys.readouterr().out
+
+
+def test_a_best_that_is_a_path_or_a_link_that_leads_out_is_refused(tmp_path):
+    save(tmp_path / "run", [1], best=[1])
+    path, part = tmp_path / "run/step-00000001.json", tmp_path / "run/step-00000001.shared.pt"
+    part.rename(tmp_path / "other.pt")
+    part.symlink_to("../other.pt")
+    for call in ("load_latest", "load_best"):
+        with pytest.raises(CheckpointError, match="is a link that leads out of the folder"):
+            run_local(1, lambda c, call=call: getattr(CheckpointFolder(path.parent, c), call)())
+    best = json.loads(path.read_text())["best"]
+    rewrite(path, best={"../other.pt": best["step-00000001.shared.pt"]})
+    with pytest.raises(CheckpointError, match="no best checkpoint to evaluate"):
+        run_local(1, lambda comm: CheckpointFolder(path.parent, comm).load_best())
+
+
+def test_any_other_value_in_a_manifest_is_noticed(tmp_path, capsys):
+    save(tmp_path, [1, 2], best=[1])
+    path = tmp_path / "step-00000002.json"
+    path.write_text(path.read_text().replace('"best": {', '"best": {}, "worst": {'))
+    assert load(tmp_path)[0].shared == {"step": 1}
+    assert "its own SHA-256 differs" in capsys.readouterr().out
+
+
+def test_later_checkpoints_that_could_not_be_read_do_not_crowd_out_new_ones(tmp_path):
+    save(tmp_path, [1, 5])
+    flip(tmp_path / "step-00000005.shared.pt")
+    assert load(tmp_path)[0].shared == {"step": 1}
+    save(tmp_path, [2], keep=1)
+    assert load(tmp_path)[0].shared == {"step": 2}
+    assert not list(tmp_path.glob("step-00000005*"))
