@@ -16,6 +16,7 @@ checkpoint, with as many ranks or with others. Config files are Python: run only
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from contextlib import nullcontext
@@ -24,7 +25,6 @@ from pathlib import Path
 import torch
 
 from assembly.agreement import check_job
-from assembly.memory_report import report_memory
 from assembly.parts import build_trainer
 from configs import load
 from dgc.comm import Comm
@@ -54,6 +54,7 @@ def main() -> None:
                 raise SystemExit(str(error)) from error  # a mistake of the user: no traceback
     except LaunchError as error:
         raise SystemExit(str(error)) from error
+    gc.freeze()  # or Python looks through all modules again at its end, for seconds
     sys.exit(status)  # when all ranks have left the job in good order
 
 
@@ -72,6 +73,8 @@ def run_job(
     reporter.say("\n".join(f"{path} = {value}" for path, value in flat_config.items()))
     reporter.say(f"folder of this run: {folder.resolve()}" + (f" ({told})" if told else ""))
     if arguments.report == "memory":
+        from assembly.memory_report import report_memory  # a rank that trains starts without it
+
         report_memory(run, comm, device, folder, reporter, memory_gib=arguments.memory_gib,
                       num_steps=arguments.report_steps)  # fmt: skip
         return 0

@@ -85,6 +85,8 @@ class Trainer:
         first_epoch = self.state.progress.epoch
         if first_epoch == self.run.train.num_epochs:
             self.reporter.say("this run is complete; use --suffix for another")
+        elif self._exit_status is None:  # launch/output.py looks for this
+            self.reporter.say(f"training begins with step {self.state.progress.step + 1}")
         while self._exit_status is None and self.state.progress.epoch < self.run.train.num_epochs:
             self._train_epoch()
             if self._exit_status is None:

@@ -2,6 +2,16 @@
 
 A signal to any rank is noted there, told to all with the next step's notices, and heeded by all
 after that step.
+
+| it comes                                  | what happens, on all ranks        | exit status   |
+| ----------------------------------------- | --------------------------------- | ------------- |
+| while Python imports, with --evaluate     | the job ends; nothing is lost     | 128 + number  |
+| connecting, reading data, resuming        | they stop before the first step   | 0, SIGINT 130 |
+| in a step, while a checkpoint is saved    | they end this step or the next,   | 0, SIGINT 130 |
+|                                           | save unless it is saved, and stop |               |
+| in evaluation at an epoch's end           | they end the epoch, save and stop | 0, SIGINT 130 |
+| in the last evaluation, or later          | the run is completed              | 0             |
+| a second one, a second or more later      | the job ends at once              | 128 + number  |
 """
 
 from __future__ import annotations
@@ -15,7 +25,8 @@ SAVE_AND_END = (signal.SIGTERM, signal.SIGUSR1)
 """A job that ends by these has ended well: its exit status is 0."""
 INTERRUPTED = 128 + signal.SIGINT
 """The exit status of a job that SIGINT, which is Ctrl-C, has stopped."""
-# Set where launch/supervise.py gives that status itself: launchers complain of ranks that do.
+# The file in which launch/supervise.py wants that status: launchers complain of ranks that end with
+# one other than 0, and some change it.
 _SUPERVISED = "PARSIMONY_SUPERVISED"
 
 # A terminal sends Ctrl-C to launchers and ranks at once, and launchers pass it on: all of this is
@@ -52,5 +63,16 @@ class StopSignals:
 def exit_status(notices: dict[str, int]) -> int | None:
     """Return the status with which all ranks end, by the sums of their notices; None: go on."""
     if notices["interrupt"]:
-        return 0 if _SUPERVISED in os.environ else INTERRUPTED
+        return 0 if _tell_supervisor(INTERRUPTED) else INTERRUPTED
     return 0 if notices["stop"] else None
+
+
+def _tell_supervisor(status: int) -> bool:
+    """Tell the exit status to the supervisor of this job; False if there is none on this host."""
+    try:
+        file = os.open(os.environ[_SUPERVISED], os.O_WRONLY | os.O_TRUNC)
+    except (KeyError, OSError):
+        return False
+    with os.fdopen(file, "w") as supervisor:
+        supervisor.write(str(status))
+    return True

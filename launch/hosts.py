@@ -26,11 +26,13 @@ def narrowed(command: Sequence[str], min_ranks: int) -> tuple[list[str], str | N
         return command, None
     hosts, ranks = head.index("-H") + 1, head.index("-np") + 1
     slots = [_slots(host) for host in command[hosts].split(",")]
-    with ThreadPoolExecutor(len(slots)) as threads:
+    with ThreadPoolExecutor(min(64, len(slots))) as threads:
         answers = list(threads.map(lambda slot: answers_now(slot[0]), slots))
     left = [slot for slot, is_there in zip(slots, answers, strict=True) if is_there]
     num_ranks = min(int(command[ranks]), sum(count for _, count in left))
     gone = [host for (host, _), is_there in zip(slots, answers, strict=True) if not is_there]
+    if not gone:
+        return command, None
     if num_ranks < max(1, min_ranks):
         return command, (
             f"{', '.join(gone)} do not answer, and the others have {num_ranks} ranks; allowed: "
@@ -47,17 +49,25 @@ def _slots(host: str) -> tuple[str, int]:
 
 
 def answers_now(host: str) -> bool:
-    """Tell whether a host runs a command for us within a few seconds, by mpirun's own shell."""
-    if host in (*_HERE, socket.gethostname(), socket.getfqdn()):
+    """Tell whether a host runs a command for us within a few seconds, by the shell mpirun uses."""
+    name = socket.gethostname()
+    if host in (*_HERE, name, name.partition(".")[0], socket.getfqdn()):
         return True
-    agent = shlex.split(os.environ.get("OMPI_MCA_plm_rsh_agent", ""))
-    if not agent or agent[0] == "ssh":
-        agent = [*(agent or ["ssh"]), "-o", "BatchMode=yes", "-o", "ConnectTimeout=5"]
     try:
         done = subprocess.run(
-            [*agent, host, "true"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            [*_remote_shell(host), "true"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, timeout=_ANSWER_WITHIN_S, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0
+
+
+def _remote_shell(host: str) -> list[str]:
+    """Return the words that begin a command on a host: mpirun's agent, or SLURM's within a job."""
+    agent = shlex.split(os.environ.get("OMPI_MCA_plm_rsh_agent", ""))
+    if not agent and "SLURM_JOB_ID" in os.environ:  # where nodes may refuse ssh
+        return ["srun", "--overlap", "--nodes", "1", "--ntasks", "1", "--nodelist", host]
+    if not agent or agent[0] == "ssh":
+        agent = [*(agent or ["ssh"]), "-o", "BatchMode=yes", "-o", "ConnectTimeout=5"]
+    return [*agent, host]

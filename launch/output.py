@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 _FOLDER = re.compile(r"folder of this run: (/.*?)(?: \(.*\))?$")
-_FAILURE = "failed and ends the job"  # how a rank begins its last message
+# What ranks print: at the first step, when a signal has stopped the run, and of a failure.
+_BEGINNING, _STOPPED, _FAILURE = (
+    "training begins", "stopped by a signal", "failed and ends the job"
+)  # fmt: skip
 _LONGEST_MESSAGE = 30  # lines
 
 
@@ -22,8 +25,12 @@ class Output:
         self._is_read = is_read
         self.folder: Path | None = None
         """The run's, as rank 0 has told it."""
+        self.has_failed_early = True
+        """Whether the ranks never came to train."""
+        self.was_stopped = False
+        """Whether ranks have ended because they got a signal."""
         self._first_step = -1
-        self._failure: list[str] | None = None
+        self._failures: list[list[str]] = []  # what failing ranks have said, in two streams
         self._last: deque[str] = deque(maxlen=10)
         self._readers: list[threading.Thread] = []
 
@@ -45,25 +52,35 @@ class Output:
             reader.join(timeout=5)
 
     def _copy(self, source: BinaryIO, target: BinaryIO) -> None:
-        rest = b""
+        rest, is_heard, failure = b"", True, None
         while piece := source.read1(2**16):
-            target.write(piece)
-            target.flush()
+            try:
+                if is_heard:
+                    target.write(piece)
+                    target.flush()
+            except OSError:  # nobody reads it any more: the job need not end for that
+                is_heard = False
             *lines, rest = re.split(rb"[\r\n]", rest + piece)
             for line in lines:
-                self._read(line.decode(errors="replace"))
-        self._read(rest.decode(errors="replace"))
+                failure = self._read(line.decode(errors="replace"), failure)
+        self._read(rest.decode(errors="replace"), failure)
 
-    def _read(self, line: str) -> None:
+    def _read(self, line: str, failure: list[str] | None) -> list[str] | None:
+        """Note what a line tells; return the failing rank's lines that it is among, if it is."""
+        if not any(map(str.isalnum, line)):  # an empty one, or what mpirun frames its own with
+            return failure if line.strip() == "" else None
         if found := _FOLDER.search(line):
             self.folder = Path(found[1])
             self._first_step = newest_step(self.folder)
-        if self._failure is None and _FAILURE in line:
-            self._failure = []
-        if self._failure is not None and len(self._failure) < _LONGEST_MESSAGE:
-            self._failure.append(line)
-        if any(map(str.isalnum, line)):
-            self._last.append(line)
+        self.has_failed_early &= _BEGINNING not in line
+        self.was_stopped |= _STOPPED in line
+        self._last.append(line)
+        if _FAILURE in line:
+            failure = []
+            self._failures.append(failure)
+        if failure is not None and len(failure) < _LONGEST_MESSAGE:
+            failure.append(line)
+        return failure
 
     @property
     def has_progressed(self) -> bool:
@@ -73,8 +90,12 @@ class Output:
     @property
     def message(self) -> str:
         """Return why the job ended: what the first rank to fail said, or the last lines."""
-        lines = self._last if self._failure is None else self._failure
+        lines = self._failures[0] if self._failures else self._last
         return "\n".join(f"  | {line}" for line in lines)
+
+    def is_like(self, other: Output) -> bool:
+        """Whether both jobs ended for the same reason, whatever ranks and times it names."""
+        return re.sub(r"\d+", "", self.message) == re.sub(r"\d+", "", other.message)
 
 
 def newest_step(folder: Path | None) -> int:

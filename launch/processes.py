@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _libc = ctypes.CDLL(None, use_errno=True)
 
-GRACE_S = 3.0  # in which what is left of a job ends by itself, and again after SIGTERM
+GRACE_S = 2.0  # in which what is left of a job ends by itself, and again after SIGTERM
 
 
 def become_subreaper() -> None:
@@ -80,6 +81,15 @@ def environment_of(pid: int) -> set[str]:
     except OSError:
         return set()
     return {pair.partition(b"=")[0].decode(errors="replace") for pair in pairs}
+
+
+def listens(pid: int, number: int) -> bool:
+    """Tell whether a process has a handler for a signal; not if it has ended."""
+    try:
+        handled = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)
+    except OSError:
+        return False
+    return handled is not None and bool(int(handled[1], 16) >> (number - 1) & 1)
 
 
 def send(number: int, pids: Sequence[int]) -> None:

@@ -58,10 +58,12 @@ if without_horovod; then
         ((count == each)) || fail "SLURM_TASKS_PER_NODE=$SLURM_TASKS_PER_NODE: torchrun needs as many on each node"
     done
     enter
-    # shellcheck disable=SC2086  # TORCHRUN_ARGS is meant to be split
     supervision+=(--requeue)
+    # SLURM's srun passes signals on to its tasks, and torchrun does not to its ranks: so each node has
+    # a supervisor of its own.
+    # shellcheck disable=SC2086  # TORCHRUN_ARGS is meant to be split
     print_and_supervise srun --nodes "${#nodes[@]}" --ntasks "${#nodes[@]}" --ntasks-per-node 1 \
-        torchrun --nnodes "${#nodes[@]}" --nproc-per-node "$each" --rdzv-backend c10d \
+        "$venv/bin/python" -m launch.supervise -- torchrun --nnodes "${#nodes[@]}" --nproc-per-node "$each" --rdzv-backend c10d \
         --rdzv-endpoint "${nodes[0]}:$((29400 + ${SLURM_JOB_ID:-0} % 1000))" --rdzv-id "${SLURM_JOB_ID:-0}" \
         ${TORCHRUN_ARGS:-} "$repo/train.py" "$@"
     exit

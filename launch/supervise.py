@@ -5,19 +5,21 @@
 What launch/train.sh, mpirun.sh and slurm.sh end in. COMMAND is a launcher's (mpirun, horovodrun,
 torchrun or srun); after -np and -H in it stand the ranks and hosts of its next start.
 
-SIGTERM, SIGINT and SIGUSR1 reach a rank, and through it all: they save and stop. A second signal
-ends everything at once. Exit status: 0 after a save for SIGTERM and SIGUSR1, 130 for SIGINT, else
-what COMMAND gave.
+SIGTERM, SIGINT, SIGUSR1 and SIGHUP (a terminal that is closed) reach a rank, and through it all:
+they save and stop. A second signal ends everything at once. Exit status: 130 after a save for
+SIGINT, 0 for the others, 128 + number where there was nothing to save, else what COMMAND gave.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,20 +29,18 @@ from launch import processes
 from launch.hosts import narrowed
 from launch.output import Output
 
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _ONE_REQUEST_S = 1.0  # signals within this time are one request; see engine/stopping.py
-_PAUSES_S = (1, 2, 4, 8, 15, 30, 60)
+_PAUSES_S = (0, 1, 2, 4, 8, 15, 30, 60)  # after so many failures without progress
+_LOOK_AGAIN_S = 0.2
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "RANK", "PMIX_RANK")
 
 
 def main() -> int:
     options = parse(sys.argv[1:])
     processes.become_subreaper()
-    supervisor = Supervisor(options)
-    for number in _STOPPING:
-        signal.signal(number, supervisor.on_signal)
     try:
-        return supervisor.run()
+        return Supervisor(options).run()
     finally:
         processes.end_descendants()
 
@@ -61,120 +61,174 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
+class _Asked(Exception):
+    """A signal came while no rank was there that could save."""
+
+
+class Failures:
+    """How often a job has failed since its last new checkpoint."""
+
+    def __init__(self, num_allowed: int) -> None:
+        self._num_allowed = num_allowed
+        self.number, self.first = 0, ""
+        self._last: Output | None = None
+        self._has_trained = False
+
+    def add(self, output: Output) -> str | None:
+        """Count a failure; return why the job is not worth another start, if so."""
+        self.number = 0 if output.has_progressed else self.number + 1
+        if self.number <= 1:
+            self.first = output.message
+        last, self._last = self._last, output
+        self._has_trained |= not output.has_failed_early
+        # Before the first step it is a person's mistake; after it, the machine's, which may pass.
+        if not self._has_trained and last is not None and output.is_like(last):
+            return "twice the job failed alike before its first step"
+        if self.number > self._num_allowed:
+            return f"the job failed {self.number} times without a new checkpoint"
+        return None
+
+
 class Supervisor:
     """One job, and its starts."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
         self._process: subprocess.Popen | None = None
-        self._folder: Path | None = None  # the run's, since rank 0 has told it
         self._asked: int | None = None  # the first signal
         self._asked_at = 0.0
+        self._has_told_launcher = False
+        # Ranks of this machine write there with which status a signal has stopped them; as exit
+        # statuses of theirs launchers would complain of them, and change them.
+        self._told = tempfile.NamedTemporaryFile(prefix="parsimony-status-")
 
     # ---- signals ---------------------------------------------------------------------------------
 
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._asked is None:
             self._asked, self._asked_at = number, time.monotonic()
             if self._process is None:
-                raise SystemExit(128 + number)  # in a pause: nothing to save
-            self._pass_on(number)
+                raise _Asked
+            self._tell()
         elif time.monotonic() - self._asked_at > _ONE_REQUEST_S:
             say("a second signal: ending the job at once")
             processes.send(signal.SIGKILL, processes.descendants())
             raise SystemExit(128 + number)
 
-    def _pass_on(self, number: int) -> None:
-        """Send a signal to the ranks of this machine, or through mpirun to those of others."""
-        below = processes.descendants()
-        ranks = [pid for pid in below if _is_rank(pid)]
-        mpirun = [pid for pid in below if _program(pid) in ("mpirun", "orterun", "mpiexec")]
-        if ranks:
-            processes.send(number, ranks)
-        elif mpirun:
-            processes.send(signal.SIGUSR1, mpirun)  # which passes it on to all ranks
-        elif self._process is not None:
-            processes.send(number, [self._process.pid])
+    def _tell(self, *_: object) -> None:
+        """Ask this machine's ranks to save and stop, or those of others through their launcher.
+
+        As SIGUSR1 whichever signal it was: mpirun and srun pass that one on and do no more. One
+        rank would be enough. While none is seen here, which may be because they are only starting,
+        this looks again.
+        """
+        below = {pid: processes.words_of(pid) for pid in processes.descendants()}
+        ranks = [pid for pid, words in below.items() if _is_rank(pid, words)]
+        launchers = [pid for pid, words in below.items() if _passes_on(words)]
+        if ranks and not any(processes.listens(pid, signal.SIGUSR1) for pid in ranks):
+            processes.send(signal.SIGKILL, list(below))  # they are starting: nothing to save
+            raise _Asked
+        processes.send(signal.SIGUSR1, ranks)
+        if not ranks:
+            if launchers and not self._has_told_launcher:
+                processes.send(signal.SIGUSR1, launchers[:1])
+                self._has_told_launcher = True
+            signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN_S)
 
     # ---- starts ----------------------------------------------------------------------------------
 
     def run(self) -> int:
         """Start the job until it ends well, or has failed too often; return the exit status."""
-        asked_for, restarts = list(self._options.command), self._options.restarts
-        command, failures, first = asked_for, 0, ""
+        try:
+            for number in _STOPPING:
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                    signal.signal(number, self._on_signal)
+            signal.signal(signal.SIGALRM, self._tell)
+            return self._run()
+        except _Asked:
+            assert self._asked is not None
+            return self._end_as_asked(128 + self._asked)
+
+    def _run(self) -> int:
+        asked_for, failures = list(self._options.command), Failures(self._options.restarts)
+        command = asked_for
         while True:
             status, output = self._start(command)
             if self._asked is not None:
                 return self._end_as_asked(status)
-            if status == 0 or restarts == 0:
+            if status == 0 or self._options.restarts == 0 or output.was_stopped:
+                return status or self._told_status()
+            if problem := failures.add(output):
+                say(f"{problem}: giving up. First:\n{failures.first}\nLast:\n{output.message}")
                 return status
-            if self._folder is None:
-                say("the job ended before it began to train, so it is not started again")
-                return status
-            failures = 0 if output.has_progressed else failures + 1
-            first = output.message if failures <= 1 else first
-            if failures > restarts:
-                say(f"the job failed {failures} times without a new checkpoint: giving up. First:\n"
-                    f"{first}\nLast:\n{output.message}")  # fmt: skip
-                return status
-            command = self._after_pause(asked_for, failures)
-            if command is None:
-                return status
+            command = self._after_pause(asked_for, failures.number)
 
     def _start(self, command: Sequence[str]) -> tuple[int, Output]:
         """Start the job once; return its exit status, and what it printed."""
         output = Output(is_read=self._options.restarts > 0)
-        self._process = process = processes.start(
-            command, {**os.environ, "PARSIMONY_SUPERVISED": "1"}, **output.pipes()
-        )
+        environment = {**os.environ, "PARSIMONY_SUPERVISED": self._told.name}
+        try:
+            self._process = process = processes.start(command, environment, **output.pipes())
+        except OSError as error:
+            say(f"{shlex.join(command)} cannot be started ({error}); see launch/doctor")
+            raise SystemExit(127) from error
         output.follow(process)
-        if self._asked is not None:  # it came before there was a process to tell
-            self._pass_on(self._asked)
         status = processes.wait(process)
         processes.end_descendants()
         output.finish()
-        self._process, self._folder = None, output.folder or self._folder
+        self._process = None
         return (status if status >= 0 else 128 - status), output
 
-    def _end_as_asked(self, status: int) -> int:
-        if self._asked == signal.SIGUSR1 and self._options.requeue:
-            job = os.environ.get("SLURM_JOB_ID", "")
-            done = subprocess.run(["scontrol", "requeue", job], check=False)
-            say(f"asked SLURM to queue job {job} again" if done.returncode == 0 else
-                f"SLURM would not queue job {job} again: submit it anew")  # fmt: skip
-        if status == 0 and self._asked == signal.SIGINT:
-            return 128 + signal.SIGINT
-        return status
+    def _told_status(self) -> int:
+        """Return the exit status that ranks have told; 0 if they have not."""
+        return int(Path(self._told.name).read_text() or 0)
 
-    def _after_pause(self, asked_for: list[str], failures: int) -> list[str] | None:
-        """Wait; return the command for the hosts that answer then; None if too few do for long."""
-        for number in range(max(1, failures), self._options.restarts + 1):
-            pause = _PAUSES_S[min(number, len(_PAUSES_S)) - 1]
-            say(f"starting again in {pause} s")
+    def _end_as_asked(self, status: int) -> int:
+        assert self._asked is not None
+        if self._asked == signal.SIGUSR1 and self._options.requeue:
+            _requeue(os.environ.get("SLURM_JOB_ID", ""))
+        return 128 + signal.SIGINT if (status, self._asked) == (0, signal.SIGINT) else status
+
+    def _after_pause(self, asked_for: list[str], failures: int) -> list[str]:
+        """Wait until enough hosts answer; return the command for those that do."""
+        told, number = None, failures
+        while True:
+            pause = _PAUSES_S[min(number, len(_PAUSES_S) - 1)]
+            if problem_is_new := told is None:
+                say(f"starting again in {pause} s" if pause else "starting again")
             time.sleep(pause)
             command, problem = narrowed(asked_for, self._options.min_np)
             if problem is None:
                 if command != asked_for:
                     say("+ " + shlex.join(command))
                 return command
-            say(problem)
-        say("giving up")
-        return None
+            if problem_is_new or problem != told:
+                say(f"waiting: {problem}")
+            told, number = problem, number + 1
 
 
-def _is_rank(pid: int) -> bool:
-    words = processes.words_of(pid)
+def _requeue(job: str) -> None:
+    """Ask SLURM to queue this job again."""
+    say(f"asking SLURM to queue job {job} again")
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        say(f"it is not queued ({error}): submit it anew")
+
+
+def _is_rank(pid: int, words: Sequence[str]) -> bool:
     if not any(os.path.basename(word) == "train.py" for word in words[1:4]):
         return False
     return any(name in processes.environment_of(pid) for name in _RANK_VARIABLES)
 
 
-def _program(pid: int) -> str:
-    return os.path.basename(processes.words_of(pid)[0])
+def _passes_on(words: Sequence[str]) -> bool:
+    return os.path.basename(words[0]) in ("mpirun", "orterun", "mpiexec", "srun")
 
 
 def say(text: str) -> None:
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"launch: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

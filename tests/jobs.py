@@ -62,6 +62,11 @@ class Job:
             )  # fmt: skip
 
     @property
+    def pid(self) -> int:
+        """The launcher's."""
+        return self._process.pid
+
+    @property
     def is_running(self) -> bool:
         return self._process.poll() is None
 

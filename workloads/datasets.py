@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
+from workloads.digits import load_digits, stratified_split
 from workloads.vision import torchvision
 
 transforms = torchvision.transforms.v2
@@ -28,16 +29,10 @@ def digits(test_fraction: float = 0.2) -> Splits:
     They come with its wheel. The split is always the same; both parts have the same proportions of
     classes.
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    bunch = load_digits()
-    images = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1)
+    images, labels = load_digits()
+    images = images.unsqueeze(1)
     images = (images - images.mean()) / images.std()
-    labels = torch.tensor(bunch.target)
-    train, test = train_test_split(
-        torch.arange(len(labels)), test_size=test_fraction, stratify=labels, random_state=0
-    )
+    train, test = stratified_split(labels, test_fraction)
     return {
         name: TensorDataset(images[rows], labels[rows])
         for name, rows in (("train", train), ("test", test))

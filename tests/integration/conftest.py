@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import jobs
+from tests.marked import marked
 
 DIGITS = ["--configs", "configs/digits/resnet20.py"]
 SPARSE = [*DIGITS, "configs/dgc/wm5.py", "configs/dgc/fp16.py"]
@@ -108,3 +109,15 @@ def finished(undisturbed, runs, tmp_path) -> Runs:
     """A copy of the undisturbed run, to be started again, damaged or refused."""
     shutil.copytree(undisturbed.folder().parent, tmp_path / "runs")
     return runs
+
+
+@pytest.fixture
+def launched(runs, tmp_path, monkeypatch):
+    """A run that launch/*.sh start. What is left of it at the end is killed."""
+    from tests.integration.launched import Launched  # which needs this module
+
+    monkeypatch.setenv("PARSIMONY_VENV", str(jobs.BIN.parent))
+    if not jobs.HAS_HOROVOD:
+        pytest.skip("Horovod is not installed; run launch/setup.sh")
+    with marked() as processes:
+        yield Launched(runs, processes, tmp_path)

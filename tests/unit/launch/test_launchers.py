@@ -40,19 +40,23 @@ def command_of(*arguments: str, **options) -> list[str]:
 def test_train_passes_everything_after_its_own_options_untouched(tmp_path):
     rest = ["--configs", "a b.py", "c.py", "--configs.lrs", "[0.1, 0.2]", "-np", "7", "--gloo"]
     command = command_of("train.sh", "-np", "2", *rest, cwd=tmp_path)
-    start = command.index("horovodrun")
-    assert command[start:] == ["horovodrun", "-np", "2", "python", TRAIN, *rest]
+    start = command.index("mpirun")
+    assert command[start : start + 5] == ["mpirun", "-np", "2", "-H", "localhost:2"]
+    assert command[command.index("python") :] == ["python", TRAIN, *rest]
 
 
 def test_train_takes_the_number_of_ranks_from_the_hosts():
     command = command_of("train.sh", "-H", "a:4,b", "--gloo", "--configs", "x.py")
     assert command[:6] == ["horovodrun", "-np", "5", "-H", "a:4,b", "--gloo"]
+    assert command_of("train.sh", "-H", "a:4,b", "--configs", "x.py")[:5] == (
+        ["mpirun", "-np", "5", "-H", "a:4,b"]
+    )
 
 
 def test_more_ranks_than_cores_is_allowed_with_a_note():
     done = launch("train.sh", "-np", "4096", "--configs", "x.py")
     assert "4096 ranks share" in done.stderr
-    assert "OMP_NUM_THREADS=1 OMPI_MCA_mpi_yield_when_idle=1 horovodrun" in done.stderr
+    assert "OMP_NUM_THREADS=1 OMPI_MCA_mpi_yield_when_idle=1 mpirun" in done.stderr
 
 
 @pytest.mark.parametrize("script", ["train.sh", "mpirun.sh"])
@@ -62,11 +66,24 @@ def test_no_arguments_shows_the_usage(script):
     assert "--configs FILE..." in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["-np"], ["-np", "two"], ["-H", "a:0"], ["-H", "a:b"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["-np"], ["-np", "two"], ["-H", "a:0"], ["-H", "a:b"], ["--restarts", "-1"], ["--min-np"]],
+)
 def test_train_refuses_a_wrong_option_by_name(arguments):
     done = launch("train.sh", *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(f"train.sh: {arguments[0]}")
+
+
+def test_options_of_horovodrun_are_refused_where_mpirun_starts_the_ranks():
+    done = launch("train.sh", "-np", "2", "--configs", "x.py", HOROVODRUN_ARGS="--verbose")
+    assert done.returncode == 2 and "HOROVODRUN_ARGS=--verbose" in done.stderr
+    assert "MPIRUN_ARGS" in done.stderr
+    command = command_of(
+        *("train.sh", "-np", "2", "--gloo", "--configs", "x.py"), HOROVODRUN_ARGS="--verbose"
+    )
+    assert "--verbose" in command
 
 
 def test_mpirun_starts_one_rank_a_slot_and_hands_on_the_environment():
