@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from tests.marked import Marked, marked
 
@@ -42,7 +43,7 @@ LAUNCHERS = {
     "four hosts": ["launch/mpirun.sh", "-H", "a:1,b:1,c:1,d:1"],
 }
 SETTINGS = {
-    "train.num_epochs": 20, "train.lr_warmup_epochs": 1, "train.batch_size_per_rank": 8,
+    "train.num_epochs": 8, "train.lr_warmup_epochs": 1, "train.batch_size_per_rank": 8,
     "dgc.density": 0.01, "dgc.density_warmup_epochs": 1, "data.samples_per_epoch": 1024,
     "data.num_workers_per_rank": 1, "checkpoint.every_steps": 1,
 }  # fmt: skip
@@ -63,8 +64,12 @@ PATIENCE_S = 120  # for a job to make a step after a kill
 class Job:
     """A run under a launcher, until it is complete; whoever supervises it."""
 
-    def __init__(self, kind: str, runs: Path, processes: Marked, restarts: int = 1000) -> None:
-        flags = [w for name, value in SETTINGS.items() for w in (f"--configs.{name}", str(value))]
+    def __init__(
+        self, kind: str, runs: Path, processes: Marked, restarts: int = 1000, **settings: Any
+    ) -> None:
+        """settings: those of SETTINGS that are others here, with __ for the dot."""
+        changed = SETTINGS | {name.replace("__", "."): value for name, value in settings.items()}
+        flags = [w for name, value in changed.items() for w in (f"--configs.{name}", str(value))]
         self._words = [*LAUNCHERS[kind], "--restarts", str(restarts), "--configs", *CONFIGS,
                        *flags, "--runs", str(runs)]  # fmt: skip
         self.runs, self.processes, self.log = runs, processes, runs.parent / f"{runs.name}.log"
@@ -253,7 +258,8 @@ def one_run(
 
 def undisturbed(kind: str, folder: Path) -> str:
     with marked() as processes:
-        job = Job(kind, folder, processes, restarts=0)
+        folder.mkdir()
+        job = Job(kind, folder, processes, restarts=0, checkpoint__every_steps=None)
         job.start()
         job.finish()
         return job.parameter_hash
@@ -264,7 +270,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--launchers", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS))
-    parser.add_argument("--kills-per-run", type=int, default=20)
+    parser.add_argument("--kills-per-run", type=int, default=16)
     arguments = parser.parse_args()
     draw, all_killed, all_seconds, num_runs, num_right = (
         random.Random(arguments.seed), Counter(), [], 0, 0,
@@ -275,6 +281,8 @@ def main() -> None:
         agent.write_text(AGENT)
         agent.chmod(0o755)
         os.environ["OMPI_MCA_plm_rsh_agent"] = str(agent)
+        os.environ["OMPI_MCA_mpi_yield_when_idle"] = "1"  # there are more ranks than cores
+        os.environ["OMP_NUM_THREADS"] = "1"
         os.environ.setdefault("PARSIMONY_VENV", str(Path(sys.executable).parents[1]))
         expected = {kind: undisturbed(kind, top / f"calm {kind}".replace(" ", "-"))
                     for kind in arguments.launchers}  # fmt: skip

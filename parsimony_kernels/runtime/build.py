@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from parsimony_kernels.runtime.sources import PACKAGE, joined
+from parsimony_kernels.runtime.trust import is_ours, private_folder
 
 SOURCES = ("step/host.cpp", "buffers/host.cpp", "packing/host.cpp", "packing/merge.cpp")
 # A product and a sum must stay two roundings, as in the specification, so contraction is off. That
@@ -64,7 +65,7 @@ def _libraries() -> list[Path]:
     that is not possible, those that other compilers made of the same sources.
     """
     key = _key()
-    found = sorted(cache_folder().glob(f"host-{key}-*.so"), key=lambda path: path.stat().st_mtime)
+    found = kept(f"host-{key}-*.so")
     try:
         command = compiler()
         path = cache_folder() / f"host-{key}-{_version(command)}.so"
@@ -73,12 +74,12 @@ def _libraries() -> list[Path]:
             return found[::-1]
         where = f"{cache_folder()} has no library of these sources for this processor either"
         raise RuntimeError(f"{error}; {where}") from None
-    if path.exists():
+    if path in found:
         return [path]
     if found and not os.access(cache_folder(), os.W_OK):
         return found[::-1]
     with _alone(path):
-        if not path.exists():
+        if not is_ours(path):
             keep(path, functools.partial(_compile, command))
     return [path]
 
@@ -114,11 +115,22 @@ def cache_folder() -> Path:
         return _own_temporary_folder() / "kernels"
 
 
+def kept(pattern: str) -> list[Path]:
+    """Return the files of the cache that match and that may be loaded, the oldest first.
+
+    Raises: RuntimeError if the cache is another user's.
+    """
+    folder = cache_folder()
+    if not folder.exists():
+        return []
+    files = (path for path in private_folder(folder).glob(pattern) if is_ours(path))
+    return sorted(files, key=lambda path: path.stat().st_mtime)
+
+
 def _own_temporary_folder() -> Path:
     """Return this user's folder in /tmp, having checked that no other user made it."""
-    folder = Path(tempfile.gettempdir()) / f"parsimony-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.lstat().st_uid != os.getuid():
+    folder = private_folder(Path(tempfile.gettempdir()) / f"parsimony-{os.getuid()}")
+    if folder.stat().st_uid != os.getuid():
         raise RuntimeError(f"there is no HOME, and {folder} belongs to another user. Set HOME, or "
                            "XDG_CACHE_HOME to a folder that can be written")  # fmt: skip
     return folder
@@ -130,13 +142,14 @@ def keep(path: Path, make: Callable[[Path], None]) -> None:
     Raises: RuntimeError with the remedy, if the cache cannot be written; what `make` raises.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        private_folder(path.parent)
         # A folder of a fresh name: other hosts that share the cache may have the same process ids.
         with tempfile.TemporaryDirectory(
             prefix="new.", dir=path.parent, ignore_cleanup_errors=True
         ) as folder:
             new = Path(folder) / path.name
             make(new)
+            new.chmod(0o755)  # whatever the umask is: see trust.is_ours
             with open(new, "rb") as written:
                 os.fsync(written.fileno())  # before the name, so that a crash leaves no half file
             new.replace(path)
@@ -155,8 +168,9 @@ def _alone(path: Path) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
+            private_folder(path.parent)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
+            lock = stack.enter_context(open(os.open(path.with_suffix(".lock"), flags, 0o600), "w"))
             deadline = time.monotonic() + PATIENCE
             while not _has_locked(lock.fileno()) and time.monotonic() < deadline:
                 time.sleep(0.1)

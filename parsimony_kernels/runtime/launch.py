@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from parsimony_kernels.runtime.build import cache_folder, keep
+from parsimony_kernels.runtime.build import cache_folder, keep, kept
 from parsimony_kernels.runtime.sources import joined
 
 THREADS = 256  # in a block
@@ -110,14 +110,14 @@ def _compiled(capability: str) -> Path:
     try:
         version = "-".join(map(str, cuda.nvrtc.getVersion()))
     except Exception as error:  # CuPy's, of several kinds
-        found = sorted(cache_folder().glob(f"device-{key}-*.cubin"))
+        found = kept(f"device-{key}-*.cubin")
         if found:
             return found[-1]
         raise RuntimeError(
             f"NVRTC, which compiles the CUDA kernels, is not there: {error}. {_REMEDY}"
         ) from error
     path = cache_folder() / f"device-{key}-{version}.cubin"
-    if path.exists():
+    if path in kept(path.name):
         return path
     try:
         code, _ = cuda.compiler.compile_using_nvrtc(source(), options=OPTIONS)

@@ -151,11 +151,28 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(finished, undisturbed_
     assert finished.result()["parameter_hash"] == undisturbed_hash
 
 
-def test_another_number_of_ranks_is_told_what_to_do(finished):
+def test_a_run_of_two_ranks_goes_on_with_one_in_the_midst_of_an_epoch(finished):
+    """In a folder that an earlier version named after its ranks. Step 62 of 64 was the last."""
     two = finished.folder()
-    two.rename(two.with_name(two.name.replace(".np2", ".np1")))
-    output = finished.fail(num_ranks=1, **KILLED)
-    assert "was written by 2 ranks and this job has 1" in output
+    (two / "result.json").unlink()
+    (two / "checkpoints/step-00000064.json").unlink()
+    two.rename(two.with_name(f"{two.name}.np2"))
+    scored = finished.succeed("--evaluate", num_ranks=1, **KILLED)
+    assert f"(taking {two.name}.np2, as there is no {two.name})" in scored
+    assert "acc/test_top1:" in scored
+    output = finished.succeed(num_ranks=1, **KILLED)
+    assert "resuming after step 62" in output
+    assert "now with 1 ranks instead of 2" in output
+    assert "samples of a step: 64 -> 32" in output
+    assert "steps left of this epoch: 4 of now 16 an epoch" in output
+    result = finished.result()
+    assert (result["steps"], result["world_size"]) == (66, 1)
+    assert result["metrics"]["acc/test_top1"]["last"] > 80
+
+
+def test_more_epochs_are_refused_where_the_rate_would_have_been_another(finished):
+    output = finished.fail(**{**KILLED, "train__num_epochs": 9})
+    assert "configs.train.num_epochs: 8 against 9" in output
 
 
 def rank_processes(job):
