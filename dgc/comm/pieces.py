@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,10 +27,22 @@ MOST_BYTES = 2**30
 # In each of several calls. Larger pieces are no faster, take memory where they must be copied, and
 # may last longer than 30 s, after which Gloo gives a call up.
 PIECE_BYTES = 2**26
-_STALL_LIMIT = "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"  # Horovod's, and without Horovod ours too
+STALL_LIMIT = "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"  # Horovod's, and without Horovod ours too
 _HELP_EVERY = 0.01  # seconds in which one who waits helps other collectives on
 
 Calls = Generator[Any, Any, Any]
+SIGN_AT = 0.8  # of the limit: by so much ranks may begin to wait at different times
+
+
+class RollCall(Protocol):
+    """Where waiting ranks sign in, so that it can be told who is missing."""
+
+    def sign(self, name: str) -> None:
+        """Write down that this rank waits for a collective. Raises: RuntimeError if it cannot."""
+
+    def take_back(self) -> None: ...
+    def missing(self) -> str:
+        """Return a sentence that names who has not signed."""
 
 
 class Stepwise:
@@ -68,7 +80,11 @@ class Stepwise:
     def wait(self) -> Any:
         while not self._is_done:
             handle = self._handle
-            wait_until(lambda h=handle: self.poll() or self._handle is not h, handle.name)
+            wait_until(
+                lambda h=handle: self.poll() or self._handle is not h,
+                handle.name,
+                getattr(handle, "roll_call", None),
+            )
         return self._result
 
 
@@ -84,31 +100,42 @@ def _help_others() -> None:
 
 def stall_seconds() -> float:
     """Return how long a rank waits for another at most; 0: for ever."""
-    return max(0.0, float(os.environ.get(_STALL_LIMIT, "600")))
+    return max(0.0, float(os.environ.get(STALL_LIMIT, "600")))
 
 
 def stall_error(limit: float, name: str, who: str = "") -> TimeoutError:
     """Return what a rank says that has waited for so long. who: is missing, if that is known."""
     return TimeoutError(
         f"waited {limit:g} s for the other ranks to join collective {name!r}; they are stuck or do "
-        f"something else.{who} {_STALL_LIMIT} sets the limit, 0 for none"
+        f"something else.{who} {STALL_LIMIT} sets the limit, 0 for none"
     )
 
 
-def wait_until(poll: Callable[[], bool], name: str) -> None:
-    """Wait no longer than Horovod's own limit, which under Gloo Horovod does not keep."""
+def wait_until(poll: Callable[[], bool], name: str, roll_call: RollCall | None = None) -> None:
+    """Wait no longer than Horovod's own limit, which under Gloo Horovod does not keep.
+
+    roll_call: knows who is missing then.
+    """
     limit = stall_seconds()
     start, pause, helps_at = time.monotonic(), 0.0001, _HELP_EVERY
+    signs_at = math.inf if roll_call is None or not limit else SIGN_AT * limit
     while not poll():
         waited = time.monotonic() - start
         if waited > limit > 0:
-            raise stall_error(limit, name)
+            raise stall_error(limit, name, "" if roll_call is None else roll_call.missing())
+        if waited > signs_at:
+            with contextlib.suppress(RuntimeError):  # `missing` will tell
+                roll_call.sign(name)
+            signs_at = math.inf
         if waited > helps_at:
             _help_others()
             helps_at = waited + _HELP_EVERY
         time.sleep(pause)
         # Leave the core to other ranks, if there are more of them than cores.
         pause = min(1.1 * pause, 0.001)
+    if signs_at == math.inf and roll_call is not None and limit:
+        with contextlib.suppress(RuntimeError):
+            roll_call.take_back()
 
 
 def check_sendable(tensor: Tensor, name: str) -> None:

@@ -27,7 +27,10 @@ import torch
 from parsimony_kernels.runtime.sources import PACKAGE, joined
 from parsimony_kernels.runtime.trust import is_ours, private_folder
 
-SOURCES = ("step/host.cpp", "buffers/host.cpp", "packing/host.cpp", "packing/merge.cpp")
+SOURCES = (
+    "runtime/watch.cpp", "step/host.cpp", "buffers/host.cpp", "packing/host.cpp",
+    "packing/merge.cpp",
+)  # fmt: skip
 # A product and a sum must stay two roundings, as in the specification, so contraction is off. That
 # nothing needs errno or traps changes no result, and lets g++ vectorise roots and quotients.
 ARITHMETIC = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")

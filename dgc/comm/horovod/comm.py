@@ -19,7 +19,7 @@ from torch import Tensor
 from dgc.comm import pieces
 from dgc.comm.ending import ended_together
 from dgc.comm.horovod import life
-from dgc.comm.horovod.group import HorovodGroup, HorovodHandle
+from dgc.comm.horovod.group import HorovodGroup
 from dgc.comm.interface import Group, Names
 from dgc.comm.launched import LaunchError, refuse_loners
 from dgc.comm.objects import Broadcasts
@@ -49,6 +49,7 @@ class HorovodComm(HorovodGroup, Broadcasts):
         super().__init__(hvd, hvd.global_process_set, hvd.rank(), hvd.size())
         refuse_loners(self.world_size, "Horovod")
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+        self.patience = life.patience(hvd, self.all_gather_object)
 
     @property
     def controller(self) -> str:
@@ -72,14 +73,13 @@ class HorovodComm(HorovodGroup, Broadcasts):
         process_sets = [life.process_set(self._hvd, ranks) for ranks in groups]
         mine = next(number for number, ranks in enumerate(groups) if self.rank in ranks)
         rank, size = groups[mine].index(self.rank), len(groups[mine])
-        return HorovodGroup(self._hvd, process_sets[mine], rank, size)
+        return HorovodGroup(self._hvd, process_sets[mine], rank, size, self.patience)
 
     def _broadcast(self, tensor: Tensor, name: str, root: int) -> None:
         """Overwrite `tensor` in place with a rank's. Bytes travel, so that bfloat16 can."""
         for part in pieces.parts_of(tensor.detach()) if tensor.numel() else ():
             wire, is_own = pieces.as_bytes(part)
-            handle = self._hvd.broadcast_async_(wire, root_rank=root, name=name)
-            HorovodHandle(self._hvd, handle, name).wait()
+            self._start(self._hvd.broadcast_async_, wire, name, root_rank=root).wait()
             if self.rank != root:
                 pieces.take_in(part, wire, is_own)
 

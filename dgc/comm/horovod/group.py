@@ -12,21 +12,28 @@ import torch
 from torch import Tensor
 
 from dgc.comm import pieces
+from dgc.comm.horovod.patience import Patience
 from dgc.comm.interface import Handle
-from dgc.comm.pieces import Stepwise, check_sendable, wait_until
+from dgc.comm.pieces import RollCall, Stepwise, check_sendable, wait_until
 
 
 class HorovodHandle:
     def __init__(
-        self, hvd: Any, handle: int, name: str, finish: Callable[[Any], Any] | None = None
+        self,
+        hvd: Any,
+        handle: int,
+        name: str,
+        finish: Callable[[Any], Any] | None = None,
+        roll_call: RollCall | None = None,
     ) -> None:
         self._hvd, self._handle, self.name, self._finish = hvd, handle, name, finish
+        self.roll_call = roll_call
 
     def poll(self) -> bool:
         return self._hvd.poll(self._handle)
 
     def wait(self) -> Any:
-        wait_until(self.poll, self.name)
+        wait_until(self.poll, self.name, self.roll_call)
         result = self._hvd.synchronize(self._handle)
         return result if self._finish is None else self._finish(result)
 
@@ -34,8 +41,15 @@ class HorovodHandle:
 class HorovodGroup:
     """The asynchronous collectives of one of Horovod's process sets."""
 
-    def __init__(self, hvd: Any, process_set: Any, rank: int, world_size: int) -> None:
-        self._hvd, self._set = hvd, process_set
+    def __init__(
+        self,
+        hvd: Any,
+        process_set: Any,
+        rank: int,
+        world_size: int,
+        patience: Patience | None = None,
+    ) -> None:
+        self._hvd, self._set, self.patience = hvd, process_set, patience
         self.rank, self.world_size = rank, world_size
 
     def all_reduce_async(self, tensor: Tensor, name: str) -> Handle:
@@ -67,26 +81,38 @@ class HorovodGroup:
 
     # ---- one call of Horovod's each --------------------------------------------------------------
 
+    def _start(
+        self,
+        call: Callable[..., int],
+        tensor: Tensor,
+        name: str,
+        finish: Callable[[Any], Any] | None = None,
+        **options: Any,
+    ) -> HorovodHandle:
+        if self.patience is None:  # the ranks are only finding each other
+            return HorovodHandle(self._hvd, call(tensor, name=name, **options), name, finish)
+        with self.patience.starting(name):
+            handle = call(tensor, name=name, **options)
+        return HorovodHandle(self._hvd, handle, name, finish, self.patience.roll_call)
+
     def _all_reduce(self, tensor: Tensor, name: str) -> HorovodHandle:
         hvd = self._hvd
-        handle = hvd.allreduce_async_(tensor, name=name, op=hvd.Sum, process_set=self._set)
-        return HorovodHandle(hvd, handle, name)
+        return self._start(hvd.allreduce_async_, tensor, name, op=hvd.Sum, process_set=self._set)
 
     def _all_gather(self, tensor: Tensor, name: str) -> HorovodHandle:
-        handle = self._hvd.allgather_async(tensor, name=name, process_set=self._set)
-        return HorovodHandle(self._hvd, handle, name)
+        return self._start(self._hvd.allgather_async, tensor, name, process_set=self._set)
 
     def _reduce_scatter(self, tensor: Tensor, name: str) -> HorovodHandle:
         hvd = self._hvd
-        handle = hvd.reducescatter_async(tensor, name=name, op=hvd.Sum, process_set=self._set)
-        return HorovodHandle(hvd, handle, name, lambda row: row.view(-1))
+        return self._start(
+            hvd.reducescatter_async, tensor, name, lambda row: row.view(-1), op=hvd.Sum,
+            process_set=self._set,
+        )  # fmt: skip
 
     def _all_to_all(self, parts: list[Tensor], name: str) -> HorovodHandle:
         sizes = [part.numel() for part in parts]
-        handle = self._hvd.alltoall_async(
-            torch.cat(parts), name=name, process_set=self._set,
+        return self._start(
+            self._hvd.alltoall_async, torch.cat(parts), name,
+            lambda found: list(found[0].split(found[1].tolist())), process_set=self._set,
             splits=torch.tensor(sizes, dtype=torch.int32, device="cpu"),
         )  # fmt: skip
-        return HorovodHandle(
-            self._hvd, handle, name, lambda found: list(found[0].split(found[1].tolist()))
-        )

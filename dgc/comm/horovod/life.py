@@ -10,8 +10,10 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from dgc.comm.horovod.patience import Patience
 
 _MPI_NODES, _MPI_SIZE = "OMPI_MCA_orte_num_nodes", "OMPI_COMM_WORLD_SIZE"
 _COUNTS = (_MPI_NODES, _MPI_SIZE, "HOROVOD_SIZE", "HOROVOD_LOCAL_SIZE", "HOROVOD_CROSS_SIZE")
@@ -19,6 +21,7 @@ _FUSION, _HOROVODS_OWN = "HOROVOD_FUSION_THRESHOLD", str(128 * 2**20)
 _GROUPS = "HOROVOD_DYNAMIC_PROCESS_SETS"
 _log = logging.getLogger(__name__)
 
+_patience: tuple[object, Patience] | None = None  # and the life that it is of
 _num_open = 0  # HorovodComms that were made and not closed
 _own_life: object | None = None  # the life that a HorovodComm began
 _codes: list[Any] = []  # hvd.join's own code, kept while it is refused
@@ -52,6 +55,15 @@ def enter(hvd: Any) -> None:
         # Also for those who have imported the function before.
         hvd.mpi_ops.join.__code__ = _refused_join.__code__
     _warn_of_fusion(hvd)
+
+
+def patience(hvd: Any, all_gather_object: Callable[[Any], list[Any]]) -> Patience:
+    """Return this rank's in this life of Horovod. A collective, when the life's first comm asks."""
+    global _patience
+    if _patience is None or _patience[0] is not _current_life(hvd):
+        made = Patience(hvd.rank(), hvd.size(), all_gather_object, can_split(hvd))
+        _patience = _current_life(hvd), made
+    return _patience[1]
 
 
 def leave(hvd: Any) -> None:
