@@ -147,7 +147,8 @@ def _refuse_elastic() -> None:
             "each rank of ours keeps residuals of its own, which are part of the model's state and "
             "would be lost or doubled. Start a fixed number of ranks: horovodrun with -np alone, "
             "without --min-np, --max-np and --host-discovery-script; to survive a failure, save "
-            "checkpoints and start the job again with as many ranks"
+            "checkpoints and start the job again, with as many ranks or others (launch/train.sh "
+            "--restarts N does)"
         )
 
 
