@@ -170,6 +170,7 @@ def test_a_run_of_two_ranks_goes_on_with_one_in_the_midst_of_an_epoch(finished):
     assert result["metrics"]["acc/test_top1"]["last"] > 80
 
 
+@pytest.mark.long
 def test_more_epochs_are_refused_where_the_rate_would_have_been_another(finished):
     output = finished.fail(**{**KILLED, "train__num_epochs": 9})
     assert "configs.train.num_epochs: 8 against 9" in output

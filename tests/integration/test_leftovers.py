@@ -52,7 +52,6 @@ def kill(who, how, job):
     ("launcher", "who", "how"),
     [
         ("mpirun", "ranks", signal.SIGKILL),
-        ("torchrun", "launcher", signal.SIGKILL),
         *(
             long(launcher, who, how)
             for launcher in jobs.LAUNCHERS

@@ -9,6 +9,7 @@ from tests import jobs
 from tests.integration.conftest import KILLED
 from tests.unit.engine.test_writing import SMALL_DISK, has_small_disks
 
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("undisturbed")]
 ASYNCHRONOUS = {"checkpoint__asynchronous": True}
 # Leaves room for one checkpoint and a half, and for all of them once training goes on without.
 FILL_UNTIL_TOLD = """
