@@ -10,8 +10,9 @@ supervisor was killed this does, by the same command. When the run is complete i
 be those of an undisturbed run, and no process and no temporary file may be left.
 
 Prints a row a run, and the seconds that a kill cost: from the kill to the first checkpoint of a
-later step than there was then, by a new start, with checkpoints at every step. Under MPI, Gloo, torchrun, and
-mpirun on four emulated hosts (processes of this machine, each host's below an agent of its own).
+later step than there was then, by a new start, with checkpoints at every step. Under MPI, Gloo,
+torchrun, and mpirun on four emulated hosts (processes of this machine, each host's below an agent
+of its own).
 """
 
 from __future__ import annotations

@@ -15,8 +15,7 @@ PROGRAM = str(Path(__file__).with_name("check_handover.py"))
 @pytest.mark.parametrize(
     ("launcher", "sizes"),
     [
-        ("mpirun", [3, 2]),
-        long("mpirun", [4, 2, 3, 4]),
+        long("mpirun", [4, 2, 3, 4]),  # the short suite's are tests/unit/.../test_handover.py
         long("torchrun", [4, 2, 3, 4]),
         long("horovodrun --gloo", [4, 2, 3, 4]),
     ],

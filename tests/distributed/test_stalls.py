@@ -23,9 +23,9 @@ def run(launcher, seconds, tmp_path, dynamic=0):
 @pytest.mark.parametrize(
     ("launcher", "dynamic"),
     [
-        ("horovodrun --gloo", 0),
+        ("mpirun", 0),
+        long("horovodrun --gloo", 0),
         long("horovodrun --gloo", 1),
-        long("mpirun", 0),
         long("mpirun", 1),
         long("torchrun", 0),
     ],

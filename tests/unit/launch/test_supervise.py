@@ -29,6 +29,7 @@ def start(code: str, *options: str, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
         words, env={**os.environ, "PYTHONPATH": str(REPO)} | env,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup too
     )  # fmt: skip
 
 
