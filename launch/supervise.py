@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _ONE_REQUEST_S = 1.0  # signals within this time are one request; see engine/stopping.py
 _PAUSES_S = (0, 1, 2, 4, 8, 15, 30, 60)  # after so many failures without progress
 _LOOK_AGAIN_S = 0.2
+_LAUNCHER_ENDS_WITHIN_S = 30.0  # of the last rank of this machine
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "RANK", "PMIX_RANK")
 
 
@@ -173,6 +175,7 @@ class Supervisor:
             say(f"{shlex.join(command)} cannot be started ({error}); see launch/doctor")
             raise SystemExit(127) from error
         output.follow(process)
+        threading.Thread(target=_end_when_abandoned, args=(process,), daemon=True).start()
         status = processes.wait(process)
         processes.end_descendants()
         output.finish()
@@ -205,6 +208,31 @@ class Supervisor:
             if problem_is_new or problem != told:
                 say(f"waiting: {problem}")
             told, number = problem, number + 1
+
+
+def _end_when_abandoned(launcher: subprocess.Popen) -> None:
+    """End a launcher that stays when all ranks of this machine have ended.
+
+    Open MPI 4 ends every rank when one aborts, and then waits for the daemons of all hosts: without
+    end, where a host is cut off (seen: minutes, until TCP gives up).
+    """
+    has_begun, alone_since = False, None
+    while launcher.returncode is None:
+        time.sleep(_LAUNCHER_ENDS_WITHIN_S / 10)
+        if any(_is_rank(pid, processes.words_of(pid)) for pid in processes.descendants()):
+            has_begun, alone_since = True, None
+        elif has_begun:
+            alone_since = alone_since or time.monotonic()
+            if time.monotonic() - alone_since > _LAUNCHER_ENDS_WITHIN_S:
+                say(
+                    f"no rank is left here since {_LAUNCHER_ENDS_WITHIN_S:.0f} s, but the launcher "
+                    f"still waits for another host, which may be cut off: ending it"
+                )
+                processes.send(signal.SIGTERM, [launcher.pid])
+                time.sleep(2 * processes.GRACE_S)
+                if launcher.returncode is None:
+                    processes.send(signal.SIGKILL, [launcher.pid])
+                return
 
 
 def _requeue(job: str) -> None:
