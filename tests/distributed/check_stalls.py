@@ -1,9 +1,12 @@
-"""Run by test_stalls.py: rank 1 is stopped in the midst of steps, for some seconds or for ever.
+"""Run by test_stalls.py: something befalls rank 1 in the midst of steps.
 
-argv: seconds (inf: for ever), and whether collectives start under dynamic process sets, 0 or 1.
-Prints a hash of what was exchanged, which does not depend on how long somebody was stopped.
+argv: what, and whether collectives start under dynamic process sets, 0 or 1. What: the seconds for
+which it is stopped (inf: for ever), "starved" (for 10 s it gets a twentieth of a core), or "clock" (its
+clock jumps a day ahead, and two days back: needs jumping_clock.c preloaded).
+Prints a hash of what was exchanged, which does not depend on any of it.
 """
 
+import ctypes
 import hashlib
 import math
 import os
@@ -14,19 +17,34 @@ import time
 
 import torch
 
-seconds, os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = float(sys.argv[1]), sys.argv[2]
+what, os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = sys.argv[1:]
 
 from dgc.comm.job import job  # noqa: E402
+
+
+def befall(what: str, step: int) -> None:
+    me, program = os.getpid(), None
+    print(f"rank 1: {what}", flush=True)
+    if what == "clock":
+        before, seconds = time.time(), 86400 if step == 20 else -2 * 86400
+        ctypes.CDLL(None).jump_clock(seconds)
+        assert abs(time.time() - before) > 80000, "the clock has not jumped"
+    elif what == "starved":
+        round_ = f"kill -STOP {me} || exit; sleep 0.19; kill -CONT {me}; sleep 0.01"
+        program = f"for i in $(seq 50); do {round_}; done"
+    elif float(what) < math.inf:
+        program = f"sleep {what}; kill -CONT {me}"
+    if program:
+        subprocess.Popen(["sh", "-c", program], start_new_session=True)
+    if what not in ("clock", "starved"):
+        os.kill(me, signal.SIGSTOP)
+
 
 with job() as comm:
     digest = hashlib.sha256()
     for step in range(40):
-        if comm.rank == 1 and step == 20:
-            if seconds < math.inf:
-                wake = f"sleep {seconds}; kill -CONT {os.getpid()}"
-                subprocess.Popen(["sh", "-c", wake], start_new_session=True)
-            print("rank 1 stops", flush=True)
-            os.kill(os.getpid(), signal.SIGSTOP)
+        if comm.rank == 1 and (step == 20 or (step == 30 and what == "clock")):
+            befall(what, step)
         generator = torch.Generator().manual_seed(10 * step + comm.rank)
         mine = torch.randn(1000, generator=generator)
         gathered = comm.all_gather_async(mine, "gathered")

@@ -1,7 +1,8 @@
-"""A rank that stands still: the others wait, or end the job within the limit and say who it is."""
+"""A rank that stands still or is slow: the others wait, or end the job and say who it is."""
 
 import math
 import re
+import subprocess
 import time
 from pathlib import Path
 
@@ -15,9 +16,9 @@ PROGRAM = str(Path(__file__).with_name("check_stalls.py"))
 LIMIT = "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"
 
 
-def run(launcher, seconds, tmp_path, dynamic=0):
-    words = [PROGRAM, str(seconds), str(dynamic)]
-    return jobs.run(launcher, 3, words, tmp_path / f"log-{seconds}", timeout=150)
+def run(launcher, what, tmp_path, dynamic=0):
+    words = [PROGRAM, str(what), str(dynamic)]
+    return jobs.run(launcher, 3, words, tmp_path / f"log-{what}", timeout=150)
 
 
 @pytest.mark.parametrize(
@@ -44,14 +45,24 @@ def test_a_rank_that_never_goes_on_ends_the_job_with_its_name(
     assert "rank 0 on" not in outcome.output.split("issing:")[-1][:60]
 
 
+@pytest.fixture
+def jumping_clock(tmp_path, monkeypatch):
+    """Preload a clock that check_stalls.py lets jump."""
+    source, library = Path(PROGRAM).with_name("jumping_clock.c"), tmp_path / "jumping_clock.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", source, "-o", library], check=True)
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("dynamic", [0, 1])
 @pytest.mark.parametrize("launcher", jobs.LAUNCHERS)
-def test_a_rank_that_stands_still_for_5_s_changes_no_bit(launcher, dynamic, tmp_path):
+def test_a_rank_that_stands_still_starves_or_has_a_jumping_clock_changes_no_bit(
+    launcher, dynamic, tmp_path, jumping_clock
+):
     hashes = set()
-    for seconds in (0.1, 5):
-        outcome = run(launcher, seconds, tmp_path, dynamic)
+    for what in (0.1, 5, "starved", "clock"):
+        outcome = run(launcher, what, tmp_path, dynamic)
         assert outcome.status == 0, outcome.output[-5000:]
-        assert "rank 1 stops" in outcome.output
+        assert f"rank 1: {what}" in outcome.output
         hashes |= set(re.findall(r"rank \d has (\w{64})", outcome.output))
     assert len(hashes) == 1
