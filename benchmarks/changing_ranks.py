@@ -70,8 +70,11 @@ def main() -> None:
     rows: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="parsimony-ranks-") as folder:
         for seed in arguments.seeds:
-            words = [*arguments.words, "--configs.train.num_epochs", str(arguments.epochs),
-                     "--configs.seed", str(seed), "--configs.checkpoint.every_steps", "5"]  # fmt: skip
+            changed = {"train.num_epochs": arguments.epochs, "seed": seed}
+            changed["checkpoint.every_steps"] = 5
+            words = list(arguments.words)
+            for key, value in changed.items():
+                words += [f"--configs.{key}", str(value)]
             for name, legs in (("4 ranks", (4,)), ("4, 2, 3, 4", LEGS)):
                 runs = Path(folder) / f"{seed}-{len(legs)}"
                 num_steps = arguments.epochs * arguments.steps_per_epoch

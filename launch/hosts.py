@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import socket
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 _ANSWER_WITHIN_S = 10
 _HERE = ("localhost", "127.0.0.1")
@@ -17,35 +19,51 @@ def narrowed(command: Sequence[str], min_ranks: int) -> tuple[list[str], str | N
     """Return a command for the hosts that answer now, and why it cannot be started, if so.
 
     Of a launcher's command, the word after -np is the number of ranks, and that after -H, if it is
-    there, names hosts as a:8,b:8. Hosts in a file are left to mpirun.
+    there, names hosts as a:8,b:8; that after -hostfile a file of lines "a slots=8". A file that
+    does not give every host's slots is left to mpirun.
     """
     command = list(command)
-    end = command.index("python") if "python" in command else len(command)
-    head = command[:end]
-    if "-H" not in head or "-np" not in head:
+    head = command[: command.index("python") if "python" in command else len(command)]
+    slots, where = [], next((flag for flag in ("-H", "-hostfile") if flag in head), None)
+    if where is not None:
+        at = head.index(where) + 1
+        slots = _of_words(head[at]) if where == "-H" else _of_file(head[at])
+    if not slots:
         return command, None
-    hosts, ranks = head.index("-H") + 1, head.index("-np") + 1
-    slots = [_slots(host) for host in command[hosts].split(",")]
     with ThreadPoolExecutor(min(64, len(slots))) as threads:
         answers = list(threads.map(lambda slot: answers_now(slot[0]), slots))
     left = [slot for slot, is_there in zip(slots, answers, strict=True) if is_there]
-    num_ranks = min(int(command[ranks]), sum(count for _, count in left))
     gone = [host for (host, _), is_there in zip(slots, answers, strict=True) if not is_there]
     if not gone:
         return command, None
+    num_ranks = sum(count for _, count in left)
+    if "-np" in head:
+        num_ranks = min(num_ranks, int(head[head.index("-np") + 1]))
     if num_ranks < max(1, min_ranks):
         return command, (
             f"{', '.join(gone)} do not answer, and the others have {num_ranks} ranks; allowed: "
             f"{max(1, min_ranks)} or more (--min-np)"
         )
-    command[hosts] = ",".join(f"{host}:{count}" for host, count in left)
-    command[ranks] = str(num_ranks)
+    command[at - 1 : at + 1] = ["-H", ",".join(f"{host}:{count}" for host, count in left)]
+    if "-np" in head:
+        command[head.index("-np") + 1] = str(num_ranks)
     return command, None
 
 
-def _slots(host: str) -> tuple[str, int]:
-    name, colon, count = host.rpartition(":")
-    return (name, int(count)) if colon else (host, 1)
+def _of_words(words: str) -> list[tuple[str, int]]:
+    """Return hosts and slots of "a:8,b:8"; without a number it is one."""
+    parts = [word.rpartition(":") for word in words.split(",")]
+    return [(name, int(count)) if colon else (count, 1) for name, colon, count in parts]
+
+
+def _of_file(path: str) -> list[tuple[str, int]]:
+    """Return hosts and slots of a host file; [] if it does not give them all, or users."""
+    try:
+        lines = [line.partition("#")[0].strip() for line in Path(path).read_text().splitlines()]
+    except OSError:
+        return []
+    found = [re.match(r"([^\s@]+)\s.*?slots\s*=\s*(\d+)", line) for line in lines if line]
+    return [(match[1], int(match[2])) for match in found if match] if all(found) else []
 
 
 def answers_now(host: str) -> bool:

@@ -6,8 +6,9 @@
 #   -H HOSTS           e.g. server0:8,server1:8, the number of ranks after the colon
 #   -hostfile FILE     instead of -H: lines of "server0 slots=8"
 #   -np N              number of ranks (default: all that the hosts offer)
-#   --restarts N       start again when the job ends badly, from its newest checkpoint, on the hosts (of
-#                      -H) that still answer; give up after N failures without a new checkpoint
+#   --restarts N       start again when the job ends badly, from its newest checkpoint, on the hosts that
+#                      still answer (of a FILE's, where it gives all their slots); give up after N
+#                      failures without a new checkpoint
 #   --min-np M         with that: wait until there are slots for so many ranks (default: 1)
 # The rest goes to train.py as it stands; paths in it are relative to the repository.
 #   MPIRUN_ARGS          further options for mpirun, e.g. "-mca btl_tcp_if_include eth0"; set it if the

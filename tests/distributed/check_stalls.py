@@ -1,8 +1,8 @@
 """Run by test_stalls.py: something befalls rank 1 in the midst of steps.
 
 argv: what, and whether collectives start under dynamic process sets, 0 or 1. What: the seconds for
-which it is stopped (inf: for ever), "starved" (for 10 s it gets a twentieth of a core), or "clock" (its
-clock jumps a day ahead, and two days back: needs jumping_clock.c preloaded).
+which it is stopped (inf: for ever), "starved" (for 10 s it gets a twentieth of a core), or "clock"
+(its clock jumps a day ahead, and two days back: needs jumping_clock.c preloaded).
 Prints a hash of what was exchanged, which does not depend on any of it.
 """
 

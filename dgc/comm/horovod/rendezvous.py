@@ -1,11 +1,11 @@
 """Where ranks meet when Horovod is begun again in one process under Gloo: at a store of their own.
 
-horovodrun's store is for one life. Its server forgets the count of who is done with one group of
-ranks when another group is complete (Horovod 0.28.1, http_server.py: finished_list.clear()), so that
-of some groups it keeps the addresses of the first life, and of others it drops those of the second
-before all have read them. hvd.init() then ends the process ("Connection refused"), or waits until
-Gloo gives up: seen in 7 of 340 lives of two ranks, with and without dynamic process sets. So each
-further life gets a store of rank 0's, found through horovodrun's.
+horovodrun's store is for one life. Its server forgets who is done with one group of ranks when
+another group is complete (Horovod 0.28.1, http_server.py: finished_list.clear()). So of some groups
+it keeps the first life's addresses, and of others drops the second's before all have read them.
+hvd.init() then ends the process ("Connection refused"), or waits until Gloo gives up: seen in 7 of
+340 lives of two ranks, with and without dynamic process sets. So each further life gets a store of
+rank 0's, found through horovodrun's.
 """
 
 from __future__ import annotations

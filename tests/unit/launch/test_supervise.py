@@ -251,6 +251,28 @@ def test_a_host_that_does_not_answer_is_left_out(only_a_answers):
     assert command == [*"mpirun -np 8 -H a:8".split(), *COMMAND[5:]]
 
 
+@pytest.mark.parametrize(
+    ("hosts", "left"),
+    [
+        ("a slots=8 max-slots=8\n# b is slow\n\nb  slots = 4  # it is\n", "-H a:8"),
+        ("a slots=8\nme@b slots=8\n", "-hostfile {}"),  # -H names no users
+        ("a slots=2\na slots=1\nb slots=4\n", "-H a:2,a:1"),
+        ("a slots=8\nb\n", "-hostfile {}"),  # mpirun knows how many b has
+        ("a slots=8\n", "-hostfile {}"),
+        ("", "-hostfile {}"),
+    ],
+)
+def test_a_host_of_a_file_that_does_not_answer_is_left_out(hosts, left, only_a_answers, tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text(hosts)
+    command = ["mpirun", "-hostfile", str(path), "-mca", "pml", "ob1", "python", "train.py"]
+    expected = ["mpirun", *left.format(path).split(), *command[3:]]
+    assert narrowed(command, 1) == (expected, None)
+    counted = narrowed(["mpirun", "-np", "9", *command[1:]], 1)[0]
+    num_ranks = {"-H a:8": "8", "-H a:2,a:1": "3"}.get(left, "9")
+    assert counted == ["mpirun", "-np", num_ranks, *expected[1:]]
+
+
 def test_too_few_ranks_are_not_started(only_a_answers):
     command, problem = narrowed(COMMAND, 9)
     assert command == COMMAND
