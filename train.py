@@ -36,11 +36,13 @@ from engine.orphans import end_with_launcher
 from engine.replicas import ReplicaError
 from engine.run_folder import RunFolderError, held
 from engine.stopping import StopSignals
+from launch import leftovers
 
 
 def main() -> None:
     arguments, overrides = parse_arguments(sys.argv[1:])
     end_with_launcher()
+    leftovers.sweep()
     signals = StopSignals()
     if not (arguments.report or arguments.evaluate):  # these have nothing to save
         signals.listen()
@@ -66,6 +68,8 @@ def run_job(
     flat_config = load.flatten(config)
     check_job(comm, flat_config, vars(arguments))
     run = load.build(config)
+    if run.data.num_workers_per_rank:
+        leftovers.name_ours()
     device = choose_device(arguments.devices, comm)
     name, runs = load.run_name(arguments.configs), Path(os.path.expanduser(arguments.runs))
     folder, told = earlier_folders.find(runs, name, arguments.suffix, comm)

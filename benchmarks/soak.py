@@ -34,6 +34,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from launch.processes import is_alive
 from tests.marked import Marked, marked
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +60,7 @@ export HOST_OF_SOAK
 shift
 exec sh -c "$*"
 """
-PATIENCE_S = 120  # for a job to make a step after a kill
+PATIENCE_S = 300  # for a job to make a step after a kill
 
 
 class Job:
@@ -119,6 +120,7 @@ class Job:
         while not reached() and not self.is_complete:
             self.keep_going()
             if time.monotonic() > deadline:
+                shutil.copy(self.log, tempfile.gettempdir())
                 raise RuntimeError(f"no step within {PATIENCE_S} s:\n{self.tail()}")
             time.sleep(pause)
 
@@ -237,6 +239,13 @@ def small_disk(folder: Path) -> Iterator[bool]:
             subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
+def left_by_ranks() -> list[Path]:
+    """Return what loader processes of ranks that have ended were given, and is still there."""
+    folders = (Path("/dev/shm"), Path(tempfile.gettempdir()))
+    found = [path for folder in folders for path in folder.glob("*parsimony-rank-*")]
+    return [path for path in found if not is_alive(int(path.name.split("-")[3]))]
+
+
 def one_run(
     kind: str, folder: Path, num_kills: int, draw: random.Random, expected: str
 ) -> tuple[Counter[str], list[float], bool]:
@@ -255,7 +264,7 @@ def one_run(
         job.finish()
         left = processes.left(10)
         is_same = job.parameter_hash == expected
-        temporary = [*folder.rglob("*.tmp"), *folder.rglob("*.new")]
+        temporary = [*folder.rglob("*.tmp"), *folder.rglob("*.new"), *left_by_ranks()]
         is_right = is_same and not left and not temporary
         if not is_right:
             print(f"WRONG: same bits {is_same}, left {left}, {temporary}\n{job.tail()}", flush=True)

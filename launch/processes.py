@@ -66,6 +66,12 @@ def _status(folder: Path) -> tuple[str, int] | None:
     return state, int(parent)
 
 
+def is_alive(pid: int) -> bool:
+    """Tell whether a process has not ended; one that waits to be buried has."""
+    fields = _status(Path(f"/proc/{pid}"))
+    return fields is not None and fields[0] != "Z"
+
+
 def words_of(pid: int) -> list[str]:
     """Return a process's command by words; only an empty one if it has ended."""
     try:

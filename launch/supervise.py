@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from launch import processes
+from launch import leftovers, processes
 from launch.hosts import narrowed
 from launch.output import Output
 
@@ -102,7 +102,11 @@ class Supervisor:
         self._has_told_launcher = False
         # Ranks of this machine write there with which status a signal has stopped them; as exit
         # statuses of theirs launchers would complain of them, and change them.
-        self._told = tempfile.NamedTemporaryFile(prefix="parsimony-status-")
+        self._told = tempfile.TemporaryFile("w+")  # it has no name that a kill would leave behind
+
+    @property
+    def _told_path(self) -> str:
+        return f"/proc/{os.getpid()}/fd/{self._told.fileno()}"
 
     # ---- signals ---------------------------------------------------------------------------------
 
@@ -168,7 +172,7 @@ class Supervisor:
     def _start(self, command: Sequence[str]) -> tuple[int, Output]:
         """Start the job once; return its exit status, and what it printed."""
         output = Output(is_read=self._options.restarts > 0)
-        environment = {**os.environ, "PARSIMONY_SUPERVISED": self._told.name}
+        environment = {**os.environ, "PARSIMONY_SUPERVISED": self._told_path}
         try:
             self._process = process = processes.start(command, environment, **output.pipes())
         except OSError as error:
@@ -178,13 +182,14 @@ class Supervisor:
         threading.Thread(target=_end_when_abandoned, args=(process,), daemon=True).start()
         status = processes.wait(process)
         processes.end_descendants()
+        leftovers.sweep()
         output.finish()
         self._process = None
         return (status if status >= 0 else 128 - status), output
 
     def _told_status(self) -> int:
         """Return the exit status that ranks have told; 0 if they have not."""
-        return int(Path(self._told.name).read_text() or 0)
+        return int(Path(self._told_path).read_text() or 0)
 
     def _end_as_asked(self, status: int) -> int:
         assert self._asked is not None

@@ -2,12 +2,14 @@
 
 import os
 import signal
+import tempfile
 import time
 import uuid
 from pathlib import Path
 
 import pytest
 
+from launch import leftovers
 from tests import jobs
 from tests.integration.test_failures import rank_processes
 from tests.long import long
@@ -39,6 +41,13 @@ def wait_until_gone(mark):
         time.sleep(0.1)
 
 
+def files_of(ranks):
+    """Return what multiprocessing has made for ranks: folders, and semaphores."""
+    folders = (Path("/dev/shm"), Path(tempfile.gettempdir()))
+    names = [f"*parsimony-rank-*-{pid}-*" for pid in ranks]
+    return [path for folder in folders for name in names for path in folder.glob(name)]
+
+
 def kill(who, how, job):
     ranks = rank_processes(job)
     assert len(ranks) == 2
@@ -67,8 +76,12 @@ def test_nothing_of_a_killed_job_is_left(runs, monkeypatch, launcher, who, how):
     job = runs.start(launcher=launcher, **SETTINGS)
     runs.wait_for_step(2, job)
     assert sum("forkserver" in words for _, words in marked(mark)) >= 6
+    ranks = rank_processes(job)
+    assert len(files_of(ranks)) > len(ranks), "they have other names now"
     kill(who, how, job)
     wait_until_gone(mark)
+    leftovers.sweep()  # as the launchers do, and the next job
+    assert files_of(ranks) == []
 
 
 @pytest.mark.long
