@@ -43,7 +43,8 @@ def test_a_rank_that_never_goes_on_ends_the_job_with_its_name(
     if "Horovod to start" not in outcome.output:  # inside of it, nobody can be asked
         named = rf"[Mm]issing: rank {victim} on|rank {victim} |ranks \[{victim}\]"
         assert re.search(named, outcome.output), outcome.output[-3000:]
-    assert f"rank {1 - victim} on" not in outcome.output.split("issing:")[-1][:60]
+    if not dynamic:  # else a rank that stands in Horovod cannot say that it waits, too
+        assert f"rank {1 - victim} on" not in outcome.output.split("issing:")[-1][:60]
 
 
 @pytest.fixture
