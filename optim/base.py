@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from optim import options
+from optim import options, plans
 from optim.gradients import Gradient, read_gradient
 from optim.moments import Moment, count_of_steps
 from optim.preconditioner import Preconditioner
@@ -92,17 +92,45 @@ class MomentOptimizer(StatefulOptimizer):
             with torch.enable_grad():
                 loss = closure()
         elements = dict(elements or {})
-        arrived = [(one, read_gradient(one[2], elements.pop(one[2], None)))
-                   for one in self._parameters()]  # fmt: skip
+        planned, others = self._planned(elements)
+        arrived = [(one, read_gradient(one[2], elements.pop(one[2], None))) for one in others]
         if elements:
             shapes = [tuple(p.shape) for p in elements]
             raise ValueError(f"elements for tensors of shapes {shapes}, which are no parameters of "
                              "this optimizer")  # fmt: skip
         ready = [(one, gradient, self._moments(*one))
                  for one, gradient in arrived if gradient is not None]  # fmt: skip
-        for (_, group, p), gradient, moments in ready:  # all have been checked: none can be refused
+        plans.run(planned, self._rule)  # all have been checked: none can be refused
+        for (_, group, p), gradient, moments in ready:
             self._step_parameter(group, p, gradient, moments)
         return loss
+
+    def _planned(
+        self, elements: Mapping[Tensor, Any]
+    ) -> tuple[list[tuple[plans.Plan, Tensor]], list[tuple[int, Group, Tensor]]]:
+        """Return the plans that fit, with their gradients, and the other parameters."""
+        planned, others, position = [], [], 0
+        is_native = ops.implementation() == "native"
+        for group in self.param_groups:
+            options = self._structure(group)
+            for p in group["params"]:
+                plan, grad = self._plans.get(p), p.grad
+                if plan is None or not is_native or grad is None or p in elements:
+                    others.append((position, group, p))
+                elif plan.fits(group, options, self.state[p], grad):
+                    planned.append((plan, grad))
+                else:
+                    del self._plans[p]
+                    others.append((position, group, p))
+                position += 1
+        return planned, others
+
+    def _structure(self, group: Group) -> tuple[Any, ...]:
+        """Return what decides in which structures a group's moments are kept."""
+        return (
+            self._first(group), self._second(group), group["min_compressed_numel"],
+            group.get("variant"),
+        )  # fmt: skip
 
     def _step_parameter(
         self, group: Group, p: Tensor, gradient: Gradient, moments: tuple[Moment | None, ...]
@@ -119,6 +147,10 @@ class MomentOptimizer(StatefulOptimizer):
         state["step"] += 1
         if moments[1] is not None:
             moments[1].end_step(step, group)
+        if gradient.is_dense and ops.implementation() == "native":
+            plan = plans.plan(p, group, self._structure(group), state, moments)
+            if plan is not None:
+                self._plans[p] = plan
 
     def _rule(self, group: Group, step: int) -> ops.Rule:
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])

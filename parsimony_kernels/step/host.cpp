@@ -156,6 +156,16 @@ int parsimony_step(const HostStep *a) try {
     return 1;
 }
 
+// Dense steps, one after another. Each has its own arguments, but for the number of threads.
+int parsimony_step_all(HostStep *const *steps, i64 count, int threads) {
+    for (i64 i = 0; i < count; i++) {
+        steps[i]->threads = threads;
+        if (parsimony_step(steps[i])) return 1;
+        *steps[i]->num_steps += 1.0f;
+    }
+    return 0;
+}
+
 int parsimony_observe(const HostStep *a) try {
     if (a->storage == STORAGE_FLOAT32) observe<float>(*a);
     if (a->storage == STORAGE_BFLOAT16) observe<bf16>(*a);

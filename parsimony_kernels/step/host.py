@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -55,6 +56,25 @@ def step(
 ) -> None:
     args = _host_step(param, grad, rows, rule, first, second)
     _check(host_library().parsimony_step(ctypes.byref(args)))
+
+
+class PlannedStep:
+    """A dense step that is kept: see ops.PlannedStep."""
+
+    def __init__(self, param: Tensor, first: First, second: Second, num_steps: Tensor) -> None:
+        self._args = _host_step(param, param, None, Rule(0.0), first, second)
+        self._args.num_steps = num_steps.data_ptr()
+        self._address = ctypes.addressof(self._args)
+
+    def set(self, grad: Tensor, rule: Rule) -> None:
+        self._args.grad = grad.data_ptr()
+        self._args.rule = rule
+
+    @staticmethod
+    def run(steps: Sequence[PlannedStep]) -> None:
+        addresses = (_pointer * len(steps))(*[step._address for step in steps])
+        threads = _int(torch.get_num_threads())
+        _check(host_library().parsimony_step_all(addresses, _i64(len(steps)), threads))
 
 
 def step_elements(

@@ -10,7 +10,9 @@ Shapes: n rows of m columns make the parameter's 2-D view; k of its rows, or ele
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -110,6 +112,36 @@ def step(
     check_second(second, param)
     if grad.numel() > 0:
         _run(param).step(param, grad, rule.scalars(param.dtype), first, second, rows)
+
+
+class PlannedStep(Protocol):
+    """A dense step whose arguments have been checked, and are kept."""
+
+    def set(self, grad: Tensor, rule: Rule) -> None:
+        """Set what it is run with next: a gradient like the parameter, contiguous, and a rule."""
+
+
+def planned(
+    param: Tensor, first: First, second: Second, num_steps: Tensor
+) -> PlannedStep | None:
+    """Return dense steps of a parameter (n, m) as one to be kept; None where they cannot be.
+
+    num_steps: (), float32, on the CPU: each step adds 1. They can be kept on a CPU, by the native kernels. Whoever keeps it keeps the tensors, and makes another
+    when the memory of one of them changes.
+    """
+    check_parameter(param, param, None)
+    check_first(first, param)
+    check_second(second, param)
+    check_shape("num_steps", num_steps, (), torch.device("cpu"))
+    module = _run(param)
+    has_plans = hasattr(module, "PlannedStep") and param.numel() > 0
+    return module.PlannedStep(param, first, second, num_steps) if has_plans else None
+
+
+def step_planned(steps: Sequence[PlannedStep]) -> None:
+    """Make these steps, as `step` would one after another; all on one device."""
+    if steps:
+        type(steps[0]).run(steps)
 
 
 def step_elements(
