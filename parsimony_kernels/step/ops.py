@@ -121,13 +121,11 @@ class PlannedStep(Protocol):
         """Set what it is run with next: a gradient like the parameter, contiguous, and a rule."""
 
 
-def planned(
-    param: Tensor, first: First, second: Second, num_steps: Tensor
-) -> PlannedStep | None:
+def planned(param: Tensor, first: First, second: Second, num_steps: Tensor) -> PlannedStep | None:
     """Return dense steps of a parameter (n, m) as one to be kept; None where they cannot be.
 
-    num_steps: (), float32, on the CPU: each step adds 1. They can be kept on a CPU, by the native kernels. Whoever keeps it keeps the tensors, and makes another
-    when the memory of one of them changes.
+    They can on a CPU, by the native kernels. Whoever keeps it keeps the tensors, and makes another
+    when the memory of one of them changes. num_steps: (), float32, on the CPU; each step adds 1.
     """
     check_parameter(param, param, None)
     check_first(first, param)
