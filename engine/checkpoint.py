@@ -143,6 +143,27 @@ class CheckpointFolder:
         self._best = best
         self._remove_old(step)
 
+    def mark_best(self, step: int) -> None:
+        """Make the newest checkpoint, which is of `step`, the best one as well.
+
+        Only its manifest is written anew: while its parts were, it would be no checkpoint.
+        Raises: WriteError, on all ranks, if rank 0 cannot write it. All is then as it was.
+        """
+        assert self._pending is None, "mark_best() before the end of another"
+        path = self._folder / f"{step_name(step)}.json"
+
+        def write() -> dict[str, Any]:
+            content, problem = manifest.read(path)
+            if content is None:
+                raise OSError(0, problem)
+            best = {shared_name(step): content["parts"][shared_name(step)]}
+            data = manifest.to_bytes(step, content["world_size"], content["parts"], best)
+            write_atomically(path, lambda file: file.write(data))
+            return best
+
+        self._best = self._together(write if self.rank == 0 else dict)
+        self._remove_old(step)
+
     def _write_manifest(self, path: Path, content: bytes) -> dict[str, Any]:
         if self.rank == 0:
             try:
@@ -320,8 +341,12 @@ class CheckpointFolder:
             kept = [path for path in paths if path not in later][-self._keep :]
             for path in {*paths, *self._folder.glob("step-*.json.tmp")} - {*kept}:
                 self._unlink(path)
-            named = {name for m in self._list_manifests() for name in m["parts"] | m["best"]}
+            contents = [manifest.read(path)[0] for path in kept]
+            if all(contents):  # else the parts of one that only cannot be read now would go
+                named = {name for m in contents for name in m["parts"] | m["best"]}
         named = self._comm.broadcast_object(named)
+        if named is None:
+            return
         for path in self._folder.glob("step-*.pt*"):
             if path.name not in named and may_remove(path.name, self.rank, self._comm.world_size):
                 self._unlink(path)

@@ -135,7 +135,8 @@ def _this_process() -> dict[str, Any]:
 def _started(pid: Any) -> str | None:
     """Return when a process of this machine started, in clock ticks; None if there is none."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        stat = Path(f"/proc/{pid}/stat").read_bytes()  # a name in it may end within a letter
+        return stat.rpartition(b")")[2].split()[19].decode()
     return None
 
 

@@ -15,6 +15,7 @@ import random
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any, ClassVar
 
 import cloudpickle
@@ -238,6 +239,14 @@ def make_batches(
     return SampleBatches(loader, batch_size, world_size, sampler)
 
 
+def _let_children_import_this() -> None:
+    """Let the fork server find engine.fork_server from any folder: it is not told our sys.path."""
+    root = str(Path(__file__).resolve().parents[1])
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if root not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *paths])
+
+
 def _loader(
     dataset: Dataset[Any],
     sampler: Sampler,
@@ -250,6 +259,7 @@ def _loader(
     # server is a fresh process that has imported torch, once for all loaders.
     context = multiprocessing.get_context("forkserver") if num_workers else None
     if context is not None:
+        _let_children_import_this()
         context.set_forkserver_preload(["engine.fork_server", "torch.utils.data"])
     return DataLoader(
         dataset,

@@ -38,6 +38,13 @@ class Saver:
         Args: is_last: the job ends with it, so that it must be finished here.
         """
         self.finish()
+        if self._state.progress.step == self.saved_step:  # an epoch ends, of which no step was left
+            try:
+                if is_best:
+                    self._checkpoints.mark_best(self.saved_step)
+            except WriteError as error:
+                self._tolerate(error, self.saved_step, is_last)
+            return
         beside = self._settings.asynchronous
         with self._counted():
             self._reporter.flush()
@@ -63,9 +70,7 @@ class Saver:
             self.saved_step = step
         except WriteError as error:
             self._state.progress.num_checkpoints -= 1
-            if is_last or self._settings.on_error == "stop":
-                raise
-            self._reporter.say(f"training goes on without a checkpoint of step {step}: {error}")
+            self._tolerate(error, step, is_last)
         self._report_seconds()
 
     def notices(self) -> dict[str, int]:
@@ -78,6 +83,12 @@ class Saver:
         is_same = self._asked_about == self._checkpoints.pending_step
         if is_same and notices["written"] == self._world_size:
             self.finish()
+
+    def _tolerate(self, error: WriteError, step: int, is_last: bool) -> None:
+        """Raise it, unless the run is to go on after one and does not end anyway."""
+        if is_last or self._settings.on_error == "stop":
+            raise error
+        self._reporter.say(f"training goes on without a checkpoint of step {step}: {error}")
 
     @contextmanager
     def _counted(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ import re
 import shlex
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,27 +15,23 @@ _ANSWER_WITHIN_S = 10
 _HERE = ("localhost", "127.0.0.1")
 
 
-def narrowed(command: Sequence[str], min_ranks: int) -> tuple[list[str], str | None]:
+def narrowed(
+    command: Sequence[str], min_ranks: int, unasked: Collection[str] = ()
+) -> tuple[list[str], str | None]:
     """Return a command for the hosts that answer now, and why it cannot be started, if so.
 
     Of a launcher's command, the word after -np is the number of ranks, and that after -H, if it is
     there, names hosts as a:8,b:8; that after -hostfile a file of lines "a slots=8". A file that
     does not give every host's slots is left to mpirun.
+    Args: unasked: hosts that are taken to be there.
     """
     command = list(command)
-    head = command[: command.index("python") if "python" in command else len(command)]
-    slots, where = [], next((flag for flag in ("-H", "-hostfile") if flag in head), None)
-    if where is not None:
-        at = head.index(where) + 1
-        slots = _of_words(head[at]) if where == "-H" else _of_file(head[at])
-    if not slots:
-        return command, None
-    with ThreadPoolExecutor(min(64, len(slots))) as threads:
-        answers = list(threads.map(lambda slot: answers_now(slot[0]), slots))
-    left = [slot for slot, is_there in zip(slots, answers, strict=True) if is_there]
-    gone = [host for (host, _), is_there in zip(slots, answers, strict=True) if not is_there]
+    flag, slots = _hosts_of(command)
+    gone = [host for host in _silent([host for host, _ in slots]) if host not in unasked]
     if not gone:
         return command, None
+    head = _head(command)
+    left = [slot for slot in slots if slot[0] not in gone]
     num_ranks = sum(count for _, count in left)
     if "-np" in head:
         num_ranks = min(num_ranks, int(head[head.index("-np") + 1]))
@@ -44,10 +40,38 @@ def narrowed(command: Sequence[str], min_ranks: int) -> tuple[list[str], str | N
             f"{', '.join(gone)} do not answer, and the others have {num_ranks} ranks; allowed: "
             f"{max(1, min_ranks)} or more (--min-np)"
         )
-    command[at - 1 : at + 1] = ["-H", ",".join(f"{host}:{count}" for host, count in left)]
+    at = head.index(flag)
+    command[at : at + 2] = ["-H", ",".join(f"{host}:{count}" for host, count in left)]
     if "-np" in head:
         command[head.index("-np") + 1] = str(num_ranks)
     return command, None
+
+
+def silent_hosts(command: Sequence[str]) -> list[str]:
+    """Return which hosts of a launcher's command do not answer now."""
+    return _silent([host for host, _ in _hosts_of(command)[1]])
+
+
+def _head(command: Sequence[str]) -> list[str]:
+    """Return the words of a command before the program's."""
+    return list(command[: command.index("python") if "python" in command else len(command)])
+
+
+def _hosts_of(command: Sequence[str]) -> tuple[str, list[tuple[str, int]]]:
+    """Return the option that names a command's hosts, and these with their slots."""
+    head = _head(command)
+    for flag, read in (("-H", _of_words), ("-hostfile", _of_file)):
+        if flag in head:
+            return flag, read(head[head.index(flag) + 1])
+    return "", []
+
+
+def _silent(hosts: list[str]) -> list[str]:
+    if not hosts:
+        return []
+    with ThreadPoolExecutor(min(64, len(hosts))) as threads:
+        answers = list(threads.map(answers_now, hosts))
+    return [host for host, is_there in zip(hosts, answers, strict=True) if not is_there]
 
 
 def _of_words(words: str) -> list[tuple[str, int]]:
@@ -62,7 +86,7 @@ def _of_file(path: str) -> list[tuple[str, int]]:
         lines = [line.partition("#")[0].strip() for line in Path(path).read_text().splitlines()]
     except OSError:
         return []
-    found = [re.match(r"([^\s@]+)\s.*?slots\s*=\s*(\d+)", line) for line in lines if line]
+    found = [re.match(r"([^\s@]+)\s.*?(?<![\w-])slots\s*=\s*(\d+)", line) for line in lines if line]
     return [(match[1], int(match[2])) for match in found if match] if all(found) else []
 
 

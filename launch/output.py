@@ -100,5 +100,6 @@ class Output:
 
 def newest_step(folder: Path | None) -> int:
     """Return the step of a run's newest checkpoint; -1 if none can be seen from here."""
-    names = [] if folder is None else (folder / "checkpoints").glob("step-*.json")
-    return max((int(path.stem.removeprefix("step-")) for path in names), default=-1)
+    paths = [] if folder is None else (folder / "checkpoints").glob("step-*.json")
+    found = [re.fullmatch(r"step-(\d+)\.json", path.name, re.ASCII) for path in paths]
+    return max((int(match[1]) for match in found if match), default=-1)

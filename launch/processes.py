@@ -60,10 +60,11 @@ def descendants() -> list[int]:
 def _status(folder: Path) -> tuple[str, int] | None:
     """Return a process's state and parent; None if it has ended."""
     try:
-        state, parent, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+        # Bytes: a process's name, in brackets, may end within a letter.
+        state, parent, *_ = (folder / "stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return None
-    return state, int(parent)
+    return state.decode(), int(parent)
 
 
 def is_alive(pid: int) -> bool:
@@ -92,7 +93,7 @@ def environment_of(pid: int) -> set[str]:
 def listens(pid: int, number: int) -> bool:
     """Tell whether a process has a handler for a signal; not if it has ended."""
     try:
-        handled = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)
+        handled = re.search(rb"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_bytes(), re.M)
     except OSError:
         return False
     return handled is not None and bool(int(handled[1], 16) >> (number - 1) & 1)

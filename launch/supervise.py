@@ -27,13 +27,14 @@ from pathlib import Path
 from types import FrameType
 
 from launch import leftovers, processes
-from launch.hosts import narrowed
+from launch.hosts import narrowed, silent_hosts
 from launch.output import Output
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _ONE_REQUEST_S = 1.0  # signals within this time are one request; see engine/stopping.py
 _PAUSES_S = (0, 1, 2, 4, 8, 15, 30, 60)  # after so many failures without progress
 _LOOK_AGAIN_S = 0.2
+_SAYS_AFTER_S = 15.0  # that there is nobody to pass a signal on to; ranks start within that time
 _LAUNCHER_ENDS_WITHIN_S = 30.0  # of the last rank of this machine
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "HOROVOD_RANK", "RANK", "PMIX_RANK")
 
@@ -100,6 +101,7 @@ class Supervisor:
         self._asked: int | None = None  # the first signal
         self._asked_at = 0.0
         self._has_told_launcher = False
+        self._unasked: set[str] = set()  # hosts of which it means nothing that they do not answer
         # Ranks of this machine write there with which status a signal has stopped them; as exit
         # statuses of theirs launchers would complain of them, and change them.
         self._told = tempfile.TemporaryFile("w+")  # it has no name that a kill would leave behind
@@ -139,6 +141,12 @@ class Supervisor:
             if launchers and not self._has_told_launcher:
                 processes.send(signal.SIGUSR1, launchers[:1])
                 self._has_told_launcher = True
+            if not launchers and time.monotonic() - self._asked_at > _SAYS_AFTER_S:
+                say(
+                    "no rank on this machine to ask, and the launcher does not pass signals on; a "
+                    "signal to any rank stops the job with a checkpoint, a second one here at once"
+                )
+                return
             signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN_S)
 
     # ---- starts ----------------------------------------------------------------------------------
@@ -158,6 +166,8 @@ class Supervisor:
     def _run(self) -> int:
         asked_for, failures = list(self._options.command), Failures(self._options.restarts)
         command = asked_for
+        if self._options.restarts:
+            threading.Thread(target=self._doubt_probes, args=(asked_for,), daemon=True).start()
         while True:
             status, output = self._start(command)
             if self._asked is not None:
@@ -167,11 +177,19 @@ class Supervisor:
             if problem := failures.add(output):
                 say(f"{problem}: giving up. First:\n{failures.first}\nLast:\n{output.message}")
                 return status
+            if output.has_failed_early:
+                self._unasked.clear()  # they may have been gone from the start
             command = self._after_pause(asked_for, failures.number)
+
+    def _doubt_probes(self, command: Sequence[str]) -> None:
+        """Find the hosts that do not answer us while the job runs there: launchers may have another
+        way to them than we (a port, a key, a name of this machine)."""
+        self._unasked |= set(silent_hosts(command))
 
     def _start(self, command: Sequence[str]) -> tuple[int, Output]:
         """Start the job once; return its exit status, and what it printed."""
         output = Output(is_read=self._options.restarts > 0)
+        self._told.truncate(0)
         environment = {**os.environ, "PARSIMONY_SUPERVISED": self._told_path}
         try:
             self._process = process = processes.start(command, environment, **output.pipes())
@@ -205,7 +223,7 @@ class Supervisor:
             if problem_is_new := told is None:
                 say(f"starting again in {pause} s" if pause else "starting again")
             time.sleep(pause)
-            command, problem = narrowed(asked_for, self._options.min_np)
+            command, problem = narrowed(asked_for, self._options.min_np, self._unasked)
             if problem is None:
                 if command != asked_for:
                     say("+ " + shlex.join(command))

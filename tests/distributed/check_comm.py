@@ -205,6 +205,7 @@ def begun_by_us():
 def check_further_lives():
     """Without a store of its own, every fiftieth life of two ranks stands still or fails."""
     stores = {os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"]}
+    os.environ["http_proxy"] = "http://127.0.0.1:9"  # nobody listens there
     for life in range(5):
         comm = HorovodComm()
         stores |= {os.environ["HOROVOD_GLOO_RENDEZVOUS_PORT"]}

@@ -1,8 +1,8 @@
-"""Run by test_stalls.py: something befalls rank 1 in the midst of steps.
+"""Run by test_stalls.py: something befalls a rank in the midst of steps.
 
-argv: what, and whether collectives start under dynamic process sets, 0 or 1. What: the seconds for
-which it is stopped (inf: for ever), "starved" (for 10 s it gets a twentieth of a core), or "clock"
-(its clock jumps a day ahead, and two days back: needs jumping_clock.c preloaded).
+argv: what, which rank, and whether collectives start under dynamic process sets, 0 or 1. What: the
+seconds for which it is stopped (inf: for ever), "starved" (for 10 s it gets a twentieth of a core),
+or "clock" (its clock jumps a day ahead, and two days back: needs jumping_clock.c preloaded).
 Prints a hash of what was exchanged, which does not depend on any of it.
 """
 
@@ -17,14 +17,14 @@ import time
 
 import torch
 
-what, os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = sys.argv[1:]
+what, victim, os.environ["HOROVOD_DYNAMIC_PROCESS_SETS"] = sys.argv[1:]
 
 from dgc.comm.job import job  # noqa: E402
 
 
 def befall(what: str, step: int) -> None:
     me, program = os.getpid(), None
-    print(f"rank 1: {what}", flush=True)
+    print(f"rank {victim}: {what}", flush=True)
     if what == "clock":
         before, seconds = time.time(), 86400 if step == 20 else -2 * 86400
         ctypes.CDLL(None).jump_clock(seconds)
@@ -43,7 +43,7 @@ def befall(what: str, step: int) -> None:
 with job() as comm:
     digest = hashlib.sha256()
     for step in range(40):
-        if comm.rank == 1 and (step == 20 or (step == 30 and what == "clock")):
+        if comm.rank == int(victim) and (step == 20 or (step == 30 and what == "clock")):
             befall(what, step)
         generator = torch.Generator().manual_seed(10 * step + comm.rank)
         mine = torch.randn(1000, generator=generator)

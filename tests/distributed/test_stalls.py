@@ -16,33 +16,35 @@ PROGRAM = str(Path(__file__).with_name("check_stalls.py"))
 LIMIT = "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"
 
 
-def run(launcher, what, tmp_path, dynamic=0):
-    words = [PROGRAM, str(what), str(dynamic)]
+def run(launcher, what, tmp_path, dynamic=0, victim=1):
+    words = [PROGRAM, str(what), str(victim), str(dynamic)]
     return jobs.run(launcher, 3, words, tmp_path / f"log-{what}", timeout=150)
 
 
 @pytest.mark.parametrize(
-    ("launcher", "dynamic"),
+    ("launcher", "dynamic", "victim"),
     [
-        ("mpirun", 0),
-        long("horovodrun --gloo", 0),
-        long("horovodrun --gloo", 1),
-        long("mpirun", 1),
-        long("torchrun", 0),
+        ("mpirun", 0, 0),  # which keeps the list of those who wait
+        long("mpirun", 0, 1),
+        *(long("horovodrun --gloo", dynamic, victim) for dynamic in (0, 1) for victim in (0, 1)),
+        long("mpirun", 1, 1),
+        *(long("torchrun", 0, victim) for victim in (0, 1)),
     ],
 )
 def test_a_rank_that_never_goes_on_ends_the_job_with_its_name(
-    launcher, dynamic, tmp_path, monkeypatch
+    launcher, dynamic, victim, tmp_path, monkeypatch
 ):
     monkeypatch.setenv(LIMIT, "4")
     start = time.monotonic()
-    outcome = run(launcher, math.inf, tmp_path, dynamic)
+    outcome = run(launcher, math.inf, tmp_path, dynamic, victim)
     assert outcome.status != 0
     assert time.monotonic() - start < 100
     assert re.search(r"waited 4 s for .*collective .*(gathered|summed)", outcome.output)
     if "Horovod to start" not in outcome.output:  # inside of it, nobody can be asked
-        assert re.search(r"[Mm]issing: rank 1 on|rank 1 |ranks \[1\]", outcome.output)
-    assert "rank 0 on" not in outcome.output.split("issing:")[-1][:60]
+        named = rf"[Mm]issing: rank {victim} on|rank {victim} |ranks \[{victim}\]"
+        assert re.search(named, outcome.output), outcome.output[-3000:]
+    if not dynamic:  # else a rank that stands in Horovod cannot say that it waits, too
+        assert f"rank {1 - victim} on" not in outcome.output.split("issing:")[-1][:60]
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from dgc.comm.pieces import stall_seconds
 _ADDRESS, _PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
 _ANSWER_WITHIN_S = 5.0
 _LOOK_AGAIN_S = 0.05
+_direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never by a proxy
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -101,7 +102,7 @@ def is_by_gloo() -> bool:
 
 def _put(url: str, data: bytes) -> None:
     request = urllib.request.Request(url, data=data, method="PUT")
-    urllib.request.urlopen(request, timeout=_ANSWER_WITHIN_S).close()
+    _direct.open(request, timeout=_ANSWER_WITHIN_S).close()
 
 
 def _get(url: str) -> bytes:
@@ -109,7 +110,7 @@ def _get(url: str) -> bytes:
     limit, start = stall_seconds(), time.monotonic()
     while True:
         try:
-            with urllib.request.urlopen(url, timeout=_ANSWER_WITHIN_S) as answer:
+            with _direct.open(url, timeout=_ANSWER_WITHIN_S) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
             if error.code != 404:

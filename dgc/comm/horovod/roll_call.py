@@ -8,6 +8,7 @@ who have not signed in are missing. Where the store does not answer, that is ran
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -32,6 +33,7 @@ class RollCall:
     ) -> None:
         self._rank, self._hosts, self._port = rank, hosts, port
         self._addresses, self._store = addresses, store
+        self._is_silent = False  # whether rank 0 has once not answered: nobody asks it again
 
     def sign(self, name: str) -> None:
         """Write down that this rank waits for a collective."""
@@ -58,13 +60,31 @@ class RollCall:
         return f" Missing: {named}{more}: stopped, cut off, or busy with something else."
 
     def _with_store(self, do: Callable[[Any], Any]) -> Any:
-        """Raises: RuntimeError where rank 0's store does not answer."""
-        if self._store is None:
-            self._store = self._reach()
-        try:
-            return do(self._store)
-        except (RuntimeError, OSError) as error:
-            raise RuntimeError(f"rank 0 does not answer: {error}") from error
+        """Raises: RuntimeError where rank 0's store does not answer.
+
+        On a thread: where rank 0 is stopped, torch's own calls do not keep their limits.
+        """
+        if self._is_silent:
+            raise RuntimeError("rank 0 does not answer")
+        answers: list[Any] = []
+
+        def ask() -> None:
+            try:
+                if self._store is None:
+                    self._store = self._reach()
+                answers.append(do(self._store))
+            except (RuntimeError, OSError) as error:
+                answers.append(RuntimeError(f"rank 0 does not answer: {error}"))
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(_ANSWER_WITHIN.total_seconds() + 1)
+        self._is_silent = not answers
+        if self._is_silent:
+            raise RuntimeError("rank 0 does not answer")
+        if isinstance(answers[0], RuntimeError):
+            raise answers[0]
+        return answers[0]
 
     def _reach(self) -> Any:
         addresses = self._addresses

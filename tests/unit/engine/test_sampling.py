@@ -143,8 +143,11 @@ def test_loader_processes_end_with_a_rank_that_is_killed():
         "next(batches)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[3])!r})\n" + code
     words = [sys.executable, "-c", code]
-    killed = subprocess.run(words, env=environment, stdout=subprocess.PIPE, timeout=60)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    killed = subprocess.run(  # from any folder
+        words, env=environment, cwd="/", stdout=subprocess.PIPE, timeout=60
+    )
     # It has returned, so neither a loader process nor their server holds its output any more.
     assert killed.returncode == -signal.SIGKILL

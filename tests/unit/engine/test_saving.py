@@ -57,6 +57,34 @@ def test_notices_of_one_checkpoint_are_not_taken_for_those_of_the_next(tmp_path)
     run_local(2, work)
 
 
+@pytest.mark.parametrize("num_ranks_before", [2, 3])
+def test_a_checkpoint_is_not_written_over_when_an_epoch_ends_that_has_no_step_left(
+    tmp_path, num_ranks_before
+):
+    """A signal in the last step saves it; another start then ends the epoch, and saves as well."""
+    folder = tmp_path / "checkpoints"
+
+    def before(comm):
+        trainer_after_a_step(comm, tmp_path)._save(is_best=False, is_last=True)
+
+    def work(comm):
+        trainer = trainer_after_a_step(comm, tmp_path)
+        trainer._saver.saved_step = 1
+        trainer.checkpoints.load_latest()
+        trainer._save(is_best=False)
+        trainer._save(is_best=True)
+        if comm.rank == 0:
+            assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pt")} == parts
+        trainer._saver.saved_step = None
+        assert trainer.checkpoints.load_best().keys() >= {"model", "progress"}
+        return trainer.checkpoints.load_latest().world_size
+
+    run_local(num_ranks_before, before)
+    parts = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pt")}
+    assert len(parts) == num_ranks_before + 1
+    assert run_local(2, work) == [num_ranks_before] * 2
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_training_goes_on_after_a_failure_if_asked_but_does_not_end_with_one(
     tmp_path, monkeypatch, asynchronous

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.hosts import narrowed
+from launch.hosts import narrowed, silent_hosts
 from tests.marked import marked
 
 REPO = Path(__file__).resolve().parents[3]
@@ -98,6 +98,30 @@ def test_a_wrong_setting_is_not_tried_again_and_again(tmp_path):
     assert status == 1
     assert "twice the job failed alike before its first step: giving up" in err
     assert err.count("starting again") == 1
+
+
+def test_what_lies_among_checkpoints_and_how_processes_are_named_does_not_matter(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000007.old.json").touch()  # a person's copy
+    cut = ("import ctypes, sys; ctypes.CDLL(None).prctl(15, 'Dienst-für-öäüü'.encode())\n"
+           "print('named', flush=True); sys.stdin.read()")  # fmt: skip
+    words = [sys.executable, "-Sc", cut]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"named\n"
+        code = counting(tmp_path, (
+            f"print('folder of this run:', {str(tmp_path)!r}, flush=True)\n" + TRAINS +
+            "print('x' * 300_000); sys.exit(start < 2)"
+        ))  # fmt: skip
+        status, out, _ = run(code, "--restarts", "1")
+        other.stdin.close()
+    assert (status, out.count("training begins")) == (0, 2)
+
+
+def test_a_start_that_ends_well_is_not_given_the_status_of_one_before(tmp_path):
+    code = counting(tmp_path, TRAINS + (
+        "if start == 1: open(os.environ['PARSIMONY_SUPERVISED'], 'w').write('130'); sys.exit(1)"
+    ))  # fmt: skip
+    assert run(code, "--restarts", "1")[0] == 0
 
 
 def test_what_goes_wrong_once_a_job_has_trained_is_tried_again_as_often_as_asked(tmp_path):
@@ -256,6 +280,7 @@ def test_a_host_that_does_not_answer_is_left_out(only_a_answers):
     [
         ("a slots=8 max-slots=8\n# b is slow\n\nb  slots = 4  # it is\n", "-H a:8"),
         ("a slots=8\nme@b slots=8\n", "-hostfile {}"),  # -H names no users
+        ("a max_slots=16 slots=8\nb slots=4\n", "-H a:8"),
         ("a slots=2\na slots=1\nb slots=4\n", "-H a:2,a:1"),
         ("a slots=8\nb\n", "-hostfile {}"),  # mpirun knows how many b has
         ("a slots=8\n", "-hostfile {}"),
@@ -277,6 +302,11 @@ def test_too_few_ranks_are_not_started(only_a_answers):
     command, problem = narrowed(COMMAND, 9)
     assert command == COMMAND
     assert "b do not answer" in problem and "9 or more (--min-np)" in problem
+
+
+def test_a_host_that_never_answered_while_the_job_ran_there_is_kept(only_a_answers):
+    assert silent_hosts(COMMAND) == ["b"]
+    assert narrowed(COMMAND, 1, {"b"}) == (COMMAND, None)
 
 
 def test_this_machine_always_answers(monkeypatch):
