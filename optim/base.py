@@ -106,21 +106,30 @@ class MomentOptimizer(StatefulOptimizer):
         return loss
 
     def _planned(
-        self, elements: Mapping[Tensor, Any]
-    ) -> tuple[list[tuple[plans.Plan, Tensor]], list[tuple[int, Group, Tensor]]]:
-        """Return the plans that fit, with their gradients, and the other parameters."""
+        self, elements: dict[Tensor, tuple[Tensor, Tensor]]
+    ) -> tuple[list[plans.Arrived], list[tuple[int, Group, Tensor]]]:
+        """Return the plans that hold, with what arrived for them, and the other parameters.
+
+        What is returned is taken out of `elements`.
+        """
         planned, others, position = [], [], 0
         is_native = ops.implementation() == "native"
         for group in self.param_groups:
             options = self._structure(group)
             for p in group["params"]:
                 plan, grad = self._plans.get(p), p.grad
-                if plan is None or not is_native or grad is None or p in elements:
+                pair = elements.get(p) if elements else None
+                if plan is None or not is_native or (grad is None) == (pair is None):
                     others.append((position, group, p))
-                elif plan.fits(group, options, self.state[p], grad):
-                    planned.append((plan, grad))
-                else:
+                elif not plan.holds(group, options, self.state[p]):
                     del self._plans[p]
+                    others.append((position, group, p))
+                elif pair is None and plan.takes(grad):
+                    planned.append((plan, grad, None))
+                elif pair is not None and plan.takes_elements(*pair):
+                    del elements[p]
+                    planned.append((plan, pair[1], pair[0]))
+                else:
                     others.append((position, group, p))
                 position += 1
         return planned, others
@@ -147,10 +156,8 @@ class MomentOptimizer(StatefulOptimizer):
         state["step"] += 1
         if moments[1] is not None:
             moments[1].end_step(step, group)
-        if gradient.is_dense and ops.implementation() == "native":
-            plan = plans.plan(p, group, self._structure(group), state, moments)
-            if plan is not None:
-                self._plans[p] = plan
+        if p not in self._plans and ops.implementation() == "native":
+            self._plans[p] = plans.plan(p, group, self._structure(group), state, moments)
 
     def _rule(self, group: Group, step: int) -> ops.Rule:
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])

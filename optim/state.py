@@ -42,7 +42,7 @@ class StatefulOptimizer(Optimizer):
     def __init__(self, params: Any, defaults: Group) -> None:
         self._delegated: dict[Tensor, Preconditioner | None] = {}
         self._unfitted: set[Tensor] = set()  # whose state was loaded before their shape was known
-        self._plans: dict[Tensor, Plan] = {}
+        self._plans: dict[Tensor, Plan | None] = {}  # None: it can have none
         unset = {k: v for k, v in self.structures.items() if defaults.get(k, "") is None}
         defaults = {**defaults, **unset}
         options.check(defaults)  # before the parameters are looked at, as in torch

@@ -156,16 +156,6 @@ int parsimony_step(const HostStep *a) try {
     return 1;
 }
 
-// Dense steps, one after another. Each has its own arguments, but for the number of threads.
-int parsimony_step_all(HostStep *const *steps, i64 count, int threads) {
-    for (i64 i = 0; i < count; i++) {
-        steps[i]->threads = threads;
-        if (parsimony_step(steps[i])) return 1;
-        *steps[i]->num_steps += 1.0f;
-    }
-    return 0;
-}
-
 int parsimony_observe(const HostStep *a) try {
     if (a->storage == STORAGE_FLOAT32) observe<float>(*a);
     if (a->storage == STORAGE_BFLOAT16) observe<bf16>(*a);
@@ -182,6 +172,28 @@ int parsimony_step_elements(const HostStep *a) try {
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;
+}
+
+// Of steps that are dense, or (where `at` is given) of elements: the number of the first whose indices are
+// not ascending, unique and in range; -1 if there is none.
+int parsimony_wrong_indices(const HostStep *const *steps, i64 count) {
+    for (i64 i = 0; i < count; i++) {
+        const HostStep &s = *steps[i];
+        for (i64 j = 0, before = -1; s.at && j < s.k; before = s.at[j++])
+            if (s.at[j] <= before || s.at[j] >= s.n * s.m) return (int)i;
+    }
+    return -1;
+}
+
+// Such steps, one after another, and one more in each one's number of steps.
+int parsimony_step_all(HostStep *const *steps, i64 count, int threads) {
+    for (i64 i = 0; i < count; i++) {
+        HostStep *s = steps[i];
+        s->threads = threads;
+        if (s->k && (s->at ? parsimony_step_elements(s) : parsimony_step(s))) return 1;
+        *s->num_steps += 1.0f;
+    }
+    return 0;
 }
 
 // Insert gain x - forgetting query.

@@ -66,15 +66,24 @@ class PlannedStep:
         self._args.num_steps = num_steps.data_ptr()
         self._address = ctypes.addressof(self._args)
 
-    def set(self, grad: Tensor, rule: Rule) -> None:
-        self._args.grad = grad.data_ptr()
-        self._args.rule = rule
+    def set(self, grad: Tensor, rule: Rule, indices: Tensor | None = None) -> None:
+        args = self._args
+        args.grad = grad.data_ptr()
+        args.rule = rule
+        if indices is None:
+            args.at, args.k = None, args.n
+        else:
+            args.at, args.k = indices.data_ptr(), indices.shape[0]
+
+    @staticmethod
+    def find_wrong_indices(steps: Sequence[PlannedStep]) -> int | None:
+        wrong = host_library().parsimony_wrong_indices(_addresses(steps), _i64(len(steps)))
+        return None if wrong < 0 else wrong
 
     @staticmethod
     def run(steps: Sequence[PlannedStep]) -> None:
-        addresses = (_pointer * len(steps))(*[step._address for step in steps])
         threads = _int(torch.get_num_threads())
-        _check(host_library().parsimony_step_all(addresses, _i64(len(steps)), threads))
+        _check(host_library().parsimony_step_all(_addresses(steps), _i64(len(steps)), threads))
 
 
 def step_elements(
@@ -90,6 +99,10 @@ def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> N
     # Without weight decay no parameter is read; grad takes its place.
     args = _host_step(grad, grad, None, scaled, None, second)
     _check(host_library().parsimony_observe(ctypes.byref(args)))
+
+
+def _addresses(steps: Sequence[PlannedStep]) -> ctypes.Array:
+    return (_pointer * len(steps))(*[step._address for step in steps])
 
 
 def _check(status: int) -> None:

@@ -115,14 +115,17 @@ def step(
 
 
 class PlannedStep(Protocol):
-    """A dense step whose arguments have been checked, and are kept."""
+    """A step of one parameter whose arguments have been checked, and are kept."""
 
-    def set(self, grad: Tensor, rule: Rule) -> None:
-        """Set what it is run with next: a gradient like the parameter, contiguous, and a rule."""
+    def set(self, grad: Tensor, rule: Rule, indices: Tensor | None = None) -> None:
+        """Set what it is run with next: a dense gradient, or values of elements; and a rule.
+
+        They must be such as `step` and `step_elements` take.
+        """
 
 
 def planned(param: Tensor, first: First, second: Second, num_steps: Tensor) -> PlannedStep | None:
-    """Return dense steps of a parameter (n, m) as one to be kept; None where they cannot be.
+    """Return steps of a parameter (n, m), dense or of elements, as one to be kept, or None.
 
     They can on a CPU, by the native kernels. Whoever keeps it keeps the tensors, and makes another
     when the memory of one of them changes. num_steps: (), float32, on the CPU; each step adds 1.
@@ -136,10 +139,14 @@ def planned(param: Tensor, first: First, second: Second, num_steps: Tensor) -> P
     return module.PlannedStep(param, first, second, num_steps) if has_plans else None
 
 
+def find_wrong_indices(steps: Sequence[PlannedStep]) -> int | None:
+    """Return the number of a step whose indices are not ascending, unique and in range, if any."""
+    return type(steps[0]).find_wrong_indices(steps)
+
+
 def step_planned(steps: Sequence[PlannedStep]) -> None:
-    """Make these steps, as `step` would one after another; all on one device."""
-    if steps:
-        type(steps[0]).run(steps)
+    """Make these steps, as `step` and `step_elements` would one after another, on one device."""
+    type(steps[0]).run(steps)
 
 
 def step_elements(

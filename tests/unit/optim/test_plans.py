@@ -7,6 +7,7 @@ import torch
 
 import optim
 from optim import plans
+from optim.moments import SEEDS
 from parsimony_kernels.step import ops
 from tests.unit.optim.helpers import EVERY_OPTIMIZER, gradients, parameter, row_sparse
 
@@ -15,12 +16,15 @@ SHAPES = [(40,), (), (12, 20), (30, 1), (3, 4, 5, 6), (600, 40), (8, 8)]  # the 
 
 def trained(optimizer, parameters, change=lambda optimizer, parameters, step: None, num_steps=7):
     """Step dense gradients; before each step, something may be changed."""
+    optimizer.elements = {}
     grads = [list(gradients(num_steps, *p.shape, dtype=p.dtype)) for p in parameters]
     for step in range(num_steps):
         for p, of_p in zip(parameters, grads, strict=True):
             p.grad = of_p[step]
         change(optimizer, parameters, step)
-        optimizer.step()
+        elements = optimizer.elements
+        optimizer.elements = {}
+        optimizer.step(elements=elements)
     return [p.detach().clone() for p in parameters], copy.deepcopy(optimizer.state_dict()["state"])
 
 
@@ -66,6 +70,15 @@ def replace_state(optimizer, parameters, step):
                 tensor.data = tensor.data + 0
 
 
+def take_seeds_of_another_rank(optimizer, parameters, step):
+    """As a broadcast of the state does, in place."""
+    if step == 4:
+        for p in parameters:
+            for name, tensor in optimizer.state[p].items():
+                if name.endswith(SEEDS):
+                    tensor.data.add_(17)
+
+
 def transpose_in_place(optimizer, parameters, step):
     if step == 3:
         square = parameters[-1]
@@ -83,6 +96,16 @@ def give_other_gradients(optimizer, parameters, step):
         matrix.grad = matrix.grad.t().contiguous().t()
 
 
+def give_elements(optimizer, parameters, step):
+    """A few, or none; weight decay that is decoupled acts on all others too."""
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    optimizer.param_groups[0]["decoupled_weight_decay"] = step > 3
+    for number, p in enumerate(parameters if step >= 2 else ()):
+        indices = torch.arange(p.numel())[step % 3 :: 1 + number].contiguous()
+        optimizer.elements[p] = indices, p.grad.view(-1)[indices].float()
+        p.grad = None
+
+
 def load_another_checkpoint(optimizer, parameters, step):
     if step == 4:
         loaded = copy.deepcopy(optimizer.state_dict())
@@ -96,8 +119,11 @@ def use_the_reference(optimizer, parameters, step):
             optimizer.step()
 
 
-CHANGES = [change_nothing, change_rates, replace_parameters, replace_state, transpose_in_place,
-           give_other_gradients, load_another_checkpoint, use_the_reference]  # fmt: skip
+CHANGES = [
+    change_nothing, change_rates, replace_parameters, replace_state,
+    take_seeds_of_another_rank, transpose_in_place,
+    give_other_gradients, give_elements, load_another_checkpoint, use_the_reference,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -115,7 +141,7 @@ def test_planned_steps_have_the_bits_of_others_whatever_changes(
         has_plans = any(count >= len(SHAPES) - 1 for count in num_planned)
         assert has_plans == (dtype != torch.float64)
         with monkeypatch.context() as patched:
-            patched.setattr(plans.Plan, "fits", lambda *_: False)
+            patched.setattr(plans.Plan, "holds", lambda *_: False)
             assert_equal(planned, outcome(change))
 
 
@@ -143,3 +169,20 @@ def test_a_plan_ends_with_what_it_was_made_for():
     for _ in range(2):
         optimizer.step()
     assert not torch.equal(before, optimizer.state[p]["exp_avg_sq_row"])
+
+
+@pytest.mark.parametrize("indices", [[3, 2], [2, 2], [-1, 2], [2, 600]])
+def test_wrong_indices_are_refused_before_any_parameter_is_stepped(indices):
+    parameters = [parameter(30, 20), parameter(30, 20)]
+    optimizer = optim.Adam(parameters, decoupled_weight_decay=True, weight_decay=0.1)
+    trained(optimizer, parameters)
+    before = [p.detach().clone() for p in parameters], copy.deepcopy(optimizer.state_dict())
+    given = {p: (torch.tensor(at), torch.ones(2))
+             for p, at in zip(parameters, ([1, 5], indices), strict=True)}  # fmt: skip
+    for p in parameters:
+        p.grad = None
+    with pytest.raises(ValueError, match="indices (lie in|are not ascending)"):
+        optimizer.step(elements=given)
+    assert all(torch.equal(p, q) for p, q in zip(parameters, before[0], strict=True))
+    for number, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(t, before[1]["state"][number][n]) for n, t in state.items())
