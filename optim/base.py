@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from optim import options
+from optim import options, plans
 from optim.gradients import Gradient, read_gradient
 from optim.moments import Moment, count_of_steps
 from optim.preconditioner import Preconditioner
@@ -92,17 +92,54 @@ class MomentOptimizer(StatefulOptimizer):
             with torch.enable_grad():
                 loss = closure()
         elements = dict(elements or {})
-        arrived = [(one, read_gradient(one[2], elements.pop(one[2], None)))
-                   for one in self._parameters()]  # fmt: skip
+        planned, others = self._planned(elements)
+        arrived = [(one, read_gradient(one[2], elements.pop(one[2], None))) for one in others]
         if elements:
             shapes = [tuple(p.shape) for p in elements]
             raise ValueError(f"elements for tensors of shapes {shapes}, which are no parameters of "
                              "this optimizer")  # fmt: skip
         ready = [(one, gradient, self._moments(*one))
                  for one, gradient in arrived if gradient is not None]  # fmt: skip
-        for (_, group, p), gradient, moments in ready:  # all have been checked: none can be refused
+        plans.run(planned, self._rule)  # all have been checked: none can be refused
+        for (_, group, p), gradient, moments in ready:
             self._step_parameter(group, p, gradient, moments)
         return loss
+
+    def _planned(
+        self, elements: dict[Tensor, tuple[Tensor, Tensor]]
+    ) -> tuple[list[plans.Arrived], list[tuple[int, Group, Tensor]]]:
+        """Return the plans that hold, with what arrived for them, and the other parameters.
+
+        What is returned is taken out of `elements`.
+        """
+        planned, others, position = [], [], 0
+        is_native = ops.implementation() == "native"
+        for group in self.param_groups:
+            options = self._structure(group)
+            for p in group["params"]:
+                plan, grad = self._plans.get(p), p.grad
+                pair = elements.get(p) if elements else None
+                if plan is None or not is_native or (grad is None) == (pair is None):
+                    others.append((position, group, p))
+                elif not plan.holds(group, options, self.state[p]):
+                    del self._plans[p]
+                    others.append((position, group, p))
+                elif pair is None and plan.takes(grad):
+                    planned.append((plan, grad, None))
+                elif pair is not None and plan.takes_elements(*pair):
+                    del elements[p]
+                    planned.append((plan, pair[1], pair[0]))
+                else:
+                    others.append((position, group, p))
+                position += 1
+        return planned, others
+
+    def _structure(self, group: Group) -> tuple[Any, ...]:
+        """Return what decides in which structures a group's moments are kept."""
+        return (
+            self._first(group), self._second(group), group["min_compressed_numel"],
+            group.get("variant"),
+        )  # fmt: skip
 
     def _step_parameter(
         self, group: Group, p: Tensor, gradient: Gradient, moments: tuple[Moment | None, ...]
@@ -119,6 +156,8 @@ class MomentOptimizer(StatefulOptimizer):
         state["step"] += 1
         if moments[1] is not None:
             moments[1].end_step(step, group)
+        if p not in self._plans and ops.implementation() == "native":
+            self._plans[p] = plans.plan(p, group, self._structure(group), state, moments)
 
     def _rule(self, group: Group, step: int) -> ops.Rule:
         lr, weight_decay = float(group["lr"]), float(group["weight_decay"])

@@ -50,6 +50,7 @@ class Moment(ABC):
     """A moment kept in tensors of a parameter's state; those missing in `state` are made, as 0."""
 
     any_split: ClassVar[bool] = True  # False: the rows of the matrix must be the first axis
+    has_ends: ClassVar[bool] = False  # whether `end_step` does something
 
     def __init__(self, spec: Spec, state: dict[str, Tensor]) -> None:
         self.spec = spec
@@ -72,6 +73,10 @@ class Moment(ABC):
     @abstractmethod
     def operand(self, split: int) -> Any:
         """Return the moment in the form that parsimony_kernels.step.ops takes."""
+
+    def is_view(self, split: int) -> bool:
+        """Tell whether a dense step of the operand changes the tensors, with nothing to copy."""
+        return True
 
     def write_back(self, operand: Any, split: int, *, is_dense: bool) -> None:  # noqa: B027
         """Copy what a step changed in `operand` to the tensors, if it is not a view of them."""
@@ -148,6 +153,9 @@ class Cover(Moment):
     def operand(self, split: int) -> operands.Cover:
         (row, _), (col, _) = self._sides(split)
         return operands.Cover(_merged(row).view(-1), _merged(col).view(-1), self.variant)
+
+    def is_view(self, split: int) -> bool:
+        return all(len(views) == 1 for views, _ in self._sides(split))
 
     def write_back(self, operand: operands.Cover, split: int, *, is_dense: bool) -> None:
         sides = zip(self._sides(split), (operand.row, operand.col), strict=True)
@@ -247,6 +255,7 @@ class Sketch(Moment):
     """A sketch over the rows: a CountSketch for a first moment, a CountMinSketch for a second."""
 
     any_split = False
+    has_ends = True
 
     def names(self) -> tuple[str, ...]:
         return self.spec.name, f"{self.spec.name}{SEEDS}"

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from optim import loading, options
 from optim.gradients import check_parameter
 from optim.moments import STRUCTURES, Moment, Spec, count_of_steps
+from optim.plans import Plan
 from optim.preconditioner import Preconditioner
 from parsimony_kernels.runtime.operands import state_dtype
 
@@ -41,6 +42,7 @@ class StatefulOptimizer(Optimizer):
     def __init__(self, params: Any, defaults: Group) -> None:
         self._delegated: dict[Tensor, Preconditioner | None] = {}
         self._unfitted: set[Tensor] = set()  # whose state was loaded before their shape was known
+        self._plans: dict[Tensor, Plan | None] = {}  # None: it can have none
         unset = {k: v for k, v in self.structures.items() if defaults.get(k, "") is None}
         defaults = {**defaults, **unset}
         options.check(defaults)  # before the parameters are looked at, as in torch
@@ -49,7 +51,7 @@ class StatefulOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or pickle gets; torch's own method leaves out our attributes."""
         delegated = dict.fromkeys(self._delegated)  # delegated moments belong to the original
-        own = {"_delegated": delegated, "_unfitted": self._unfitted}
+        own = {"_delegated": delegated, "_unfitted": self._unfitted, "_plans": {}}
         return {**super().__getstate__(), **own}
 
     # ---- what a subclass says --------------------------------------------------------------------

@@ -20,20 +20,26 @@ def refuse_capture() -> None:
         )
 
 
+def matrices(
+    p: Tensor, moments: tuple[Moment | None, ...], *, any_split: bool = True
+) -> tuple[Tensor, int]:
+    """Return a contiguous parameter as the matrix that its step takes, and that matrix's split."""
+    any_split = any_split and all(moment.any_split for moment in moments if moment)
+    split = balanced_split(tuple(p.shape)) if any_split else 1
+    return p.view(matrix_shape(tuple(p.shape), split)), split
+
+
 def update(
     p: Tensor, gradient: Gradient, rule: ops.Rule, moments: tuple[Moment | None, ...]
 ) -> None:
     """Update the parameter and its moments, (first, second), in place."""
     if gradient.indices is not None and gradient.rest_is_unknown:
         moments = tuple(m and m.for_elements(gradient.indices) for m in moments)
-    any_split = gradient.rows is None and all(m.any_split for m in moments if m)
-    split = balanced_split(tuple(p.shape)) if any_split else 1
-    shape = matrix_shape(tuple(p.shape), split)
-    target = p.contiguous()
-    matrix, values = target.view(shape), gradient.values.contiguous()
+    target, values = p.contiguous(), gradient.values.contiguous()
+    matrix, split = matrices(target, moments, any_split=gradient.rows is None)
     first, second = (m and m.operand(split) for m in moments)
     if gradient.indices is None:
-        values = values.view(-1, shape[1])
+        values = values.view(-1, matrix.shape[1])
         ops.step(matrix, values, rule, first=first, second=second, rows=gradient.rows)
     else:
         ops.step_elements(matrix, values, gradient.indices, rule, first=first, second=second)

@@ -50,6 +50,7 @@ struct HostStep {
     float *row, *col;      // covers, factored means
     Sketch first_sketch, second_sketch;
     Rule rule;
+    float *num_steps;      // of a step that is kept: one number, which it adds 1 to
 };
 
 // How a kernel divides num_rows x num_columns into tiles: see step/device_tiles.h.

@@ -22,6 +22,7 @@ class HostStep(Structure):
         *((name, c_void_p) for name in ("first_values", "second_values", "row", "col")),
         *((name, Sketch) for name in ("first_sketch", "second_sketch")),
         ("rule", Rule),
+        ("num_steps", c_void_p),
     ]
 
 

@@ -174,6 +174,28 @@ int parsimony_step_elements(const HostStep *a) try {
     return 1;
 }
 
+// Of steps that are dense, or (where `at` is given) of elements: the number of the first whose indices are
+// not ascending, unique and in range; -1 if there is none.
+int parsimony_wrong_indices(const HostStep *const *steps, i64 count) {
+    for (i64 i = 0; i < count; i++) {
+        const HostStep &s = *steps[i];
+        for (i64 j = 0, before = -1; s.at && j < s.k; before = s.at[j++])
+            if (s.at[j] <= before || s.at[j] >= s.n * s.m) return (int)i;
+    }
+    return -1;
+}
+
+// Such steps, one after another, and one more in each one's number of steps.
+int parsimony_step_all(HostStep *const *steps, i64 count, int threads) {
+    for (i64 i = 0; i < count; i++) {
+        HostStep *s = steps[i];
+        s->threads = threads;
+        if (s->k && (s->at ? parsimony_step_elements(s) : parsimony_step(s))) return 1;
+        *s->num_steps += 1.0f;
+    }
+    return 0;
+}
+
 // Insert gain x - forgetting query.
 int parsimony_sketch_update(const Sketch *table, const i64 *rows, const float *x, i64 k, float gain,
                             float forgetting, int threads) try {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -57,6 +58,34 @@ def step(
     _check(host_library().parsimony_step(ctypes.byref(args)))
 
 
+class PlannedStep:
+    """A dense step that is kept: see ops.PlannedStep."""
+
+    def __init__(self, param: Tensor, first: First, second: Second, num_steps: Tensor) -> None:
+        self._args = _host_step(param, param, None, Rule(0.0), first, second)
+        self._args.num_steps = num_steps.data_ptr()
+        self._address = ctypes.addressof(self._args)
+
+    def set(self, grad: Tensor, rule: Rule, indices: Tensor | None = None) -> None:
+        args = self._args
+        args.grad = grad.data_ptr()
+        args.rule = rule
+        if indices is None:
+            args.at, args.k = None, args.n
+        else:
+            args.at, args.k = indices.data_ptr(), indices.shape[0]
+
+    @staticmethod
+    def find_wrong_indices(steps: Sequence[PlannedStep]) -> int | None:
+        wrong = host_library().parsimony_wrong_indices(_addresses(steps), _i64(len(steps)))
+        return None if wrong < 0 else wrong
+
+    @staticmethod
+    def run(steps: Sequence[PlannedStep]) -> None:
+        threads = _int(torch.get_num_threads())
+        _check(host_library().parsimony_step_all(_addresses(steps), _i64(len(steps)), threads))
+
+
 def step_elements(
     param: Tensor, values: Tensor, indices: Tensor, rule: Rule, first: First, second: Second
 ) -> None:
@@ -70,6 +99,10 @@ def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> N
     # Without weight decay no parameter is read; grad takes its place.
     args = _host_step(grad, grad, None, scaled, None, second)
     _check(host_library().parsimony_observe(ctypes.byref(args)))
+
+
+def _addresses(steps: Sequence[PlannedStep]) -> ctypes.Array:
+    return (_pointer * len(steps))(*[step._address for step in steps])
 
 
 def _check(status: int) -> None:

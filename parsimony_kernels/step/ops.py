@@ -10,7 +10,9 @@ Shapes: n rows of m columns make the parameter's 2-D view; k of its rows, or ele
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -110,6 +112,41 @@ def step(
     check_second(second, param)
     if grad.numel() > 0:
         _run(param).step(param, grad, rule.scalars(param.dtype), first, second, rows)
+
+
+class PlannedStep(Protocol):
+    """A step of one parameter whose arguments have been checked, and are kept."""
+
+    def set(self, grad: Tensor, rule: Rule, indices: Tensor | None = None) -> None:
+        """Set what it is run with next: a dense gradient, or values of elements; and a rule.
+
+        They must be such as `step` and `step_elements` take.
+        """
+
+
+def planned(param: Tensor, first: First, second: Second, num_steps: Tensor) -> PlannedStep | None:
+    """Return steps of a parameter (n, m), dense or of elements, as one to be kept, or None.
+
+    They can on a CPU, by the native kernels. Whoever keeps it keeps the tensors, and makes another
+    when the memory of one of them changes. num_steps: (), float32, on the CPU; each step adds 1.
+    """
+    check_parameter(param, param, None)
+    check_first(first, param)
+    check_second(second, param)
+    check_shape("num_steps", num_steps, (), torch.device("cpu"))
+    module = _run(param)
+    has_plans = hasattr(module, "PlannedStep") and param.numel() > 0
+    return module.PlannedStep(param, first, second, num_steps) if has_plans else None
+
+
+def find_wrong_indices(steps: Sequence[PlannedStep]) -> int | None:
+    """Return the number of a step whose indices are not ascending, unique and in range, if any."""
+    return type(steps[0]).find_wrong_indices(steps)
+
+
+def step_planned(steps: Sequence[PlannedStep]) -> None:
+    """Make these steps, as `step` and `step_elements` would one after another, on one device."""
+    type(steps[0]).run(steps)
 
 
 def step_elements(
