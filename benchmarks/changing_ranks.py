@@ -15,9 +15,14 @@ import json
 import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from launch.output import newest_step
 
 ROOT = Path(__file__).parents[1]
 LEGS = (4, 2, 3, 4)
@@ -32,9 +37,9 @@ def start(num_ranks: int, words: list[str], log: Path) -> subprocess.Popen:
         )  # fmt: skip
 
 
-def newest_step(runs: Path) -> int:
-    paths = runs.glob("*/checkpoints/step-*.json")
-    return max((int(path.stem.removeprefix("step-")) for path in paths), default=0)
+def num_saved(runs: Path) -> int:
+    """Return the step of the newest checkpoint, 0 if there is none."""
+    return max((0, *map(newest_step, runs.glob("*"))))
 
 
 def train(legs: tuple[int, ...], words: list[str], runs: Path, num_steps: int) -> dict[str, float]:
@@ -46,7 +51,7 @@ def train(legs: tuple[int, ...], words: list[str], runs: Path, num_steps: int) -
     for number, num_ranks in enumerate(legs):
         process, is_last = start(num_ranks, words, log), number == len(legs) - 1
         goal += num_steps / len(legs) / num_ranks
-        while process.poll() is None and (is_last or newest_step(runs) < goal):
+        while process.poll() is None and (is_last or num_saved(runs) < goal):
             if time.monotonic() - begun > PATIENCE_S:
                 process.kill()
                 raise RuntimeError(f"not done after {PATIENCE_S} s: {log}")

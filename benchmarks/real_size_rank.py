@@ -61,7 +61,7 @@ def watch(phases: Phases, plain: Path) -> None:
     resume, save = Trainer._resume, Trainer._save
 
     def resume_and_compare(trainer: Trainer) -> None:
-        if not list(trainer.checkpoints._folder.glob("*.json")):
+        if not list(trainer.checkpoints.path.glob("*.json")):
             with phases("start: agree on the model"):
                 resume(trainer)
             return
@@ -109,7 +109,7 @@ def save_plainly(trainer: Trainer, phases: Phases, plain: Path) -> None:
 
 def load_plainly(trainer: Trainer) -> None:
     """Read both files and load the model, on every rank. (An optimizer keeps the tensors read.)"""
-    last = max(trainer.checkpoints._folder.glob("*.json"))
+    last = max(trainer.checkpoints.path.glob("*.json"))
     own = f"{last.stem}.rank-{trainer.comm.rank:04d}-of-{trainer.comm.world_size:04d}.pt"
     parts = [torch.load(last.parent / name, map_location="cpu", weights_only=True)
              for name in (f"{last.stem}.shared.pt", own)]  # fmt: skip
@@ -118,7 +118,7 @@ def load_plainly(trainer: Trainer) -> None:
 
 def drop_from_cache(trainer: Trainer) -> None:
     if trainer.comm.rank == 0:
-        for file in trainer.checkpoints._folder.glob("*.pt"):
+        for file in trainer.checkpoints.path.glob("*.pt"):
             handle = os.open(file, os.O_RDONLY)
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(handle)

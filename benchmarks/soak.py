@@ -34,7 +34,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from launch.processes import is_alive
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.mishaps import damage, fill_up, victims
+from launch import leftovers
+from launch.output import newest_step
 from tests.marked import Marked, marked
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +57,6 @@ CONFIGS = ["configs/digits/resnet20.py", "configs/dgc/wm5.py", "configs/optim/pa
            "tests/integration/perceptron.py"]  # fmt: skip
 VICTIMS = ("rank", "rank", "all ranks", "launcher", "supervisor", "loader", "host", "everything")
 SIGNALS = (signal.SIGKILL,) * 5 + (signal.SIGSEGV, signal.SIGABRT, signal.SIGTERM, signal.SIGINT)
-STARTERS = ("mpirun", "horovodrun", "torchrun")
 AGENT = """#!/bin/sh
 HOST_OF_SOAK=$1
 export HOST_OF_SOAK
@@ -103,7 +106,7 @@ class Job:
         return sorted(self.runs.glob("*/checkpoints/step-*.json"))
 
     def newest_step(self) -> int:
-        return max((int(path.stem.removeprefix("step-")) for path in self.checkpoints()), default=0)
+        return max((0, *map(newest_step, self.runs.glob("*"))))
 
     def num_starts(self) -> int:
         return self.log.read_text(errors="replace").count("training begins with step")
@@ -134,64 +137,6 @@ class Job:
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-4000:]
-
-
-def victims(kind: str, processes: Marked, draw: random.Random) -> list[int]:
-    """Return what to kill; [] if there is no such process now."""
-    words, ranks = processes.words(), processes.ranks()
-    launchers = [
-        pid for pid, command in words.items()
-        if "launch.supervise" not in command
-        and any(os.path.basename(word) in STARTERS for word in command[:2])
-    ]  # fmt: skip
-    supervisors = [pid for pid, command in words.items() if "launch.supervise" in command]
-    loaders = [pid for pid, command in words.items() if any("forkserver" in w for w in command)]
-    if kind == "host":
-        host = f"HOST_OF_SOAK={draw.choice('abcd')}".encode()
-        return [pid for pid in words if host in _environment(pid)]
-    everything = list(words)
-    found = {"all ranks": ranks, "launcher": launchers, "supervisor": supervisors,
-             "everything": everything}.get(kind)  # fmt: skip
-    if found is None:
-        candidates = ranks if kind == "rank" else loaders
-        found = [draw.choice(candidates)] if candidates else []
-    return found
-
-
-def _environment(pid: int) -> list[bytes]:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return []
-
-
-def damage(job: Job, draw: random.Random) -> bool:
-    """Flip a bit of a file of the newest checkpoint, or cut it, if there is one before it."""
-    manifests = job.checkpoints()
-    if len(manifests) < 2:
-        return False
-    files = [p for p in manifests[-1].parent.glob(f"{manifests[-1].stem}.*") if p.is_file()]
-    with suppress(OSError):  # the job is writing: it may be gone
-        path = draw.choice(files)
-        data = bytearray(path.read_bytes())
-        if draw.random() < 0.5:
-            data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        else:
-            del data[draw.randrange(len(data)) :]
-        path.write_bytes(data)
-        return True
-    return False
-
-
-def fill_up(job: Job) -> None:
-    """Let the disk be full until a checkpoint has failed by it."""
-    filler, told = job.runs / "filler", job.log.read_text(errors="replace").count("No space left")
-    with suppress(OSError), filler.open("wb") as file:
-        while True:
-            file.write(bytes(2**16))
-    try:
-        job.wait(lambda: job.log.read_text(errors="replace").count("No space left") > told, 0.05)
-    finally:
-        filler.unlink(missing_ok=True)
 
 
 def kill_once(job: Job, draw: random.Random, can_fill: bool) -> tuple[str, float]:
@@ -239,13 +184,6 @@ def small_disk(folder: Path) -> Iterator[bool]:
             subprocess.run(["umount", "-l", str(folder)], check=False)
 
 
-def left_by_ranks() -> list[Path]:
-    """Return what loader processes of ranks that have ended were given, and is still there."""
-    folders = (Path("/dev/shm"), Path(tempfile.gettempdir()))
-    found = [path for folder in folders for path in folder.glob("*parsimony-rank-*")]
-    return [path for path in found if not is_alive(int(path.name.split("-")[3]))]
-
-
 def one_run(
     kind: str, folder: Path, num_kills: int, draw: random.Random, expected: str
 ) -> tuple[Counter[str], list[float], bool]:
@@ -264,7 +202,7 @@ def one_run(
         job.finish()
         left = processes.left(10)
         is_same = job.parameter_hash == expected
-        temporary = [*folder.rglob("*.tmp"), *folder.rglob("*.new"), *left_by_ranks()]
+        temporary = [*folder.rglob("*.tmp"), *folder.rglob("*.new"), *leftovers.left()]
         is_right = is_same and not left and not temporary
         if not is_right:
             print(f"WRONG: same bits {is_same}, left {left}, {temporary}\n{job.tail()}", flush=True)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import hashed_files, manifest
+from engine import manifest, reading
 from engine.interfaces import Collectives
 from engine.manifest import CheckpointError
 from engine.parts import assign, is_later, may_remove, part_name, shared_name, step_name
@@ -58,7 +58,8 @@ class Loaded:
                 yield old_rank, self.mine
             elif reader == self._folder.rank:
                 name = part_name(self._manifest["step"], old_rank, self.world_size)
-                yield old_rank, self._folder.read(name, self._manifest["parts"][name])
+                part = self._manifest["parts"][name]
+                yield old_rank, reading.read_part(self._folder.path, name, part)
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,11 @@ class _Pending:
 class CheckpointFolder:
     """The checkpoints of one run, as one rank sees them.
 
-    All methods except `begin` and `read` are collectives: every rank must call them.
+    All methods except `begin` are collectives: every rank must call them.
     """
 
     def __init__(self, folder: Path, comm: Collectives, keep: int = 2) -> None:
-        self._folder, self._comm, self._keep = folder, comm, keep
+        self.path, self._comm, self._keep = folder, comm, keep
         self.rank = comm.rank
         self._pending: _Pending | None = None
         self._best: dict[str, Any] = {}  # file name -> size and checksum of the best shared part
@@ -107,7 +108,7 @@ class CheckpointFolder:
         contents = {part_name(step, self.rank, self._comm.world_size): worker}
         if self.rank == 0:
             contents[shared_name(step)] = shared
-        writing = Writing(self._folder, contents, beside=beside)
+        writing = Writing(self.path, contents, beside=beside)
         self._pending = _Pending(step, is_best, writing)
 
     @property
@@ -128,7 +129,7 @@ class CheckpointFolder:
         """
         pending, self._pending = self._pending, None
         assert pending is not None, "finish() without begin()"
-        step, path = pending.step, self._folder / f"{step_name(pending.step)}.json"
+        step, path = pending.step, self.path / f"{step_name(pending.step)}.json"
         try:
             parts = self._together(pending.writing.wait)
             self._together(pending.writing.publish)
@@ -150,7 +151,7 @@ class CheckpointFolder:
         Raises: WriteError, on all ranks, if rank 0 cannot write it. All is then as it was.
         """
         assert self._pending is None, "mark_best() before the end of another"
-        path = self._folder / f"{step_name(step)}.json"
+        path = self.path / f"{step_name(step)}.json"
 
         def write() -> dict[str, Any]:
             content, problem = manifest.read(path)
@@ -179,7 +180,7 @@ class CheckpointFolder:
         try:
             result = work()
         except OSError as error:
-            problem = f"rank {self.rank}: {cannot_write(self._folder, error)}"
+            problem = f"rank {self.rank}: {cannot_write(self.path, error)}"
         answers = self._comm.all_gather_object((result, problem))
         if problems := [text for _, text in answers if text]:
             raise WriteError(
@@ -198,7 +199,7 @@ class CheckpointFolder:
         Returns: None if the folder has no checkpoint.
         Raises: CheckpointError if there are checkpoints and none of them can be read.
         """
-        manifests = self._on_rank_0(self._candidates)
+        manifests = self._on_rank_0(lambda: reading.candidates(self.path))
         complaints = []
         for content in manifests:
             readers = self._readers(content)
@@ -214,7 +215,7 @@ class CheckpointFolder:
             del contents
         if complaints:
             raise CheckpointError(
-                f"no checkpoint in {self._folder} can be read: {'; '.join(complaints)}. "
+                f"no checkpoint in {self.path} can be read: {'; '.join(complaints)}. "
                 f"Put the files back, or delete the folder to start anew"
             )
         return None
@@ -228,7 +229,7 @@ class CheckpointFolder:
         if written_by == self._comm.world_size:
             return list(range(written_by))
         names = [part_name(manifest["step"], rank, written_by) for rank in range(written_by)]
-        mine = [os.path.isfile(self._folder / name) for name in names]
+        mine = [os.path.isfile(self.path / name) for name in names]
         return assign(self._comm.all_gather_object(mine))
 
     def load_best(self, without: Collection[str] = ()) -> dict[str, Any]:
@@ -237,11 +238,11 @@ class CheckpointFolder:
 
     def _read_best(self, without: Collection[str]) -> dict[str, Any]:
         try:
-            best = [m["best"] for m in self._list_manifests() if m["best"]]
+            best = [m["best"] for m in reading.manifests(self.path) if m["best"]]
             if not best:
-                raise CheckpointError(f"{self._folder} holds none")
+                raise CheckpointError(f"{self.path} holds none")
             ((name, part),) = best[0].items()
-            content = self.read(name, part)
+            content = reading.read_part(self.path, name, part)
         except CheckpointError as error:
             raise CheckpointError(f"no best checkpoint to evaluate: {error}. Train first") from None
         return {key: value for key, value in content.items() if key not in without}
@@ -259,30 +260,6 @@ class CheckpointFolder:
             raise result
         return result
 
-    def read(self, name: str, part: dict[str, Any]) -> dict[str, Any]:
-        """Read one part; its size and checksum must be those that the manifest gives."""
-        path = self._folder / name
-        try:
-            self._check_file(path, part)
-            content, error, sha256 = hashed_files.load(path)
-        except OSError as broken:  # the disk fails
-            raise CheckpointError(f"{path} cannot be read ({broken})") from broken
-        if sha256 != part["sha256"]:
-            raise CheckpointError(f"{path} is not what was written: its SHA-256 differs")
-        if error is not None:
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{path} cannot be read ({reason})") from error
-        return content
-
-    def _check_file(self, path: Path, part: dict[str, Any]) -> None:
-        if not path.is_file():
-            raise CheckpointError(f"{path} is not there")
-        if path.resolve().parent != self._folder.resolve():
-            raise CheckpointError(f"{path} is a link that leads out of the folder; copy the file")
-        size = path.stat().st_size
-        if size != part["bytes"]:
-            raise CheckpointError(f"{path} has {size} bytes, not {part['bytes']}")
-
     def _try(self, manifest: dict[str, Any], readers: list[int]) -> tuple[list[Any], str | None]:
         """Read the parts that are this rank's to read, of which it keeps no more than its own.
 
@@ -293,40 +270,16 @@ class CheckpointFolder:
         try:
             if rank == 0:
                 name = shared_name(step)
-                contents[0] = self.read(name, manifest["parts"][name])
+                contents[0] = reading.read_part(self.path, name, manifest["parts"][name])
             for old_rank in (old for old, reader in enumerate(readers) if reader == rank):
                 name = part_name(step, old_rank, written_by)
-                content = self.read(name, manifest["parts"][name])
+                content = reading.read_part(self.path, name, manifest["parts"][name])
                 if written_by == self._comm.world_size:
                     contents[1] = content
                 del content
         except CheckpointError as error:
             return [None, None], f"rank {rank}: {error}"
         return contents, None
-
-    def _list_manifests(self) -> list[dict[str, Any]]:
-        """Return the manifests that can be read, newest first; print which ones cannot.
-
-        Raises: CheckpointError if a later version of Parsimony wrote one.
-        """
-        manifests = []
-        for path in sorted(self._folder.glob("step-*.json"), reverse=True):
-            content, problem = manifest.read(path)
-            if content is None:
-                print(f"skipped a damaged checkpoint: {problem}", flush=True)
-            else:
-                manifests.append(content)
-        return manifests
-
-    def _candidates(self) -> list[dict[str, Any]]:
-        """Return the manifests that can be read. Raises: CheckpointError if all are damaged."""
-        manifests = self._list_manifests()
-        if not manifests and any(self._folder.glob("step-*.json")):
-            raise CheckpointError(
-                f"no checkpoint in {self._folder} can be read: all manifests, step-*.json, are "
-                f"damaged. Put the files back, or delete the folder to start anew"
-            )
-        return manifests
 
     def _remove_old(self, step: int) -> None:
         """Delete manifests that are old, or later than `step`, which was just written (rank 0),
@@ -336,10 +289,10 @@ class CheckpointFolder:
         """
         named = None
         if self.rank == 0:
-            paths = sorted(self._folder.glob("step-*.json"))
+            paths = sorted(self.path.glob("step-*.json"))
             later = [path for path in paths if is_later(path.name, step)]
             kept = [path for path in paths if path not in later][-self._keep :]
-            for path in {*paths, *self._folder.glob("step-*.json.tmp")} - {*kept}:
+            for path in {*paths, *self.path.glob("step-*.json.tmp")} - {*kept}:
                 self._unlink(path)
             contents = [manifest.read(path)[0] for path in kept]
             if all(contents):  # else the parts of one that only cannot be read now would go
@@ -347,7 +300,7 @@ class CheckpointFolder:
         named = self._comm.broadcast_object(named)
         if named is None:
             return
-        for path in self._folder.glob("step-*.pt*"):
+        for path in self.path.glob("step-*.pt*"):
             if path.name not in named and may_remove(path.name, self.rank, self._comm.world_size):
                 self._unlink(path)
 

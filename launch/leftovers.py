@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from launch import processes
@@ -38,18 +39,24 @@ def name_ours() -> None:
 
 def sweep() -> None:
     """Remove what is left of this user's ranks on this machine that have ended."""
-    temporary = Path(tempfile.gettempdir())
-    for path in (*_SEMAPHORES.glob(f"sem.{_PREFIX}-*"), *temporary.glob(f"{_PREFIX}-*")):
+    for path in left():
         with contextlib.suppress(OSError):  # somebody else has just removed it
-            found = _NAME.fullmatch(path.name)
-            if found is None or path.lstat().st_uid != os.getuid():
-                continue
-            if int(found[1]) != _namespace() or processes.is_alive(int(found[2])):
-                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink()
+
+
+def left() -> Iterator[Path]:
+    """Yield what `sweep` removes."""
+    temporary = Path(tempfile.gettempdir())
+    for path in (*_SEMAPHORES.glob(f"sem.{_PREFIX}-*"), *temporary.glob(f"{_PREFIX}-*")):
+        found = _NAME.fullmatch(path.name)
+        if found is None or int(found[1]) != _namespace() or processes.is_alive(int(found[2])):
+            continue
+        with contextlib.suppress(OSError):
+            if path.lstat().st_uid == os.getuid():
+                yield path
 
 
 def _namespace() -> int:

@@ -112,26 +112,23 @@ class MomentOptimizer(StatefulOptimizer):
 
         What is returned is taken out of `elements`.
         """
-        planned, others, position = [], [], 0
+        planned, others = [], []
+        structures = {id(group): self._structure(group) for group in self.param_groups}
         is_native = ops.implementation() == "native"
-        for group in self.param_groups:
-            options = self._structure(group)
-            for p in group["params"]:
-                plan, grad = self._plans.get(p), p.grad
-                pair = elements.get(p) if elements else None
-                if plan is None or not is_native or (grad is None) == (pair is None):
-                    others.append((position, group, p))
-                elif not plan.holds(group, options, self.state[p]):
+        for position, group, p in self._parameters():
+            plan, grad, pair = self._plans.get(p), p.grad, elements.get(p)
+            has_come = (grad is None) != (pair is None)  # else there is nothing, or too much
+            if plan is not None and is_native and has_come:
+                if not plan.holds(group, structures[id(group)], self.state[p]):
                     del self._plans[p]
-                    others.append((position, group, p))
                 elif pair is None and plan.takes(grad):
                     planned.append((plan, grad, None))
+                    continue
                 elif pair is not None and plan.takes_elements(*pair):
-                    del elements[p]
                     planned.append((plan, pair[1], pair[0]))
-                else:
-                    others.append((position, group, p))
-                position += 1
+                    del elements[p]
+                    continue
+            others.append((position, group, p))
         return planned, others
 
     def _structure(self, group: Group) -> tuple[Any, ...]:

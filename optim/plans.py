@@ -17,7 +17,7 @@ from optim.update import matrices
 from parsimony_kernels.runtime.checks import check_elements
 from parsimony_kernels.step import ops
 
-Group = dict[str, Any]
+Group = Mapping[str, Any]  # a parameter group's options
 
 
 class Plan:
@@ -142,14 +142,14 @@ def run(arrived: Sequence[Arrived], rule_of: Callable[[Group, int], ops.Rule]) -
                 pulled.append((one.p, both[0].param_scale))
         if one.second is not None and one.second.has_ends:
             ending.append((one, number))
-    steps = [one.args for one, *_ in arrived]
-    wrong = ops.find_wrong_indices(steps)
+    of_elements = [each for each in arrived if each[2] is not None]
+    wrong = ops.find_wrong_indices([one.args for one, *_ in of_elements])
     if wrong is not None:
-        one, values, indices = arrived[wrong]
+        one, values, indices = of_elements[wrong]
         check_elements(values, indices, one.p)
     for p, scale in pulled:
         p.mul_(scale)
-    ops.step_planned(steps)
+    ops.step_planned([one.args for one, *_ in arrived])
     torch.autograd.graph.increment_version([one.p for one, *_ in arrived])
     for one, number in ending:
         one.second.end_step(number, one.group)

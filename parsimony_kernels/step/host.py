@@ -59,7 +59,7 @@ def step(
 
 
 class PlannedStep:
-    """A dense step that is kept: see ops.PlannedStep."""
+    """A step that is kept: see ops.PlannedStep."""
 
     def __init__(self, param: Tensor, first: First, second: Second, num_steps: Tensor) -> None:
         self._args = _host_step(param, param, None, Rule(0.0), first, second)

@@ -125,10 +125,11 @@ class PlannedStep(Protocol):
 
 
 def planned(param: Tensor, first: First, second: Second, num_steps: Tensor) -> PlannedStep | None:
-    """Return steps of a parameter (n, m), dense or of elements, as one to be kept, or None.
+    """Return steps of a parameter (n, m), dense or of elements, as one to be kept.
 
-    They can on a CPU, by the native kernels. Whoever keeps it keeps the tensors, and makes another
-    when the memory of one of them changes. num_steps: (), float32, on the CPU; each step adds 1.
+    Whoever keeps it keeps the tensors, and makes another when the memory of one of them changes.
+    Args:    num_steps: (), float32, on the CPU; each step adds 1.
+    Returns: None where they cannot be kept: only the native kernels for CPU tensors can.
     """
     check_parameter(param, param, None)
     check_first(first, param)
@@ -141,7 +142,7 @@ def planned(param: Tensor, first: First, second: Second, num_steps: Tensor) -> P
 
 def find_wrong_indices(steps: Sequence[PlannedStep]) -> int | None:
     """Return the number of a step whose indices are not ascending, unique and in range, if any."""
-    return type(steps[0]).find_wrong_indices(steps)
+    return type(steps[0]).find_wrong_indices(steps) if steps else None
 
 
 def step_planned(steps: Sequence[PlannedStep]) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from launch.output import newest_step
 from tests import jobs
 from tests.integration.conftest import KILLED, Runs
 from tests.marked import Marked
@@ -58,8 +59,7 @@ class Launched:
             time.sleep(0.002)
 
     def _newest_step(self) -> int:
-        manifests = (self._folder / "runs").glob("*/checkpoints/step-*.json")
-        return max((int(path.stem.removeprefix("step-")) for path in manifests), default=0)
+        return max((0, *map(newest_step, (self._folder / "runs").glob("*"))))
 
     def _is_saving(self) -> bool:
         """Whether a part is there, whole or half-written, of a step that has no manifest yet."""

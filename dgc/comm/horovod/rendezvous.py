@@ -22,7 +22,7 @@ from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
 from typing import Any
 
-from dgc.comm.horovod.roll_call import own_addresses
+from dgc.comm.horovod import addresses
 from dgc.comm.pieces import stall_seconds
 
 _ADDRESS, _PORT = "HOROVOD_GLOO_RENDEZVOUS_ADDR", "HOROVOD_GLOO_RENDEZVOUS_PORT"
@@ -80,13 +80,11 @@ class Meeting:
         if int(os.environ["HOROVOD_RANK"]) == 0:
             self._store = _Store()
             port = self._store.server_address[1]
-            told = [socket.gethostname(), own_addresses(), port]
-            _put(url, json.dumps(told).encode())
-            found = "127.0.0.1"
+            _put(url, json.dumps([socket.gethostname(), addresses.own(), port]).encode())
+            found = addresses.LOOPBACK
         else:
-            host, addresses, port = json.loads(_get(url))
-            is_here = host == socket.gethostname()
-            found = "127.0.0.1" if is_here else _first_that_answers(addresses, port)
+            host, of_rank_0, port = json.loads(_get(url))
+            found = _first_that_answers(addresses.to_try(host, of_rank_0), port)
         os.environ |= {_ADDRESS: found, _PORT: str(port)}
 
     def close(self) -> None:
@@ -120,8 +118,8 @@ def _get(url: str) -> bytes:
         time.sleep(_LOOK_AGAIN_S)
 
 
-def _first_that_answers(addresses: list[str], port: int) -> str:
-    for address in addresses:
+def _first_that_answers(candidates: list[str], port: int) -> str:
+    for address in candidates:
         with contextlib.suppress(OSError), socket.create_connection((address, port), 5):
             return address
-    raise RuntimeError(f"rank 0 cannot be reached at {', '.join(addresses)}, port {port}")
+    raise RuntimeError(f"rank 0 cannot be reached at {', '.join(candidates)}, port {port}")

@@ -12,27 +12,27 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from dgc.comm.horovod import addresses
+
 _ANSWER_WITHIN = timedelta(seconds=5)
-_LOOPBACK = "127.0.0.1"
 _STAYS_S = 2.0
 
 
 class RollCall:
     """One rank's way to the list. Made by all ranks of a job, by `begin`.
 
-    hosts: of all ranks. addresses, port: of rank 0's store.
+    hosts: of all ranks. of_rank_0: its addresses. port: of its store.
     """
 
     def __init__(
-        self, rank: int, hosts: list[str], addresses: list[str], port: int, store: Any
+        self, rank: int, hosts: list[str], of_rank_0: list[str], port: int, store: Any
     ) -> None:
         self._rank, self._hosts, self._port = rank, hosts, port
-        self._addresses, self._store = addresses, store
+        self._addresses, self._store = of_rank_0, store
         self._is_silent = False  # whether rank 0 has once not answered: nobody asks it again
 
     def sign(self, name: str) -> None:
@@ -87,10 +87,7 @@ class RollCall:
         return answers[0]
 
     def _reach(self) -> Any:
-        addresses = self._addresses
-        if self._hosts[self._rank] == self._hosts[0]:
-            addresses = [_LOOPBACK, *addresses]
-        for address in addresses:
+        for address in addresses.to_try(self._hosts[0], self._addresses):
             try:
                 return dist.TCPStore(address, self._port, is_master=False, timeout=_ANSWER_WITHIN)
             except (RuntimeError, OSError):
@@ -104,25 +101,9 @@ def begin(rank: int, all_gather_object: Callable[[Any], list[Any]]) -> RollCall:
     mine: tuple[Any, ...] = (socket.gethostname(),)
     if rank == 0:
         store = dist.TCPStore(
-            _LOOPBACK, 0, is_master=True, wait_for_workers=False, timeout=_ANSWER_WITHIN
+            addresses.LOOPBACK, 0, is_master=True, wait_for_workers=False, timeout=_ANSWER_WITHIN
         )
-        mine += (own_addresses(), store.port)
+        mine += (addresses.own(), store.port)
     everyone = all_gather_object(mine)
-    hosts, (_, addresses, port) = [host for host, *_ in everyone], everyone[0]
-    return RollCall(rank, hosts, addresses, port, store)
-
-
-def own_addresses() -> list[str]:
-    """Return this machine's IPv4 addresses, but for its loopback's."""
-    found, last = {}, ""
-    try:
-        lines = Path("/proc/net/fib_trie").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        word = line.split()
-        if word[:1] == ["|--"]:
-            last = word[1]
-        elif "host LOCAL" in line and not last.startswith("127."):
-            found[last] = None
-    return list(found) or [socket.gethostname()]
+    hosts, (_, of_rank_0, port) = [host for host, *_ in everyone], everyone[0]
+    return RollCall(rank, hosts, of_rank_0, port, store)
