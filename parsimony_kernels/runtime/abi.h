@@ -56,7 +56,7 @@ struct HostStep {
 // How a kernel divides num_rows x num_columns into tiles: see step/device_tiles.h.
 struct Tiling {
     i64 num_rows, num_columns, num_tiles;
-    int lanes, rows_per_thread;
+    int lanes, rows_per_thread, is_packed;
 };
 
 // Rows or elements of a gradient on the device. num_rows and dim are the parameter's.
@@ -67,6 +67,7 @@ struct Items {
     const void *grad;      // rows in the parameter's type; float for elements and for sketch_update
     const float *scale;    // one number, multiplies an observed gradient; null: 1
     int is_elements, is_dense;
+    int is_aligned;        // whether param, grad and state lie on boundaries of four elements
 };
 
 // What is inserted into a sketch: values as they are, the gradient, or its square.
@@ -100,11 +101,18 @@ struct DeviceStep {
     u32 *row_max, *col_max;       // covers: maxima of this step, 0 before it
     float *averages;              // covers, elements: (2, num_items), what row and col are raised to
     double *row_sums, *col_sums;  // factored: (tiles across, num_items), (tiles down, dim)
-    const float *mean;            // factored: of col
+    float *mean;                  // factored: of col
     double *changes;              // factored, elements: (num_items,)
-    const i64 *keys, *order;      // factored, elements: sorted rows or columns, and whose they are
-    float *means;                 // factored, elements: row or col,
-    i64 num_averaged;             //   and how many elements each entry is the mean of
+    i64 *keys;                    // factored, elements: (num_items,) first_key + column of each,
+    const i64 *sorted, *order;    //   sorted, and whose each is among all of the batch's elements,
+    i64 first_key, first_item;    //   of which this step's are the ones from first_item on
+};
+
+// Steps that one launch makes. Each is a number of blocks of work, which are numbered through all of them.
+struct Batch {
+    const DeviceStep *steps;  // (count,)
+    const i64 *ends;          // (count,) where each step's blocks end
+    i64 count;
 };
 
 // ---- buffers ---------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The operations in CUDA: the arguments of device.cu's kernels, and their launches in order.
 
 ops.py has checked what is given. Work goes to torch's current stream of the tensors' device, and
-nothing here waits for it. Temporaries: for rows, n + m numbers (Cover) or a 32nd of the
+nothing here waits for it. Tensors that are stepped together share launches (see batches.py), except
+for those that feed sketches. Temporaries: for rows, n + m numbers (Cover) or a 32nd of the
 parameter (Factored; more where it is small); for a sketch, a few numbers for each arriving row and,
 where it forgets or is of a first moment, new values of the buckets that change; for elements, a few
 numbers each.
@@ -11,35 +12,24 @@ Shapes: n rows of m columns make the parameter; k rows or elements of it arrive.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from parsimony_kernels.runtime.launch import THREADS, Argument, launch
-from parsimony_kernels.runtime.operands import (
-    Cover,
-    Factored,
-    First,
-    FirstKind,
-    Full,
-    MomentOfUpdates,
-    Rule,
-    Second,
-    SecondKind,
-    Sketch,
-    Table,
-)
+from parsimony_kernels.runtime.launch import THREADS, launch
+from parsimony_kernels.runtime.operands import First, Rule, Second, Sketch, Table
 from parsimony_kernels.step.arguments import DeviceStep, Feeding, Inserted, Items, Tiling
+from parsimony_kernels.step.batches import MAX_BLOCKS, run_observation, run_steps
 
-MAX_BLOCKS = 2**20  # kernels stride over what is more
-
-_TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _NO_RULE = Rule(lr=0.0)
 
 
-def _launch(name: str, argument: Argument, device: torch.device, flat: int | None = None) -> None:
+def _launch(name: str, work: Feeding, device: torch.device, flat: int | None = None) -> None:
     """Launch over `flat` items, or over the tiles."""
-    blocks = argument.tiling.num_tiles if flat is None else -(-flat // THREADS)
-    launch(name, max(1, min(blocks, MAX_BLOCKS)), argument, device)
+    blocks = work.tiling.num_tiles if flat is None else -(-flat // THREADS)
+    launch(name, max(1, min(blocks, MAX_BLOCKS)), work, device)
 
 
 # ---- sketches ------------------------------------------------------------------------------------
@@ -98,15 +88,12 @@ def _feed(table: Table, feeding: Feeding, kernel: str, *, is_stored: bool = True
         _launch("sketch_store", feeding, device)
 
 
-def _feed_moments(
-    work: DeviceStep, first: First, second: Second, dtype: str, is_whole: bool = True
-) -> Feeding | None:
+def _feed_moments(work: DeviceStep, first: First, second: Second) -> Feeding | None:
     """Feed the gradient to the moments that are sketches, both before the parameter moves.
 
-    is_whole: all rows, or elements, have arrived.
     Returns: the first moment's feeding, to be stored after the step, which reads the old values.
     """
-    rule, kernel = work.rule, f"sketch_update_{dtype}"
+    rule, kernel = work.rule, f"sketch_update_{work.dtype}"
     if isinstance(second, Table):
         scalars = {"gain": rule.second_gain, "forgetting": rule.second_forgetting, "keep": 1.0}
         feeding = Feeding(rule, work.items, inserted=Inserted.SQUARE, **scalars)
@@ -114,7 +101,7 @@ def _feed_moments(
     if not isinstance(first, Table):
         return None
     scalars = {"gain": rule.first_gain, "forgetting": rule.first_forgetting, "keep": 1.0}
-    if is_whole:  # the whole table is scaled instead
+    if work.is_whole:  # the whole table is scaled instead
         scalars |= {"forgetting": 0.0, "keep": rule.first_beta}
     feeding = Feeding(rule, work.items, inserted=Inserted.GRADIENT, **scalars)
     _feed(first, feeding, kernel, is_stored=False)
@@ -124,131 +111,61 @@ def _feed_moments(
 # ---- steps ---------------------------------------------------------------------------------------
 
 
+class PlannedStep:
+    """A step that is kept: see ops.PlannedStep."""
+
+    def __init__(self, param: Tensor, first: First, second: Second, num_steps: Tensor) -> None:
+        self._given = DeviceStep(param, first, second), first, second
+        self._num_steps = ctypes.c_float.from_address(num_steps.data_ptr())
+        self._device = param.device
+
+    def set(self, grad: Tensor, rule: Rule, indices: Tensor | None = None) -> None:
+        self._given[0].take(rule, grad, indices=indices)
+
+    @staticmethod
+    def run(steps: Sequence[PlannedStep]) -> None:
+        _run([step._given for step in steps], steps[0]._device)
+        for step in steps:
+            step._num_steps.value += 1
+
+
 def step(
     param: Tensor, grad: Tensor, rule: Rule, first: First, second: Second, rows: Tensor | None
 ) -> None:
-    work = _device_step(rule, first, second)
-    work.items = Items(len(grad), *param.shape, is_dense=rows is None)
-    work.items.param, work.items.grad = param.data_ptr(), grad.data_ptr()
-    if rows is not None:
-        work.items.positions = rows.data_ptr()
-    work.tiling = Tiling(*grad.shape)
-    dtype, device = _TYPES[param.dtype], param.device
-    unstored = _feed_moments(work, first, second, dtype, len(grad) == len(param))
-    is_one_pass = work.second == SecondKind.COVER
-    if is_one_pass:
-        _make_maxima(work, device)
-    elif isinstance(second, Cover):
-        _cover_rows(work, grad)
-    elif isinstance(second, Factored):
-        _factor_rows(work, second, grad)
-        work.point(mean=_mean(second.col))
-    is_sketched = isinstance(first, Table) or isinstance(second, Table)
-    kind = "sketch_" if is_sketched else "cover_" if is_one_pass else ""
-    _launch(f"step_{kind}{dtype}", work, device)
-    if unstored:
-        _launch("sketch_store", unstored, device)
-    if is_one_pass:
-        _launch("cover_store", work, device, flat=sum(grad.shape))
-
-
-def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> None:
-    scalars = ("second_beta", "second_gain", "second_forgetting")
-    rule = Rule(lr=0.0, **{name: getattr(rule, name) for name in scalars})
-    work = _device_step(rule, None, second)
-    work.items = Items(len(grad), *grad.shape, grad=grad.data_ptr(), is_dense=True)
-    if scale is not None:
-        work.items.scale = scale.data_ptr()
-    work.tiling = Tiling(*grad.shape)
-    dtype = _TYPES[grad.dtype]
-    match second:
-        case Full():
-            _launch(f"observe_full_{dtype}", work, grad.device, flat=grad.numel())
-        case Cover():
-            _cover_rows(work, grad)
-        case Factored():
-            _factor_rows(work, second, grad)
-        case Table():
-            _feed_moments(work, None, second, dtype)
+    work = DeviceStep(param, first, second)
+    work.take(rule, grad, rows=rows)
+    _run([(work, first, second)], param.device)
 
 
 def step_elements(
     param: Tensor, values: Tensor, indices: Tensor, rule: Rule, first: First, second: Second
 ) -> None:
-    work = _device_step(rule, first, second)
-    work.items = Items(len(values), *param.shape, is_elements=True)
-    work.items.param, work.items.grad = param.data_ptr(), values.data_ptr()
-    work.items.positions = indices.data_ptr()
-    dtype, device, num_items = _TYPES[param.dtype], param.device, len(values)
-    unstored = _feed_moments(work, first, second, dtype, num_items == param.numel())
-    if isinstance(second, Cover):
-        work.point(averages=values.new_empty(2, num_items))
-    if work.second == SecondKind.COVER_I:
-        _launch(f"cover_averages_{dtype}", work, device, flat=num_items)
-        _launch("cover_raise", work, device, flat=num_items)
-    elif isinstance(second, Factored):
-        _factor_elements(work, second, indices, dtype)
-    _launch(f"step_elements_{dtype}", work, device, flat=num_items)
-    if unstored:
-        _launch("sketch_store", unstored, device)
-    if work.second == SecondKind.COVER:
-        _launch("cover_raise", work, device, flat=num_items)
+    work = DeviceStep(param, first, second)
+    work.take(rule, values, indices=indices)
+    _run([(work, first, second)], param.device)
 
 
-def _device_step(rule: Rule, first: First, second: Second) -> DeviceStep:
-    work = DeviceStep(rule=rule, first=FirstKind.of(first), second=SecondKind.of(second))
-    match first:
-        case Full() | MomentOfUpdates():
-            work.point(first_values=first.values)
-        case Table():
-            work.first_sketch = Sketch.of(first)
-    match second:
-        case Full():
-            work.point(second_values=second.values)
-        case Cover() | Factored():
-            work.point(row=second.row, col=second.col)
-        case Table():
-            work.second_sketch = Sketch.of(second)
-    return work
+def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> None:
+    scalars = ("second_beta", "second_gain", "second_forgetting")
+    rule = Rule(lr=0.0, **{name: getattr(rule, name) for name in scalars})
+    # Without weight decay no parameter is read; grad takes its place.
+    work = DeviceStep(grad, None, second)
+    work.take(rule, grad)
+    if scale is not None:
+        work.items.scale = scale.data_ptr()
+    if isinstance(second, Table):
+        _feed_moments(work, None, second)
+    else:
+        run_observation(work, grad.device)
 
 
-def _make_maxima(work: DeviceStep, device: torch.device) -> None:
-    num_items, dim = work.items.num_items, work.items.dim
-    maxima = torch.zeros(num_items + dim, dtype=torch.int32, device=device)
-    work.point(row_max=maxima[:num_items], col_max=maxima[num_items:])
+def _run(steps: list[tuple[DeviceStep, First, Second]], device: torch.device) -> None:
+    steps = [each for each in steps if each[0].num_items]
+    feedings = [_feed_moments(*each) for each in steps if each[0].is_sketched]
 
+    def store() -> None:
+        for feeding in feedings:
+            if feeding is not None:
+                _launch("sketch_store", feeding, device)
 
-def _cover_rows(work: DeviceStep, grad: Tensor) -> None:
-    """Bring the accumulators up to this step's, in a pass over the gradient alone."""
-    _make_maxima(work, grad.device)
-    _launch(f"cover_maxima_{_TYPES[grad.dtype]}", work, grad.device)
-    _launch("cover_store", work, grad.device, flat=sum(grad.shape))
-
-
-def _mean(col: Tensor) -> Tensor:
-    return col.mean(dtype=torch.float64).float()
-
-
-def _factor_rows(work: DeviceStep, second: Factored, grad: Tensor) -> None:
-    """Bring the means up to this step's; the order of the sums follows from the shape."""
-    tiling = work.tiling
-    across, down = tiling.across, tiling.num_tiles // tiling.across
-    row_sums = second.row.new_empty(across, len(grad), dtype=torch.float64)
-    col_sums = second.col.new_empty(down, grad.shape[1], dtype=torch.float64)
-    work.point(row_sums=row_sums, col_sums=col_sums, mean=_mean(second.col))
-    _launch(f"factored_sums_{_TYPES[grad.dtype]}", work, grad.device)
-    _launch("factored_store", work, grad.device, flat=sum(grad.shape))
-
-
-def _factor_elements(work: DeviceStep, second: Factored, indices: Tensor, dtype: str) -> None:
-    num_items, device = len(indices), indices.device
-    changes = indices.new_empty(num_items, dtype=torch.float64)
-    work.point(changes=changes, mean=_mean(second.col))
-    _launch(f"factored_changes_{dtype}", work, device, flat=num_items)
-    n, m = len(second.row), len(second.col)
-    for means, at, num_averaged in ((second.row, indices // m, m), (second.col, indices % m, n)):
-        keys, order = at.sort(stable=True)
-        work.point(keys=keys, order=order, means=means)
-        work.num_averaged = num_averaged
-        _launch("factored_raise", work, device, flat=num_items)
-    work.point(mean=_mean(second.col))
+    run_steps([work for work, *_ in steps], device, store)

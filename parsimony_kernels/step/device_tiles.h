@@ -1,12 +1,54 @@
-// Tiles: how a kernel's threads divide rows and columns among them; and what they read there.
+// Work that is divided among blocks and threads: batches of steps, tiles of rows and columns, and what a
+// thread reads of them.
+//
+// A batch is many tensors' steps in one launch. Each step is some blocks of work, and blocks of the grid
+// take these in turn, whosever they are.
 //
 // A tile is THREADS / lanes rows by lanes * COLUMNS columns. `lanes` neighbouring threads (a power of
-// two up to 32) have a row together. Each has COLUMNS of its columns, `lanes` apart, so that accesses
-// coalesce whatever the alignment; and that in rows_per_thread rows.
+// two up to 32) have a row together. Each has COLUMNS of its columns, and that in rows_per_thread rows.
+// In a packed tiling (rows of a multiple of COLUMNS) a thread's columns are neighbours, so that it reads
+// them in one go; otherwise they are `lanes` apart, so that accesses coalesce whatever the alignment.
+// Which it is follows from the shape alone, as the order of sums follows from it.
 #pragma once
 
 #include "runtime/grid.h"
 #include "step/entry.h"
+
+// ---- batches ------------------------------------------------------------------------------------
+
+// A block of work: number `block` of the batch's step of number `step`.
+struct Work { i64 step, block; };
+
+FN i64 num_blocks(const Batch &b) { return b.ends[b.count - 1]; }
+
+FN Work work_of(const Batch &b, i64 index) {
+    i64 low = 0, high = b.count - 1;
+    while (low < high) {
+        i64 middle = (low + high) / 2;
+        if (b.ends[middle] <= index) low = middle + 1;
+        else high = middle;
+    }
+    Work work = {low, index - (low ? b.ends[low - 1] : 0)};
+    return work;
+}
+
+// Define a kernel that calls FUNCTION(a step, the number of one of its blocks) for all blocks of a batch.
+// The step is copied, so that what the compiler has read of it need not be read again after each store.
+#define BATCH_KERNEL(NAME, FUNCTION) DEFINE_BATCH_KERNEL(KERNEL, NAME, FUNCTION)
+#define STREAMING_BATCH_KERNEL(NAME, FUNCTION) DEFINE_BATCH_KERNEL(STREAMING_KERNEL, NAME, FUNCTION)
+#define DEFINE_BATCH_KERNEL(DECLARE, NAME, FUNCTION)                        \
+    DECLARE(NAME, Batch) {                                                  \
+        for (i64 i = blockIdx.x; i < num_blocks(s); i += gridDim.x) {       \
+            Work work = work_of(s, i);                                      \
+            const DeviceStep step = s.steps[work.step];                     \
+            (FUNCTION)(step, work.block);                                   \
+        }                                                                   \
+    }
+
+// The number of this thread's item in a block of THREADS of them.
+FN i64 flat_item(i64 block) { return block * THREADS + threadIdx.x; }
+
+// ---- tiles --------------------------------------------------------------------------------------
 
 FN i64 tiles_across(const Tiling &t) {
     i64 width = t.lanes * COLUMNS;
@@ -15,18 +57,61 @@ FN i64 tiles_across(const Tiling &t) {
 
 // This thread's part of a tile.
 struct Tile {
-    i64 across, down, column, row;  // its first ones; the next are `lanes` and `slots` further
-    int slots;
+    i64 across, down, column, row;  // its first ones; the next are `apart` and `slots` further
+    int apart, slots;
 };
 
 FN Tile tile_of(const Tiling &t, i64 index) {
     Tile tile;
+    int lane = threadIdx.x % t.lanes;
     tile.slots = THREADS / t.lanes;
     tile.down = index / tiles_across(t);
     tile.across = index - tile.down * tiles_across(t);
-    tile.column = tile.across * t.lanes * COLUMNS + threadIdx.x % t.lanes;
+    tile.apart = t.is_packed ? 1 : t.lanes;
+    tile.column = tile.across * t.lanes * COLUMNS + (t.is_packed ? lane * COLUMNS : lane);
     tile.row = tile.down * tile.slots * t.rows_per_thread + threadIdx.x / t.lanes;
     return tile;
+}
+
+// COLUMNS elements at once.
+template <class T> struct alignas(COLUMNS * sizeof(T)) Several { T x[COLUMNS]; };
+
+// How a thread reads and writes its columns of a row: `count` of them, `apart` from each other.
+struct Part {
+    int count, apart;
+    bool is_whole;  // COLUMNS neighbours on a boundary
+};
+
+FN Part part_of(i64 column, i64 num_columns, int apart, bool is_aligned) {
+    i64 rest = num_columns - column, count = rest <= 0 ? 0 : (rest + apart - 1) / apart;
+    Part part = {(int)(count < COLUMNS ? count : COLUMNS), apart, false};
+    part.is_whole = is_aligned && apart == 1 && count >= COLUMNS;
+    return part;
+}
+
+template <class T> FN void load(const T *from, const Part &part, float *x) {
+    if (part.is_whole) {
+        Several<T> all = *(const Several<T> *)from;
+#pragma unroll
+        for (int v = 0; v < COLUMNS; v++) x[v] = widen(all.x[v]);
+        return;
+    }
+#pragma unroll
+    for (int v = 0; v < COLUMNS; v++)
+        if (v < part.count) x[v] = widen(from[v * part.apart]);
+}
+
+template <class T> FN void store(T *to, const Part &part, const float *x) {
+    if (part.is_whole) {
+        Several<T> all;
+#pragma unroll
+        for (int v = 0; v < COLUMNS; v++) all.x[v] = narrow<T>(x[v]);
+        *(Several<T> *)to = all;
+        return;
+    }
+#pragma unroll
+    for (int v = 0; v < COLUMNS; v++)
+        if (v < part.count) to[v * part.apart] = narrow<T>(x[v]);
 }
 
 FN i64 row_of(const Items &x, i64 item) {
@@ -52,6 +137,17 @@ template <class T> FN float gradient(const Items &x, const Rule &r, i64 source, 
     return oriented(grad_at<T>(x, source), p, r);
 }
 
+// The same for a thread's part of a row.
+template <class T>
+FN void load_gradient(const Items &x, const Rule &r, i64 source, i64 at, const Part &part, float *g) {
+    float p[COLUMNS] = {};
+    load((const T *)x.grad + source, part, g);
+    if (r.weight_decay != 0.0f) load((const T *)x.param + at, part, p);
+    float scale = x.scale ? *x.scale : 1.0f;
+#pragma unroll
+    for (int v = 0; v < COLUMNS; v++) g[v] = oriented(x.scale ? g[v] * scale : g[v], p[v], r);
+}
+
 // ---- maxima and sums of a tile --------------------------------------------------------------------
 
 // Memory that a block's threads share. Not declared in templates, as tests/emulation could not find it.
@@ -65,17 +161,17 @@ FN double *shared_sums() {
     return sums;
 }
 
-// Raise col_max by a tile's maxima; all of the block's threads must come here together. `block_max`
-// is shared and all 0, before and after.
-FN void raise_columns(const DeviceStep &s, i64 tile_across, const u32 *column_max, u32 *block_max) {
-    int lanes = s.tiling.lanes, width = lanes * COLUMNS;
-    for (int v = 0; v < COLUMNS; v++)
-        atomicMax(&block_max[threadIdx.x % lanes + v * lanes], column_max[v]);
+// Raise col_max by a tile's maxima; all of the block's threads must come here together.
+FN void raise_columns(const DeviceStep &s, const Tile &tile, const u32 *column_max) {
+    int width = s.tiling.lanes * COLUMNS;
+    i64 begin = tile.across * width;
+    u32 *block_max = shared_maxima();
+    for (int i = threadIdx.x; i < width; i += THREADS) block_max[i] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < width; i += THREADS) {
-        i64 column = tile_across * width + i;
-        if (column < s.items.dim) atomicMax(&s.col_max[column], block_max[i]);
-        block_max[i] = 0;
-    }
+    for (int v = 0; v < COLUMNS; v++)
+        atomicMax(&block_max[tile.column - begin + v * tile.apart], column_max[v]);
+    __syncthreads();
+    for (int i = threadIdx.x; i < width; i += THREADS)
+        if (begin + i < s.items.dim) atomicMax(&s.col_max[begin + i], block_max[i]);
     __syncthreads();
 }
