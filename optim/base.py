@@ -21,6 +21,7 @@ from optim.moments import Moment, count_of_steps
 from optim.preconditioner import Preconditioner
 from optim.state import SECOND, Group, StatefulOptimizer
 from optim.update import refuse_capture, update
+from parsimony_kernels.runtime.checks import CheckedElements
 from parsimony_kernels.step import ops
 
 __all__ = ["Group", "MomentOptimizer"]
@@ -81,7 +82,8 @@ class MomentOptimizer(StatefulOptimizer):
                     that arrived, which take the place of its .grad; its other elements are 0. The
                     indices are int64 into the flattened parameter, ascending and unique; the values
                     are float64 for a float64 parameter, else float32. Decoupled weight decay acts
-                    on the whole parameter.
+                    on the whole parameter. Whether the indices are so is checked, for which a GPU
+                    is waited for, unless they are CheckedElements.
         Raises: RuntimeError, while a CUDA graph is captured.
         """
         refuse_capture()
@@ -91,6 +93,7 @@ class MomentOptimizer(StatefulOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        is_checked = isinstance(elements, CheckedElements)
         elements = dict(elements or {})
         planned, others = self._planned(elements)
         arrived = [(one, read_gradient(one[2], elements.pop(one[2], None))) for one in others]
@@ -100,7 +103,7 @@ class MomentOptimizer(StatefulOptimizer):
                              "this optimizer")  # fmt: skip
         ready = [(one, gradient, self._moments(*one))
                  for one, gradient in arrived if gradient is not None]  # fmt: skip
-        plans.run(planned, self._rule)  # all have been checked: none can be refused
+        plans.run(planned, self._rule, is_checked=is_checked)  # only these can be refused yet
         for (_, group, p), gradient, moments in ready:
             self._step_parameter(group, p, gradient, moments)
         return loss
@@ -108,7 +111,7 @@ class MomentOptimizer(StatefulOptimizer):
     def _planned(
         self, elements: dict[Tensor, tuple[Tensor, Tensor]]
     ) -> tuple[list[plans.Arrived], list[tuple[int, Group, Tensor]]]:
-        """Return the plans that hold, with what arrived for them, and the other parameters.
+        """Return what arrived for the plans that hold, and the other parameters.
 
         What is returned is taken out of `elements`.
         """
@@ -121,12 +124,9 @@ class MomentOptimizer(StatefulOptimizer):
             if plan is not None and is_native and has_come:
                 if not plan.holds(group, structures[id(group)], self.state[p]):
                     del self._plans[p]
-                elif pair is None and plan.takes(grad):
-                    planned.append((plan, grad, None))
-                    continue
-                elif pair is not None and plan.takes_elements(*pair):
-                    planned.append((plan, pair[1], pair[0]))
-                    del elements[p]
+                elif arrived := plan.arrived(grad, pair):
+                    planned.append(arrived)
+                    elements.pop(p, None)
                     continue
             others.append((position, group, p))
         return planned, others

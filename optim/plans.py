@@ -1,4 +1,4 @@
-"""Steps of CPU tensors that are made once and kept: a step is then one call for all of them.
+"""Steps that are prepared once and kept: an optimizer's step is then one call for all of them.
 
 What a parameter's step needs (moments, views, checks, the kernel's arguments) follows from tensors
 and options that seldom change. A plan keeps it, and tells before each step whether it still holds.
@@ -7,29 +7,30 @@ and options that seldom change. A plan keeps it, and tells before each step whet
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from optim.moments import SEEDS, Moment
 from optim.update import matrices
-from parsimony_kernels.runtime.checks import check_elements
+from parsimony_kernels.runtime.checks import check_elements, check_parameter
 from parsimony_kernels.step import ops
 
 Group = Mapping[str, Any]  # a parameter group's options
+_NO_RULE = ops.Rule(lr=0.0)
 
 
 class Plan:
-    """One parameter's step of a dense gradient, or of its elements.
+    """One parameter's step of a dense gradient, of rows of it, or of elements.
 
     Args: group: its options. options: what of them decides on structures, as `holds` is given it.
         state: of the parameter. moments: (first, second), over that state.
     """
 
     __slots__ = (
-        *("args", "group", "p", "second", "step"),
-        *("_data", "_dtype", "_kept", "_options", "_seeds", "_shape", "_state"),
+        *("args", "group", "matrix", "p", "second"),
+        *("_data", "_device", "_dtype", "_kept", "_options", "_seeds", "_shape", "_state"),
     )
 
     def __init__(
@@ -39,31 +40,56 @@ class Plan:
         options: Any,
         state: Mapping[str, Tensor],
         moments: tuple[Moment | None, Moment | None],
+        matrix: Tensor,
         args: ops.PlannedStep,
     ) -> None:
-        self.p, self.group, self.args = p, group, args
+        self.p, self.group, self.matrix, self.args = p, group, matrix, args
         self.second = moments[1]
-        self.step = state["step"]
         self._options, self._state = options, state
         self._data, self._shape, self._dtype = p.data_ptr(), p.shape, p.dtype
+        self._device = p.device
         self._kept = [(name, tensor, tensor.data_ptr()) for name, tensor in state.items()]
         # The kernel's arguments hold the values of these; a broadcast changes them in place.
         self._seeds = [(t, t.tolist()) for name, t in state.items() if name.endswith(SEEDS)]
 
-    def takes(self, grad: Tensor) -> bool:
-        """Tell whether this is a dense gradient, as the kernel reads one."""
-        return (
+    def arrived(self, grad: Tensor | None, pair: tuple[Tensor, Tensor] | None) -> Arrived | None:
+        """Return a gradient, or indices and values of elements, as a kernel can read them.
+
+        Returns: None if it cannot, or if the mistakes in them must be told.
+        """
+        if pair is not None:
+            return self._elements(*pair)
+        return self._rows(grad) if grad.is_sparse else self._dense(grad)
+
+    def _dense(self, grad: Tensor) -> Arrived | None:
+        if (
             type(grad) is Tensor
             and grad.dtype is self._dtype
             and grad.shape == self._shape
             and grad.layout is torch.strided
             and grad.is_contiguous()
-            and grad.is_cpu
-        )
+            and grad.device == self._device
+        ):
+            return Arrived(self, grad)
+        return None
 
-    def takes_elements(self, indices: Tensor, values: Tensor) -> bool:
-        """Tell whether these are values of elements (k,), and their indices (k,), in any order."""
-        return (
+    def _rows(self, grad: Tensor) -> Arrived | None:
+        if (
+            type(grad) is Tensor
+            and grad.layout is torch.sparse_coo
+            and grad.dtype is self._dtype
+            and grad.shape == self._shape
+            and grad.device == self._device
+            and grad.sparse_dim() == 1
+            and len(self._shape) > 1
+            and self.matrix.shape[0] == self._shape[0]
+        ):
+            grad = grad.detach().coalesce()
+            return Arrived(self, grad.values().contiguous(), rows=grad.indices()[0])
+        return None
+
+    def _elements(self, indices: Tensor, values: Tensor) -> Arrived | None:
+        if (
             type(values) is Tensor
             and type(indices) is Tensor
             and values.dtype is torch.float32
@@ -72,9 +98,11 @@ class Plan:
             and indices.shape == values.shape
             and values.is_contiguous()
             and indices.is_contiguous()
-            and values.is_cpu
-            and indices.is_cpu
-        )
+            and values.device == self._device
+            and indices.device == self._device
+        ):
+            return Arrived(self, values, indices=indices)
+        return None
 
     def holds(self, group: Group, options: Any, state: Mapping[str, Tensor]) -> bool:
         """Tell whether this is still how the parameter is stepped."""
@@ -112,44 +140,76 @@ def plan(
         return None
     first, second = (moment and moment.operand(split) for moment in moments)
     args = ops.planned(matrix, first, second, state["step"])
-    return None if args is None else Plan(p, group, options, state, moments, args)
+    return None if args is None else Plan(p, group, options, state, moments, matrix, args)
 
 
-Arrived = tuple[Plan, Tensor, Tensor | None]  # gradient, or values of elements and their indices
+class Arrived(NamedTuple):
+    """What has arrived for a plan: a dense gradient, rows of it, or values of elements."""
+
+    plan: Plan
+    values: Tensor
+    rows: Tensor | None = None
+    indices: Tensor | None = None
 
 
-def run(arrived: Sequence[Arrived], rule_of: Callable[[Group, int], ops.Rule]) -> None:
-    """Make these steps. rule_of: group, number of the step -> its rule.
+def run(
+    arrived: Sequence[Arrived], rule_of: Callable[[Group, int], ops.Rule], *, is_checked: bool
+) -> None:
+    """Make these steps.
 
-    Raises: ValueError if indices are not ascending, unique and in range; no step has been made.
+    Args:   rule_of: group, number of the step -> its rule. is_checked: rows and indices are known
+                to be ascending, unique and in range. To find out, a GPU is waited for.
+    Raises: ValueError if they are not; no step has been made.
     """
-    if not arrived:
+    by_device: dict[torch.device, list[Arrived]] = {}
+    for one in arrived:
+        by_device.setdefault(one.plan.p.device, []).append(one)
+    if not is_checked:
+        for on_device in by_device.values():
+            _check([one for one in on_device if one.rows is not None or one.indices is not None])
+    ending = _set(arrived, rule_of)
+    for on_device in by_device.values():
+        ops.step_planned([one.plan.args for one in on_device])
+    if arrived:
+        torch.autograd.graph.increment_version([one.plan.p for one in arrived])
+    for plan, number in ending:
+        plan.second.end_step(number, plan.group)
+
+
+def _check(sparse: Sequence[Arrived]) -> None:
+    for one in sparse:
+        one.plan.args.set(_NO_RULE, *one[1:])
+    wrong = ops.find_wrong_positions([one.plan.args for one in sparse])
+    if wrong is None:
         return
+    plan, values, rows, indices = sparse[wrong]
+    if indices is not None:
+        check_elements(values, indices, plan.p)
+    else:
+        check_parameter(plan.matrix, values.view(-1, plan.matrix.shape[1]), rows)
+
+
+def _set(
+    arrived: Sequence[Arrived], rule_of: Callable[[Group, int], ops.Rule]
+) -> list[tuple[Plan, int]]:
+    """Set what each step is run with.
+
+    Returns: the plans whose moment has something to do after the step, and the step's number.
+    """
     rules: dict[tuple[int, int], tuple[ops.Rule, ops.Rule]] = {}
-    ending, pulled = [], []
-    for one, grad, indices in arrived:
-        number = int(one.step) + 1
-        key = id(one.group), number
+    ending, pulled = [], {}
+    for plan, values, rows, indices in arrived:
+        number = plan.args.num_steps + 1
+        key = id(plan.group), number
         both = rules.get(key)
         if both is None:
-            rule = rule_of(one.group, number)
+            rule = rule_of(plan.group, number)
             both = rules[key] = rule, rule.replace(param_scale=1.0)
-        if indices is None:
-            one.args.set(grad, both[0])
-        else:
-            one.args.set(grad, both[1], indices)
-            if both[0].param_scale != 1:  # it acts on the elements that did not arrive, too
-                pulled.append((one.p, both[0].param_scale))
-        if one.second is not None and one.second.has_ends:
-            ending.append((one, number))
-    of_elements = [each for each in arrived if each[2] is not None]
-    wrong = ops.find_wrong_indices([one.args for one, *_ in of_elements])
-    if wrong is not None:
-        one, values, indices = of_elements[wrong]
-        check_elements(values, indices, one.p)
-    for p, scale in pulled:
-        p.mul_(scale)
-    ops.step_planned([one.args for one, *_ in arrived])
-    torch.autograd.graph.increment_version([one.p for one, *_ in arrived])
-    for one, number in ending:
-        one.second.end_step(number, one.group)
+        if indices is not None and both[0].param_scale != 1:
+            pulled.setdefault(both[0].param_scale, []).append(plan.p)
+        plan.args.set(both[indices is not None], values, rows, indices)
+        if plan.second is not None and plan.second.has_ends:
+            ending.append((plan, number))
+    for scale, parameters in pulled.items():  # weight decay acts on all elements
+        torch._foreach_mul_(parameters, scale)
+    return ending

@@ -45,6 +45,7 @@ struct HostStep {
     const i64 *at;      // (k,) rows, or flat elements; null: every row
     i64 n, m, k;
     int storage, first, second, threads;  // storage is that of the parameter
+    int is_elements;
     float *first_values;   // FIRST_OF_GRADIENTS, FIRST_OF_UPDATES
     float *second_values;  // SECOND_FULL
     float *row, *col;      // covers, factored means
@@ -106,6 +107,7 @@ struct DeviceStep {
     i64 *keys;                    // factored, elements: (num_items,) first_key + column of each,
     const i64 *sorted, *order;    //   sorted, and whose each is among all of the batch's elements,
     i64 first_key, first_item;    //   of which this step's are the ones from first_item on
+    u32 *is_wrong;                // whether positions are not ascending, unique and in range
 };
 
 // Steps that one launch makes. Each is a number of blocks of work, which are numbered through all of them.

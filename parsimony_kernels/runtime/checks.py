@@ -23,6 +23,14 @@ from parsimony_kernels.runtime.operands import (
 _STATE = {dtype: (state_dtype(dtype),) for dtype in STEP_DTYPES}  # what a parameter's state may be
 
 
+class CheckedElements(dict[Tensor, tuple[Tensor, Tensor]]):
+    """Parameter -> (indices, values) whose indices are known to be ascending, unique and in range.
+
+    Whoever makes it vouches for that, and for the rows of sparse gradients that are stepped
+    together with it: kernels write wherever these lead.
+    """
+
+
 def check_tensor(
     name: str, tensor: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], dim: int
 ) -> None:

@@ -35,7 +35,7 @@ class HostStep(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("param", "grad", "at")),
         *((name, c_int64) for name in ("n", "m", "k")),
-        *((name, c_int) for name in ("storage", "first", "second", "threads")),
+        *((name, c_int) for name in ("storage", "first", "second", "threads", "is_elements")),
         *((name, c_void_p) for name in ("first_values", "second_values", "row", "col")),
         *((name, Sketch) for name in ("first_sketch", "second_sketch")),
         ("rule", Rule),
@@ -122,6 +122,7 @@ class DeviceStep(Structure):
         *((name, c_void_p) for name in ("row_sums", "col_sums", "mean", "changes")),
         *((name, c_void_p) for name in ("keys", "sorted", "order")),
         *((name, c_int64) for name in ("first_key", "first_item")),
+        ("is_wrong", c_void_p),
     )
 
     def __init__(self, param: Tensor, first: First, second: Second) -> None:

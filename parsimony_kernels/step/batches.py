@@ -7,6 +7,7 @@ Shapes: n rows of m columns make a parameter; k rows or elements of its gradient
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from itertools import accumulate, groupby
 
@@ -45,7 +46,7 @@ class Program:
         ends = list(accumulate(map(blocks, steps)))
         if ends and ends[-1]:
             at = self._put(steps)
-            ends_at = self._append((torch.tensor(ends, dtype=torch.int64).numpy().tobytes(),))
+            ends_at = self._append((array("q", ends).tobytes(),))
             self._turns.append((kernel, at, ends_at, len(ends), ends[-1]))
 
     def call(self, function: Callable[[], None]) -> None:
@@ -161,6 +162,18 @@ def run_observation(step: DeviceStep, device: torch.device) -> None:
         program.add("observe_flat", [step], _tiles, is_typed=True)
     _bring_up_to_date(program, [step])
     program.run()
+
+
+def find_wrong_positions(steps: Steps, device: torch.device) -> int | None:
+    """See ops.find_wrong_positions."""
+    sparse = [number for number, step in enumerate(steps) if not step.is_dense]
+    program = Program(device)
+    chosen = [steps[number] for number in sparse]
+    found = program.give(chosen, torch.int32, zeros=True, is_wrong=_one)
+    program.add("find_wrong_positions", chosen, _items)
+    program.run()
+    return next((number for number, is_wrong in zip(sparse, found.tolist(), strict=True)
+                 if is_wrong), None)  # fmt: skip
 
 
 def _kernel(step: DeviceStep) -> str:

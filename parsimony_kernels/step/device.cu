@@ -98,6 +98,17 @@ template <class T> FN void step_elements(const DeviceStep &s, i64 block) {
     if (s.second == SECOND_COVER) s.averages[i] = s.averages[x.num_items + i] = nu;
 }
 
+// Rows or elements that are not ascending, unique and in range. One atomic for each.
+FN void find_wrong_position(const DeviceStep &s, i64 block) {
+    const Items &x = s.items;
+    i64 i = flat_item(block);
+    if (i >= x.num_items) return;
+    i64 bound = x.is_elements ? x.num_rows * x.dim : x.num_rows;
+    i64 before = i == 0 ? -1 : x.positions[i - 1], at = x.positions[i];
+    if (at <= before || at >= bound) atomicMax(s.is_wrong, 1u);
+}
+BATCH_KERNEL(find_wrong_positions, find_wrong_position)
+
 #define DEFINE(NAME, T)                                  \
     BATCH_KERNEL(step_sketched_##NAME, step_sketched<T>) \
     BATCH_KERNEL(step_elements_##NAME, step_elements<T>)

@@ -21,7 +21,12 @@ from torch import Tensor
 from parsimony_kernels.runtime.launch import THREADS, launch
 from parsimony_kernels.runtime.operands import First, Rule, Second, Sketch, Table
 from parsimony_kernels.step.arguments import DeviceStep, Feeding, Inserted, Items, Tiling
-from parsimony_kernels.step.batches import MAX_BLOCKS, run_observation, run_steps
+from parsimony_kernels.step.batches import (
+    MAX_BLOCKS,
+    find_wrong_positions,
+    run_observation,
+    run_steps,
+)
 
 _NO_RULE = Rule(lr=0.0)
 
@@ -119,8 +124,22 @@ class PlannedStep:
         self._num_steps = ctypes.c_float.from_address(num_steps.data_ptr())
         self._device = param.device
 
-    def set(self, grad: Tensor, rule: Rule, indices: Tensor | None = None) -> None:
-        self._given[0].take(rule, grad, indices=indices)
+    @property
+    def num_steps(self) -> int:
+        return int(self._num_steps.value)
+
+    def set(
+        self,
+        rule: Rule,
+        values: Tensor,
+        rows: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> None:
+        self._given[0].take(rule, values, rows, indices)
+
+    @staticmethod
+    def find_wrong_positions(steps: Sequence[PlannedStep]) -> int | None:
+        return find_wrong_positions([step._given[0] for step in steps], steps[0]._device)
 
     @staticmethod
     def run(steps: Sequence[PlannedStep]) -> None:

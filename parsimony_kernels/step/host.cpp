@@ -174,13 +174,14 @@ int parsimony_step_elements(const HostStep *a) try {
     return 1;
 }
 
-// Of steps that are dense, or (where `at` is given) of elements: the number of the first whose indices are
-// not ascending, unique and in range; -1 if there is none.
-int parsimony_wrong_indices(const HostStep *const *steps, i64 count) {
+// Of steps of any kind: the number of the first whose rows, or elements, are not ascending, unique and in
+// range; -1 if there is none.
+int parsimony_wrong_positions(const HostStep *const *steps, i64 count) {
     for (i64 i = 0; i < count; i++) {
         const HostStep &s = *steps[i];
+        const i64 bound = s.is_elements ? s.n * s.m : s.n;
         for (i64 j = 0, before = -1; s.at && j < s.k; before = s.at[j++])
-            if (s.at[j] <= before || s.at[j] >= s.n * s.m) return (int)i;
+            if (s.at[j] <= before || s.at[j] >= bound) return (int)i;
     }
     return -1;
 }
@@ -190,7 +191,7 @@ int parsimony_step_all(HostStep *const *steps, i64 count, int threads) {
     for (i64 i = 0; i < count; i++) {
         HostStep *s = steps[i];
         s->threads = threads;
-        if (s->k && (s->at ? parsimony_step_elements(s) : parsimony_step(s))) return 1;
+        if (s->k && (s->is_elements ? parsimony_step_elements(s) : parsimony_step(s))) return 1;
         *s->num_steps += 1.0f;
     }
     return 0;

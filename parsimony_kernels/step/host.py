@@ -64,20 +64,32 @@ class PlannedStep:
     def __init__(self, param: Tensor, first: First, second: Second, num_steps: Tensor) -> None:
         self._args = _host_step(param, param, None, Rule(0.0), first, second)
         self._args.num_steps = num_steps.data_ptr()
+        self._num_steps = ctypes.c_float.from_address(num_steps.data_ptr())
         self._address = ctypes.addressof(self._args)
 
-    def set(self, grad: Tensor, rule: Rule, indices: Tensor | None = None) -> None:
-        args = self._args
-        args.grad = grad.data_ptr()
+    @property
+    def num_steps(self) -> int:
+        return int(self._num_steps.value)
+
+    def set(
+        self,
+        rule: Rule,
+        values: Tensor,
+        rows: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> None:
+        args, positions = self._args, indices if rows is None else rows
+        args.grad = values.data_ptr()
         args.rule = rule
-        if indices is None:
+        args.is_elements = indices is not None
+        if positions is None:
             args.at, args.k = None, args.n
         else:
-            args.at, args.k = indices.data_ptr(), indices.shape[0]
+            args.at, args.k = positions.data_ptr(), positions.shape[0]
 
     @staticmethod
-    def find_wrong_indices(steps: Sequence[PlannedStep]) -> int | None:
-        wrong = host_library().parsimony_wrong_indices(_addresses(steps), _i64(len(steps)))
+    def find_wrong_positions(steps: Sequence[PlannedStep]) -> int | None:
+        wrong = host_library().parsimony_wrong_positions(_addresses(steps), _i64(len(steps)))
         return None if wrong < 0 else wrong
 
     @staticmethod

@@ -117,19 +117,29 @@ def step(
 class PlannedStep(Protocol):
     """A step of one parameter whose arguments have been checked, and are kept."""
 
-    def set(self, grad: Tensor, rule: Rule, indices: Tensor | None = None) -> None:
-        """Set what it is run with next: a dense gradient, or values of elements; and a rule.
+    @property
+    def num_steps(self) -> int:
+        """How many steps it has made: what the tensor num_steps holds."""
+
+    def set(
+        self,
+        rule: Rule,
+        values: Tensor,
+        rows: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> None:
+        """Set what it is run with next: a dense gradient, rows of it, or values of elements.
 
         They must be such as `step` and `step_elements` take.
         """
 
 
 def planned(param: Tensor, first: First, second: Second, num_steps: Tensor) -> PlannedStep | None:
-    """Return steps of a parameter (n, m), dense or of elements, as one to be kept.
+    """Return steps of a parameter (n, m), of any kind of gradient, as one to be kept.
 
     Whoever keeps it keeps the tensors, and makes another when the memory of one of them changes.
     Args:    num_steps: (), float32, on the CPU; each step adds 1.
-    Returns: None where they cannot be kept: only the native kernels for CPU tensors can.
+    Returns: None where they cannot be kept: only native kernels can.
     """
     check_parameter(param, param, None)
     check_first(first, param)
@@ -140,9 +150,13 @@ def planned(param: Tensor, first: First, second: Second, num_steps: Tensor) -> P
     return module.PlannedStep(param, first, second, num_steps) if has_plans else None
 
 
-def find_wrong_indices(steps: Sequence[PlannedStep]) -> int | None:
-    """Return the number of a step whose indices are not ascending, unique and in range, if any."""
-    return type(steps[0]).find_wrong_indices(steps) if steps else None
+def find_wrong_positions(steps: Sequence[PlannedStep]) -> int | None:
+    """Return the number of a step whose rows or indices are not ascending, unique and in range.
+
+    The steps are on one device. A GPU is waited for, once for all of them.
+    Returns: None if there is no such step.
+    """
+    return type(steps[0]).find_wrong_positions(steps) if steps else None
 
 
 def step_planned(steps: Sequence[PlannedStep]) -> None:

@@ -1,0 +1,99 @@
+"""Optimizers on an emulated GPU: the numbers of those on a CPU, in few launches."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from parsimony_kernels.runtime import choice
+from parsimony_kernels.runtime.checks import CheckedElements
+from parsimony_kernels.step import device
+from tests.tolerances import assert_close
+from tests.unit.optim.helpers import EVERY_OPTIMIZER, gradients, parameter, row_sparse
+
+SHAPES = [(40,), (), (12, 20), (30, 1), (60, 41), (3, 200)]
+DTYPES = [torch.float32, torch.bfloat16]
+MOST_LAUNCHES = 12  # of a step
+FREE = ("empty", "view", "detach", "select", "indices", "values", "sparse_dim", "is_coalesced")
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations that are launches on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.name().removeprefix("aten::")
+        if not name.startswith((*FREE, "profiler")):
+            self.names.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
+def arrive(parameters, step):
+    """Give each parameter a gradient, dense, of rows or of elements, by the step's number."""
+    elements = CheckedElements()
+    for number, p in enumerate(parameters):
+        (grad,) = gradients(1, *p.shape, dtype=p.dtype, seed=step + number)
+        p.grad = grad
+        if step % 3 == 1 and p.dim() == 2:
+            rows = range(0, len(p), 2)
+            p.grad = row_sparse(rows, grad[::2], p.shape).coalesce()
+        elif step % 3 == 2:
+            p.grad = None
+            indices = torch.arange(0, p.numel(), 3)
+            elements[p] = indices, grad.flatten()[indices].float()
+    return elements
+
+
+def made(name, copies):
+    return [parameter(*shape, dtype=dtype, seed=k) for _ in range(copies)
+            for dtype in DTYPES for k, shape in enumerate(SHAPES)]  # fmt: skip
+
+
+def trained(name, parameters, num_steps=7):
+    optimizer = EVERY_OPTIMIZER[name](parameters, weight_decay=0.01)
+    for step in range(num_steps):
+        optimizer.step(elements=arrive(parameters, step))
+    return optimizer
+
+
+@pytest.fixture
+def on_a_gpu(emulated, monkeypatch):
+    """Make CPU tensors' steps those of an emulated GPU; returns the emulator."""
+    monkeypatch.setattr(choice, "_module", lambda chosen, folder, device_type: device)
+    return emulated()
+
+
+@pytest.mark.parametrize("name", EVERY_OPTIMIZER)
+def test_steps_on_a_gpu_have_the_numbers_of_those_on_a_cpu(name, request):
+    expected = made(name, 1)
+    expected_state = trained(name, expected).state_dict()["state"]
+    request.getfixturevalue("on_a_gpu")
+    actual = made(name, 1)
+    state = trained(name, actual).state_dict()["state"]
+    same = assert_close if "actored" in name else torch.testing.assert_close
+    exactly = {} if "actored" in name else {"rtol": 0, "atol": 0}
+    for p, q in zip(actual, expected, strict=True):
+        same(p.detach(), q.detach(), **exactly)
+    for number, tensors in expected_state.items():
+        for key, tensor in tensors.items():
+            same(state[number][key], tensor, **exactly)
+
+
+@pytest.mark.parametrize("name", [n for n in EVERY_OPTIMIZER if "Sketch" not in n])
+def test_a_step_is_a_dozen_launches_however_many_tensors(name, on_a_gpu):
+    counts = []
+    for copies in (1, 3):
+        parameters = made(name, copies)
+        optimizer = trained(name, parameters, num_steps=3)
+        for step in range(3, 6):
+            elements = arrive(parameters, step)
+            before = dict(on_a_gpu.launches)
+            with Operations() as operations:
+                optimizer.step(elements=elements)
+            launches = [kernel for kernel, count in on_a_gpu.launches.items()
+                        for _ in range(count - before.get(kernel, 0))]  # fmt: skip
+            counts.append(len(launches) + len(operations.names))
+            assert counts[-1] <= MOST_LAUNCHES, (step, launches, operations.names)
+    assert counts[:3] == counts[3:]
