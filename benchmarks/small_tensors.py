@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/small_tensors.py --json benchmarks/results/small.json
 
-1,000 parameters of 8 x 8, dense gradients. In each round every optimizer makes one step, in turn;
+On a GPU: --device cuda. 1,000 parameters of 8 x 8, dense gradients. In each round every optimizer makes one step, in turn;
 the least time of the rounds, and the median ratio to torch's fused Adam within a round. "Full": as
 they come, with full state for tensors so small. "Compressed": min_compressed_numel=0.
 """
@@ -39,17 +39,18 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=1000)
     parser.add_argument("--shape", nargs="+", type=int, default=[8, 8])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", type=torch.device, default="cpu")
     options = parser.parse_args()
     work = {}
     for is_compressed in (False, True):
         for name in [*((BASELINE, FOREACH) if not is_compressed else ()), *OURS]:
-            parameters = [torch.nn.Parameter(torch.randn(options.shape))
+            parameters = [torch.nn.Parameter(torch.randn(options.shape, device=options.device))
                           for _ in range(options.tensors)]  # fmt: skip
             for p in parameters:
-                p.grad = torch.randn(options.shape)
+                p.grad = torch.randn_like(p)
             optimizer = optimizer_of(name, parameters, is_compressed)
             work[name + (", compressed" if is_compressed else "")] = optimizer.step
-    times = take_turns(work, options.rounds, torch.device("cpu"))
+    times = take_turns(work, options.rounds, options.device)
     rows = [
         {
             "optimizer": name,

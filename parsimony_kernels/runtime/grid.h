@@ -14,9 +14,12 @@
 #ifndef KERNEL  // tests/emulation has its own
 #define KERNEL(NAME, ARGUMENT) \
     extern "C" __global__ void __launch_bounds__(THREADS) NAME(const ARGUMENT s)
-// Few enough registers for 1024 threads on a multiprocessor, whose reads then hide latency.
+// Few enough registers for so many threads on a multiprocessor, whose reads then hide latency.
+#ifndef STREAMING_THREADS
+#define STREAMING_THREADS 1024
+#endif
 #define STREAMING_KERNEL(NAME, ARGUMENT) \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1024 / THREADS) NAME(const ARGUMENT s)
+    extern "C" __global__ void __launch_bounds__(THREADS, STREAMING_THREADS / THREADS) NAME(const ARGUMENT s)
 #endif
 #define FOR_EACH_TYPE(DEFINE) DEFINE(f32, float) DEFINE(bf16, bf16) DEFINE(f16, f16)
 
