@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/small_tensors.py --json benchmarks/results/small.json
 
-On a GPU: --device cuda. 1,000 parameters of 8 x 8, dense gradients. In each round every optimizer makes one step, in turn;
-the least time of the rounds, and the median ratio to torch's fused Adam within a round. "Full": as
-they come, with full state for tensors so small. "Compressed": min_compressed_numel=0.
+On a GPU: --device cuda. 1,000 parameters of 8 x 8, dense gradients. In each round every optimizer
+makes one step, in turn; the least time of the rounds, and the median ratio to torch's fused Adam
+within a round. "Full": as they come, with full state for tensors so small. "Compressed":
+min_compressed_numel=0.
 """
 
 from __future__ import annotations

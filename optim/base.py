@@ -117,16 +117,17 @@ class MomentOptimizer(StatefulOptimizer):
         """
         planned, others = [], []
         structures = {id(group): self._structure(group) for group in self.param_groups}
-        is_native = ops.implementation() == "native"
+        known = self._plans if ops.implementation() == "native" else {}
         for position, group, p in self._parameters():
-            plan, grad, pair = self._plans.get(p), p.grad, elements.get(p)
+            plan, grad, pair = known.get(p), p.grad, elements.get(p) if elements else None
             has_come = (grad is None) != (pair is None)  # else there is nothing, or too much
-            if plan is not None and is_native and has_come:
+            if plan is not None and has_come:
                 if not plan.holds(group, structures[id(group)], self.state[p]):
-                    del self._plans[p]
+                    del known[p]
                 elif arrived := plan.arrived(grad, pair):
                     planned.append(arrived)
-                    elements.pop(p, None)
+                    if pair is not None:
+                        del elements[p]
                     continue
             others.append((position, group, p))
         return planned, others

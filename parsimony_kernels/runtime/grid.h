@@ -32,6 +32,9 @@ FN i64 flat_stride() { return (i64)gridDim.x * blockDim.x; }
 // The maximum over `lanes` neighbouring threads, a power of two up to 32. All of
 // them must come here together.
 FN u32 max_over_lanes(u32 x, int lanes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    if (lanes == 32) return __reduce_max_sync(WHOLE_WARP, x);
+#endif
     for (int apart = lanes / 2; apart > 0; apart /= 2)
         x = larger_bits(x, __shfl_xor_sync(WHOLE_WARP, x, apart));
     return x;

@@ -26,7 +26,7 @@ from parsimony_kernels.runtime.operands import (
 # A tile's threads take up to MAX_ROWS_PER_THREAD rows each, so that blocks seldom write maxima and
 # sums. They take fewer rows if there would be less than WANTED_TILES tiles, too few to fill a GPU.
 MAX_ROWS_PER_THREAD = 16
-WANTED_TILES = 512
+WANTED_TILES = 128
 
 _TYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -106,6 +106,8 @@ class DeviceStep(Structure):
     """A step of one parameter (n, m): its state, and after `take` what has arrived for it.
 
     kind: of the second moment. num_items, dim: k and m. is_whole: all rows, or elements, arrived.
+    is_aligned: parameter and state lie on boundaries of as many elements as a thread takes at once;
+    boundary: that of a gradient, in bytes.
     """
 
     _fields_ = (
@@ -132,11 +134,11 @@ class DeviceStep(Structure):
         self.items = Items(0, self.num_rows, self.dim)
         self.items.param = param.data_ptr()
         self.is_sketched = isinstance(first, Table) or isinstance(second, Table)
-        self._boundary = COLUMNS * param.element_size()
+        self.boundary = COLUMNS * param.element_size()
         self._set_state(first, second)
         state = (self.first_values, self.second_values, self.col)
         of_state = any((at or 0) % (COLUMNS * 4) for at in state)
-        self._is_aligned = not of_state and param.data_ptr() % self._boundary == 0
+        self.is_aligned = not of_state and param.data_ptr() % self.boundary == 0
         self._shape: tuple[int, bool, bool] | None = None
 
     def _set_state(self, first: First, second: Second) -> None:
@@ -166,7 +168,7 @@ class DeviceStep(Structure):
         positions = indices if rows is None else rows
         items.grad = at
         items.positions = None if positions is None else positions.data_ptr()
-        items.is_aligned = self._is_aligned and at % self._boundary == 0
+        items.is_aligned = self.is_aligned and at % self.boundary == 0
         shape = (self.num_rows if positions is None else grad.shape[0], positions is None,
                  indices is not None)  # fmt: skip
         if shape != self._shape:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from ctypes import sizeof
+from dataclasses import dataclass
 from itertools import accumulate, groupby
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
 from parsimony_kernels.runtime.launch import THREADS, launch
-from parsimony_kernels.runtime.operands import SecondKind
-from parsimony_kernels.step.arguments import Batch, DeviceStep
+from parsimony_kernels.runtime.operands import Rule, SecondKind
+from parsimony_kernels.step.arguments import Batch, DeviceStep, Items
 
 MAX_BLOCKS = 2**20  # kernels stride over what is more
 
@@ -26,16 +30,87 @@ Steps = Sequence[DeviceStep]
 Blocks = Callable[[DeviceStep], int]  # how many of them a step is
 
 
+@dataclass(frozen=True)
+class _Given:
+    """Temporary memory of some steps."""
+
+    count: int
+    dtype: torch.dtype
+    is_zeroed: bool
+    names: tuple[str, ...]  # of the fields that point into it
+
+    def memory(self, device: torch.device) -> Tensor:
+        make = torch.zeros if self.is_zeroed else torch.empty
+        return make(self.count, dtype=self.dtype, device=device)
+
+
+class _Columns:
+    """What differs from one run of a program to the next, as columns of the data that it uploads.
+
+    Args: places: see Program. given: the temporary memory, and its address in the first run.
+    """
+
+    def __init__(
+        self,
+        data: numpy.ndarray,
+        places: dict[tuple[int, ...], int],
+        given: Sequence[tuple[_Given, int]],
+        steps: Steps,
+    ) -> None:
+        self._data = data
+        numbers = {id(step): number for number, step in enumerate(steps)}
+        self._boundaries = numpy.array([step.boundary for step in steps], numpy.uint64)
+        self._are_aligned = numpy.array([step.is_aligned for step in steps])
+        self._given, self._pointers = [], []
+        for ids, at in places.items():
+            items = at + DeviceStep.items.offset, len(ids)
+            rules = self._column(at + DeviceStep.rule.offset, len(ids), numpy.uint8, sizeof(Rule))
+            grads = self._column(items[0] + Items.grad.offset, items[1], numpy.uint64)
+            aligned = self._column(items[0] + Items.is_aligned.offset, items[1], numpy.int32)
+            chosen = numpy.array([numbers[each] for each in ids])
+            self._given.append((chosen, rules, grads, aligned))
+            for number, (memory, address) in enumerate(given):
+                self._find_pointers(at, len(ids), number, memory, address)
+
+    def _column(self, at: int, count: int, dtype: Any, *length: int) -> numpy.ndarray:
+        """Return a field of `count` steps, of which the first one's is at `at`."""
+        strides = (sizeof(DeviceStep), 1)[: 1 + len(length)]
+        return numpy.ndarray((count, *length), dtype, self._data, at, strides)
+
+    def _find_pointers(
+        self, at: int, count: int, number: int, memory: _Given, address: int
+    ) -> None:
+        """Find the pointers into one temporary memory, of `count` steps from `at` on."""
+        end = address + memory.count * memory.dtype.itemsize
+        for name in memory.names:
+            pointers = self._column(at + getattr(DeviceStep, name).offset, count, numpy.uint64)
+            inside = (pointers >= address) & (pointers < end)
+            if inside.any():
+                there = pointers[inside] - numpy.uint64(address)
+                self._pointers.append((number, pointers, inside, there))
+
+    def write(self, rules: Sequence[Rule], grads: Sequence[Tensor], memories: list[int]) -> None:
+        bits = numpy.frombuffer(b"".join(rules), numpy.uint8).reshape(len(rules), -1)
+        at = numpy.array([grad.data_ptr() for grad in grads], numpy.uint64)
+        are_aligned = self._are_aligned & (at % self._boundaries == 0)
+        for chosen, of_rules, of_grads, of_aligned in self._given:
+            of_rules[:], of_grads[:] = bits[chosen], at[chosen]
+            of_aligned[:] = are_aligned[chosen]
+        for number, pointers, inside, there in self._pointers:
+            pointers[inside] = there + numpy.uint64(memories[number])
+
+
 class Program:
     """Launches in order, each of a kernel for some steps, of tensors on one device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, steps: Steps, device: torch.device) -> None:
+        self.steps, self.device = steps, device
         self._chunks: list[bytes | DeviceStep] = []
         self._size = 0
         self._places: dict[tuple[int, ...], int] = {}  # of arrays of steps in what is uploaded
         self._turns: list[tuple[str, int, int, int, int] | Callable[[], None]] = []
-        self._kept: list[Tensor] = []
+        self._given: list[tuple[_Given, Any]] = []  # and that memory, or where it was
+        self._columns: _Columns | None = None
 
     def add(self, kernel: str, steps: Steps, blocks: Blocks, *, is_typed: bool = False) -> None:
         """Launch for these steps. is_typed: a kernel for each dtype, the parameter's, of them."""
@@ -58,21 +133,26 @@ class Program:
     ) -> Tensor:
         """Give each step temporary memory of `sizes` elements, under these names of its fields."""
         counts = [[size(step) for size in sizes.values()] for step in steps]
-        make = torch.zeros if zeros else torch.empty
-        memory = make(sum(map(sum, counts)), dtype=dtype, device=self.device)
+        given = _Given(sum(map(sum, counts)), dtype, zeros, tuple(sizes))
+        memory = given.memory(self.device)
         at = memory.data_ptr()
         for step, of_step in zip(steps, counts, strict=True):
             for name, count in zip(sizes, of_step, strict=True):
                 setattr(step, name, at)
                 at += count * dtype.itemsize
-        self._kept.append(memory)
+        self._given.append((given, memory))
         return memory
 
     def run(self) -> None:
         """Copy the steps, as they are now, to the device, and launch."""
+        self._data = numpy.frombuffer(bytearray().join(self._chunks), numpy.uint8)
+        self._launch()
+        self._given = [(given, memory.data_ptr()) for given, memory in self._given]
+
+    def _launch(self) -> None:
         if not self._turns:
             return
-        uploaded = _upload(bytearray().join(self._chunks), self.device)
+        uploaded = _upload(torch.from_numpy(self._data), self.device)
         base = uploaded.data_ptr()
         for turn in self._turns:
             if callable(turn):
@@ -81,6 +161,19 @@ class Program:
             kernel, steps, ends, count, num_blocks = turn
             batch = Batch(base + steps, base + ends, count)
             launch(kernel, min(num_blocks, MAX_BLOCKS), batch, self.device)
+
+    # ---- again ------------------------------------------------------------------------------
+
+    def run_again(self, rules: Sequence[Rule], grads: Sequence[Tensor]) -> None:
+        """Do the same for the same steps, in their order, with other rules and dense gradients.
+
+        Only what differs is written into the copy that is kept of all steps.
+        """
+        if self._columns is None:
+            self._columns = _Columns(self._data, self._places, self._given, self.steps)
+        memories = [given.memory(self.device) for given, _ in self._given]
+        self._columns.write(rules, grads, [memory.data_ptr() for memory in memories])
+        self._launch()
 
     def _put(self, steps: Steps) -> int:
         key = tuple(map(id, steps))
@@ -95,8 +188,7 @@ class Program:
         return at
 
 
-def _upload(data: bytearray, device: torch.device) -> Tensor:
-    host = torch.frombuffer(data, dtype=torch.uint8)
+def _upload(host: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":  # emulated
         return host
     # The allocator of pinned memory gives it to nobody else before the copy is made.
@@ -133,31 +225,33 @@ def _one(step: DeviceStep) -> int:
 # ---- programs ------------------------------------------------------------------------------------
 
 
-def run_steps(steps: Steps, device: torch.device, store_sketches: Callable[[], None]) -> None:
+def run_steps(steps: Steps, device: torch.device, store_sketches: Callable[[], None]) -> Program:
     """Make these steps. Their sketches have been fed; what waits to be stored is stored at the end.
 
-    store_sketches: called when no kernel reads the sketches' old values any more.
+    Args:    store_sketches: called when no kernel reads the sketches' old values any more.
+    Returns: the program, to be run again for dense gradients, if there are no sketches.
     """
-    program = Program(device)
+    program = Program(steps, device)
     elements = [step for step in steps if step.is_elements]
     rows = [step for step in steps if not step.is_elements]
     covers = [step for step in rows if step.kind == SecondKind.COVER]
     _make_maxima(program, covers)
     _bring_up_to_date(program, [step for step in rows if step.kind != SecondKind.COVER])
-    by_kernel = {"flat": [], "rows": [], "cover": [], "factored": [], "sketched": []}
+    by_kernel: dict[str, list[DeviceStep]] = {}
     for step in rows:
-        by_kernel[_kernel(step)].append(step)
+        by_kernel.setdefault(_kernel(step), []).append(step)
     for name, of_kernel in by_kernel.items():
         program.add(f"step_{name}", of_kernel, _tiles, is_typed=True)
     program.add("cover_store", covers, _rows_and_columns)
     _step_elements(program, elements)
     program.call(store_sketches)
     program.run()
+    return program
 
 
 def run_observation(step: DeviceStep, device: torch.device) -> None:
     """Feed a second moment that is no sketch."""
-    program = Program(device)
+    program = Program([step], device)
     if step.kind == SecondKind.FULL:
         program.add("observe_flat", [step], _tiles, is_typed=True)
     _bring_up_to_date(program, [step])
@@ -167,7 +261,7 @@ def run_observation(step: DeviceStep, device: torch.device) -> None:
 def find_wrong_positions(steps: Steps, device: torch.device) -> int | None:
     """See ops.find_wrong_positions."""
     sparse = [number for number, step in enumerate(steps) if not step.is_dense]
-    program = Program(device)
+    program = Program(steps, device)
     chosen = [steps[number] for number in sparse]
     found = program.give(chosen, torch.int32, zeros=True, is_wrong=_one)
     program.add("find_wrong_positions", chosen, _items)
@@ -177,9 +271,11 @@ def find_wrong_positions(steps: Steps, device: torch.device) -> int | None:
 
 
 def _kernel(step: DeviceStep) -> str:
-    if step.is_sketched or step.is_flat:
-        return "flat" if step.is_flat else "sketched"
-    return {SecondKind.COVER: "cover", SecondKind.FACTORED: "factored"}.get(step.kind, "rows")
+    if step.is_sketched:
+        return "sketched"
+    kinds = {SecondKind.COVER: "cover", SecondKind.FACTORED: "factored"}
+    kind = "flat" if step.is_flat else kinds.get(step.kind, "rows")
+    return f"{kind}_first" if step.first and kind != "rows" else kind
 
 
 def _make_maxima(program: Program, steps: Steps) -> None:

@@ -23,6 +23,7 @@ from parsimony_kernels.runtime.operands import First, Rule, Second, Sketch, Tabl
 from parsimony_kernels.step.arguments import DeviceStep, Feeding, Inserted, Items, Tiling
 from parsimony_kernels.step.batches import (
     MAX_BLOCKS,
+    Program,
     find_wrong_positions,
     run_observation,
     run_steps,
@@ -120,9 +121,10 @@ class PlannedStep:
     """A step that is kept: see ops.PlannedStep."""
 
     def __init__(self, param: Tensor, first: First, second: Second, num_steps: Tensor) -> None:
-        self._given = DeviceStep(param, first, second), first, second
+        self.work, self.moments = DeviceStep(param, first, second), (first, second)
         self._num_steps = ctypes.c_float.from_address(num_steps.data_ptr())
-        self._device = param.device
+        self.device = param.device
+        self.last: tuple[list[PlannedStep], Program] | None = None  # that this step came first in
 
     @property
     def num_steps(self) -> int:
@@ -135,17 +137,39 @@ class PlannedStep:
         rows: Tensor | None = None,
         indices: Tensor | None = None,
     ) -> None:
-        self._given[0].take(rule, values, rows, indices)
+        self.rule, self.values, self.rows, self.indices = rule, values, rows, indices
 
     @staticmethod
     def find_wrong_positions(steps: Sequence[PlannedStep]) -> int | None:
-        return find_wrong_positions([step._given[0] for step in steps], steps[0]._device)
+        _take(steps)
+        return find_wrong_positions([step.work for step in steps], steps[0].device)
 
     @staticmethod
     def run(steps: Sequence[PlannedStep]) -> None:
-        _run([step._given for step in steps], steps[0]._device)
-        for step in steps:
-            step._num_steps.value += 1
+        try:
+            _run_planned(steps)
+            for step in steps:
+                step._num_steps.value += 1
+        finally:
+            for step in steps:  # nobody keeps gradients longer than the step
+                step.values = step.rows = step.indices = None
+
+
+def _run_planned(steps: Sequence[PlannedStep]) -> None:
+    is_dense = all(step.rows is None and step.indices is None for step in steps)
+    last = steps[0].last
+    if is_dense and last is not None and last[0] == steps:
+        last[1].run_again([step.rule for step in steps], [step.values for step in steps])
+        return
+    _take(steps)
+    program = _run([(step.work, *step.moments) for step in steps], steps[0].device)
+    is_plain = is_dense and not any(step.work.is_sketched for step in steps)
+    steps[0].last = (list(steps), program) if is_plain else None
+
+
+def _take(steps: Sequence[PlannedStep]) -> None:
+    for step in steps:
+        step.work.take(step.rule, step.values, step.rows, step.indices)
 
 
 def step(
@@ -178,7 +202,7 @@ def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> N
         run_observation(work, grad.device)
 
 
-def _run(steps: list[tuple[DeviceStep, First, Second]], device: torch.device) -> None:
+def _run(steps: list[tuple[DeviceStep, First, Second]], device: torch.device) -> Program:
     steps = [each for each in steps if each[0].num_items]
     feedings = [_feed_moments(*each) for each in steps if each[0].is_sketched]
 
@@ -187,4 +211,4 @@ def _run(steps: list[tuple[DeviceStep, First, Second]], device: torch.device) ->
             if feeding is not None:
                 _launch("sketch_store", feeding, device)
 
-    run_steps([work for work, *_ in steps], device, store)
+    return run_steps([work for work, *_ in steps], device, store)

@@ -89,6 +89,14 @@ FN Part part_of(i64 column, i64 num_columns, int apart, bool is_aligned) {
     return part;
 }
 
+// Whether a tile is of a dense gradient, ends within it, and lies on boundaries.
+FN bool is_whole(const DeviceStep &s, const Tile &tile) {
+    const Items &x = s.items;
+    i64 height = (i64)tile.slots * s.tiling.rows_per_thread;
+    return x.is_dense && x.is_aligned && tile.apart == 1 && s.tiling.lanes == 32 &&
+           (tile.across + 1) * 32 * COLUMNS <= x.dim && (tile.down + 1) * height <= x.num_items;
+}
+
 template <class T> FN void load(const T *from, const Part &part, float *x) {
     if (part.is_whole) {
         Several<T> all = *(const Several<T> *)from;

@@ -1,5 +1,8 @@
 """Optimizers on an emulated GPU: the numbers of those on a CPU, in few launches."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,7 +49,7 @@ def arrive(parameters, step):
     return elements
 
 
-def made(name, copies):
+def made(copies):
     return [parameter(*shape, dtype=dtype, seed=k) for _ in range(copies)
             for dtype in DTYPES for k, shape in enumerate(SHAPES)]  # fmt: skip
 
@@ -67,10 +70,10 @@ def on_a_gpu(emulated, monkeypatch):
 
 @pytest.mark.parametrize("name", EVERY_OPTIMIZER)
 def test_steps_on_a_gpu_have_the_numbers_of_those_on_a_cpu(name, request):
-    expected = made(name, 1)
+    expected = made(1)
     expected_state = trained(name, expected).state_dict()["state"]
     request.getfixturevalue("on_a_gpu")
-    actual = made(name, 1)
+    actual = made(1)
     state = trained(name, actual).state_dict()["state"]
     same = assert_close if "actored" in name else torch.testing.assert_close
     exactly = {} if "actored" in name else {"rtol": 0, "atol": 0}
@@ -85,7 +88,7 @@ def test_steps_on_a_gpu_have_the_numbers_of_those_on_a_cpu(name, request):
 def test_a_step_is_a_dozen_launches_however_many_tensors(name, on_a_gpu):
     counts = []
     for copies in (1, 3):
-        parameters = made(name, copies)
+        parameters = made(copies)
         optimizer = trained(name, parameters, num_steps=3)
         for step in range(3, 6):
             elements = arrive(parameters, step)
@@ -97,3 +100,57 @@ def test_a_step_is_a_dozen_launches_however_many_tensors(name, on_a_gpu):
             counts.append(len(launches) + len(operations.names))
             assert counts[-1] <= MOST_LAUNCHES, (step, launches, operations.names)
     assert counts[:3] == counts[3:]
+
+
+def shifted(tensor, shift):
+    """Return a copy that begins `shift` elements after a boundary of memory."""
+    memory = tensor.new_empty(tensor.numel() + 64)
+    begin = -memory.data_ptr() // tensor.element_size() % 16 + shift
+    return memory[begin : begin + tensor.numel()].view_as(tensor).copy_(tensor)
+
+
+def stepped(name, shift, change, num_steps=6):
+    """Dense steps, whole tiles among them; in some, gradients or the rate are other ones."""
+    parameters = [
+        torch.nn.Parameter(shifted(parameter(*shape, dtype=dtype, seed=k).detach(), shift))
+        for dtype in DTYPES
+        for k, shape in enumerate([(70, 256), (33, 128), (9,)])
+    ]
+    optimizer = EVERY_OPTIMIZER[name](parameters)
+    for step in range(num_steps):
+        for p in parameters:
+            (grad,) = gradients(1, *p.shape, dtype=p.dtype, seed=step)
+            p.grad = shifted(grad, step % 2 * shift)
+        change(step, parameters, optimizer)
+        optimizer.step()
+    return parameters
+
+
+def change_what_plans_keep(step, parameters, optimizer):
+    if step == 3:
+        optimizer.param_groups[0]["lr"] /= 2
+    if step == 4:
+        parameters[1].grad = None  # other tensors than in the steps before
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2])
+@pytest.mark.parametrize("name", ["SM3", "SM3 with momentum and beta", "FactoredAdam", "Adam"])
+def test_steps_that_are_repeated_and_memory_on_and_off_boundaries(name, shift, request):
+    expected = stepped(name, 0, change_what_plans_keep)
+    request.getfixturevalue("on_a_gpu")
+    for p, q in zip(stepped(name, shift, change_what_plans_keep), expected, strict=True):
+        if name == "FactoredAdam":
+            assert_close(p.detach(), q.detach())
+        else:
+            assert torch.equal(p, q)
+
+
+def test_no_gradient_is_kept_after_its_step(on_a_gpu):
+    parameters = made(1)
+    optimizer = trained("SM3", parameters, num_steps=1)
+    arrive(parameters, 0)
+    optimizer.step()
+    kept = weakref.ref(parameters[0].grad)
+    optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    assert kept() is None
