@@ -2,9 +2,8 @@
 
 ops.py has checked what is given. Work goes to torch's current stream of the tensors' device, and
 nothing here waits for it. Temporaries: for rows, n + m numbers (Cover) or a 32nd of the
-parameter (Factored; more where it is small); for a sketch, a few numbers for each arriving row and,
-where it forgets or is of a first moment, new values of the buckets that change; for elements, a few
-numbers each.
+parameter (Factored; more where it is small); for a sketch, a few numbers for each arriving row and
+new values of the buckets that change; for elements, a few numbers each.
 
 Shapes: n rows of m columns make the parameter; k rows or elements of it arrive.
 """
@@ -100,25 +99,24 @@ def _feed(table: Table, feeding: Feeding, kernel: str, *, is_stored: bool = True
 
 def _feed_moments(
     work: DeviceStep, first: First, second: Second, dtype: str, is_whole: bool = True
-) -> Feeding | None:
-    """Feed the gradient to the moments that are sketches, both before the parameter moves.
+) -> list[Feeding]:
+    """Feed the gradient to the moments that are sketches, before the parameter moves.
 
     is_whole: all rows, or elements, have arrived.
-    Returns: the first moment's feeding, to be stored after the step, which reads the old values.
+    Returns: the feedings, to be stored after the step, which reads the old values.
     """
-    rule, kernel = work.rule, f"sketch_update_{dtype}"
+    rule, kernel, feedings = work.rule, f"sketch_update_{dtype}", []
     if isinstance(second, Table):
         scalars = {"gain": rule.second_gain, "forgetting": rule.second_forgetting, "keep": 1.0}
-        feeding = Feeding(rule, work.items, inserted=Inserted.SQUARE, **scalars)
-        _feed(second, feeding, kernel)
-    if not isinstance(first, Table):
-        return None
-    scalars = {"gain": rule.first_gain, "forgetting": rule.first_forgetting, "keep": 1.0}
-    if is_whole:  # the whole table is scaled instead
-        scalars |= {"forgetting": 0.0, "keep": rule.first_beta}
-    feeding = Feeding(rule, work.items, inserted=Inserted.GRADIENT, **scalars)
-    _feed(first, feeding, kernel, is_stored=False)
-    return feeding
+        feedings.append(Feeding(rule, work.items, inserted=Inserted.SQUARE, **scalars))
+        _feed(second, feedings[-1], kernel, is_stored=False)
+    if isinstance(first, Table):
+        scalars = {"gain": rule.first_gain, "forgetting": rule.first_forgetting, "keep": 1.0}
+        if is_whole:  # the whole table is scaled instead
+            scalars |= {"forgetting": 0.0, "keep": rule.first_beta}
+        feedings.append(Feeding(rule, work.items, inserted=Inserted.GRADIENT, **scalars))
+        _feed(first, feedings[-1], kernel, is_stored=False)
+    return feedings
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -146,8 +144,8 @@ def step(
     is_sketched = isinstance(first, Table) or isinstance(second, Table)
     kind = "sketch_" if is_sketched else "cover_" if is_one_pass else ""
     _launch(f"step_{kind}{dtype}", work, device)
-    if unstored:
-        _launch("sketch_store", unstored, device)
+    for feeding in unstored:
+        _launch("sketch_store", feeding, device)
     if is_one_pass:
         _launch("cover_store", work, device, flat=sum(grad.shape))
 
@@ -169,7 +167,8 @@ def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> N
         case Factored():
             _factor_rows(work, second, grad)
         case Table():
-            _feed_moments(work, None, second, dtype)
+            for feeding in _feed_moments(work, None, second, dtype):
+                _launch("sketch_store", feeding, grad.device)
 
 
 def step_elements(
@@ -189,8 +188,8 @@ def step_elements(
     elif isinstance(second, Factored):
         _factor_elements(work, second, indices, dtype)
     _launch(f"step_elements_{dtype}", work, device, flat=num_items)
-    if unstored:
-        _launch("sketch_store", unstored, device)
+    for feeding in unstored:
+        _launch("sketch_store", feeding, device)
     if work.second == SecondKind.COVER:
         _launch("cover_raise", work, device, flat=num_items)
 

@@ -143,9 +143,8 @@ struct Buckets {
     }
 };
 
-// A block of columns of the buckets. After `fold` the table has what all items have inserted. `cells` then
-// has it too if the sketch is a count-min sketch; a count-sketch's stay as they were, as a step takes its
-// first moment from the sketch before the step.
+// A block of columns of the buckets. After `fold` the table has what all items have inserted. `cells` stay
+// as they were, as a step takes its moments from the sketch before the step.
 struct Block {
     const Buckets &b;
     i64 begin = 0, length = 0;
@@ -187,7 +186,7 @@ struct Block {
             if (b.is_signed)
                 for (i64 c = 0; c < length; c++) kept[c] = keep * cell[c] + sum[c];
             else
-                for (i64 c = 0; c < length; c++) kept[c] = cell[c] = not_negative(cell[c] + sum[c]);
+                for (i64 c = 0; c < length; c++) kept[c] = not_negative(cell[c] + sum[c]);
         }
     }
 
