@@ -13,7 +13,7 @@
 
 #ifndef KERNEL  // tests/emulation has its own
 #define KERNEL(NAME, ARGUMENT) \
-    extern "C" __global__ void __launch_bounds__(THREADS) NAME(const ARGUMENT s)
+    extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) NAME(const ARGUMENT s)
 // Few enough registers for so many threads on a multiprocessor, whose reads then hide latency.
 #ifndef STREAMING_THREADS
 #define STREAMING_THREADS 1024

@@ -226,7 +226,7 @@ def _one(step: DeviceStep) -> int:
 
 
 def run_steps(steps: Steps, device: torch.device, store_sketches: Callable[[], None]) -> Program:
-    """Make these steps. Their sketches have been fed; what waits to be stored is stored at the end.
+    """Make these steps. What their sketches have been fed waits to be stored.
 
     Args:    store_sketches: called when no kernel reads the sketches' old values any more.
     Returns: the program, to be run again for dense gradients, if there are no sketches.

@@ -59,8 +59,8 @@ FN u32 step_sketched_row(const DeviceStep &s, const Tile &tile, const Part &part
     return row_max;
 }
 
-// A tile as in step_tile, of a step with a sketch. Sketches were fed before and are only queried (a first
-// moment's still has its old values: the new ones wait in `fresh`).
+// A tile as in step_tile, of a step with a sketch. Sketches are only queried: what they have been fed waits
+// in `fresh`, and they have their old values.
 template <class T> FN void step_sketched(const DeviceStep &s, i64 index) {
     Tile tile = tile_of(s.tiling, index);
     Part part = part_of(tile.column, s.items.dim, tile.apart, s.items.is_aligned);

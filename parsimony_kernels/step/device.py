@@ -3,9 +3,8 @@
 ops.py has checked what is given. Work goes to torch's current stream of the tensors' device, and
 nothing here waits for it. Tensors that are stepped together share launches (see batches.py), except
 for those that feed sketches. Temporaries: for rows, n + m numbers (Cover) or a 32nd of the
-parameter (Factored; more where it is small); for a sketch, a few numbers for each arriving row and,
-where it forgets or is of a first moment, new values of the buckets that change; for elements, a few
-numbers each.
+parameter (Factored; more where it is small); for a sketch, a few numbers for each arriving row and
+new values of the buckets that change; for elements, a few numbers each.
 
 Shapes: n rows of m columns make the parameter; k rows or elements of it arrive.
 """
@@ -94,24 +93,23 @@ def _feed(table: Table, feeding: Feeding, kernel: str, *, is_stored: bool = True
         _launch("sketch_store", feeding, device)
 
 
-def _feed_moments(work: DeviceStep, first: First, second: Second) -> Feeding | None:
-    """Feed the gradient to the moments that are sketches, both before the parameter moves.
+def _feed_moments(work: DeviceStep, first: First, second: Second) -> list[Feeding]:
+    """Feed the gradient to the moments that are sketches, before the parameter moves.
 
-    Returns: the first moment's feeding, to be stored after the step, which reads the old values.
+    Returns: the feedings, to be stored after the step, which reads the old values.
     """
-    rule, kernel = work.rule, f"sketch_update_{work.dtype}"
+    rule, kernel, feedings = work.rule, f"sketch_update_{work.dtype}", []
     if isinstance(second, Table):
         scalars = {"gain": rule.second_gain, "forgetting": rule.second_forgetting, "keep": 1.0}
-        feeding = Feeding(rule, work.items, inserted=Inserted.SQUARE, **scalars)
-        _feed(second, feeding, kernel)
-    if not isinstance(first, Table):
-        return None
-    scalars = {"gain": rule.first_gain, "forgetting": rule.first_forgetting, "keep": 1.0}
-    if work.is_whole:  # the whole table is scaled instead
-        scalars |= {"forgetting": 0.0, "keep": rule.first_beta}
-    feeding = Feeding(rule, work.items, inserted=Inserted.GRADIENT, **scalars)
-    _feed(first, feeding, kernel, is_stored=False)
-    return feeding
+        feedings.append(Feeding(rule, work.items, inserted=Inserted.SQUARE, **scalars))
+        _feed(second, feedings[-1], kernel, is_stored=False)
+    if isinstance(first, Table):
+        scalars = {"gain": rule.first_gain, "forgetting": rule.first_forgetting, "keep": 1.0}
+        if work.is_whole:  # the whole table is scaled instead
+            scalars |= {"forgetting": 0.0, "keep": rule.first_beta}
+        feedings.append(Feeding(rule, work.items, inserted=Inserted.GRADIENT, **scalars))
+        _feed(first, feedings[-1], kernel, is_stored=False)
+    return feedings
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -197,18 +195,18 @@ def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> N
     if scale is not None:
         work.items.scale = scale.data_ptr()
     if isinstance(second, Table):
-        _feed_moments(work, None, second)
+        _store(_feed_moments(work, None, second), grad.device)
     else:
         run_observation(work, grad.device)
 
 
 def _run(steps: list[tuple[DeviceStep, First, Second]], device: torch.device) -> Program:
     steps = [each for each in steps if each[0].num_items]
-    feedings = [_feed_moments(*each) for each in steps if each[0].is_sketched]
+    feedings = [f for each in steps if each[0].is_sketched for f in _feed_moments(*each)]
+    works = [work for work, *_ in steps]
+    return run_steps(works, device, lambda: _store(feedings, device))
 
-    def store() -> None:
-        for feeding in feedings:
-            if feeding is not None:
-                _launch("sketch_store", feeding, device)
 
-    return run_steps([work for work, *_ in steps], device, store)
+def _store(feedings: Sequence[Feeding], device: torch.device) -> None:
+    for feeding in feedings:
+        _launch("sketch_store", feeding, device)

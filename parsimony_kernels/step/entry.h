@@ -46,6 +46,7 @@ struct EntryState {
     float sketched_first;                 // FIRST_SKETCH: what is taken from the sketch
     float estimate;  // of the second moment, by state that is shared: covers' smaller accumulator
                      // (COVER: before this step), the product of factored means, a sketch's estimate
+                     // before this step
 };
 
 // Return the parameter after a step with the gradient g (see `oriented`). Moments that are kept in full
@@ -62,7 +63,7 @@ FN float step_entry(int first, int second, float param, float g, const EntryStat
         nu = e.estimate;
         if (second == SECOND_FULL)
             nu = e.second_values[e.at] = average_second(e.second_values[e.at], g, r);
-        if (second == SECOND_COVER) nu = average_second(e.estimate, g, r);
+        if (second == SECOND_COVER || second == SECOND_SKETCH) nu = average_second(e.estimate, g, r);
         x = preconditioned(x, nu, r);
     }
     if (first == FIRST_OF_UPDATES) x = e.first_values[e.at] = average_first(e.first_values[e.at], x, r);

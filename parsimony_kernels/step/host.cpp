@@ -1,8 +1,8 @@
 // The operations of ops.py for CPU tensors. Plain C++ with OpenMP, which runs on torch's own threads
 // (see runtime/build.py); loaded through ctypes, so nothing of torch or Python is included.
 //
-// Memory is read and written once where the structure allows it (none, full, SM3-II). Where the estimate
-// needs this step's gradients first (SM3-I, factored, sketches) the gradient is read twice.
+// Memory is read and written once where the structure allows it (none, full, SM3-II, sketches). Where the
+// estimate needs this step's gradients first (SM3-I, factored) the gradient is read twice.
 //
 // No result depends on the number of threads, and all threads calculate in the caller's mode
 // (float_mode.h). Memory is allocated before the threads start, because no exception may leave them; if
@@ -29,7 +29,7 @@ template <class T> void step_by_rows(const HostStep &a, const float *col, u32 *c
     const int threads = a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
     const i64 CHUNK = 32, chunks = (a.k + CHUNK - 1) / CHUNK;
     std::vector<std::vector<u32>> own(threads, std::vector<u32>(col_max ? a.m : 0, 0));
-    const i64 each = sizeof(T) == 4 ? 0 : 3 * a.m;
+    const i64 each = sizeof(T) == 4 ? 0 : 2 * a.m;
     Aligned scratch(threads * each);
     const ModeBits callers = current_mode();
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -37,54 +37,25 @@ template <class T> void step_by_rows(const HostStep &a, const float *col, u32 *c
         const InMode mode(callers);
         const i64 end = (c + 1) * CHUNK < a.k ? (c + 1) * CHUNK : a.k;
         const int thread = omp_get_thread_num();
-        walk_all(a, c * CHUNK, end, 0, a.m, col, Estimates{}, scratch + thread * each, own[thread].data(),
+        walk_all(a, c * CHUNK, end, 0, a.m, col, Fed{}, scratch + thread * each, own[thread].data(),
                  row_max);
     }
     for (const std::vector<u32> &maxima : own)
         for (size_t j = 0; j < maxima.size(); j++) col_max[j] = larger_bits(col_max[j], maxima[j]);
 }
 
-// With a sketch, blocks of columns are divided among the threads: each feeds all items of its block to the
-// sketches and then walks them (only feeds them, if `walk_all` is null). One thread does it all if there is
-// a cover beside a sketched first moment: the rows' maxima are over all blocks.
+// With a sketch, blocks of columns are. One thread does it all if there is a cover beside a sketched first
+// moment: the rows' maxima are over all blocks.
 template <class T> void step_by_columns(const HostStep &a, const Buckets *first, const Buckets *second,
-                                        WalkRows walk_all, const float *col, u32 *col_max, u32 *row_max) {
-    const Rows<T> rows{a};
-    const Rule rule = a.rule;
+                                        const float *col, u32 *col_max, u32 *row_max) {
+    const WalkRows walk_all = choose_walk<T>(a.first, source_of(a));
     const int threads = col_max || a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
-    i64 size = a.m;
-    if (first) size = first->block(size, threads);
-    if (second) size = second->block(size, threads);
-    const i64 blocks = (a.m + size - 1) / size;
-    std::vector<std::vector<Block>> all(threads);
-    for (std::vector<Block> &fed : all) {
-        for (const Buckets *b : {first, second})
-            if (b) fed.emplace_back(*b, size);
-        if (first && a.k == a.n) fed.front().keep = a.rule.first_beta;
-    }
-    Aligned scratch(threads * 3 * size);
-    const ModeBits callers = current_mode();
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const InMode mode(callers);
-        float *x = scratch + omp_get_thread_num() * 3 * size;
-        std::vector<Block> &fed = all[omp_get_thread_num()];
-        const Estimates e{first ? &fed.front() : nullptr, second ? &fed.back() : nullptr};
-#pragma omp for schedule(static)
-        for (i64 block = 0; block < blocks; block++) {
-            const i64 begin = block * size, length = begin + size < a.m ? size : a.m - begin;
-            for (Block &f : fed) f.load(begin, length);
-            for (i64 i = 0; i < a.k; i++) {
-                rows.read(i, begin, length, x);
-                if (first) fed.front().feed_item(i, x, a.rule.first_gain);
-                if (!second) continue;
-                for (i64 c = 0; c < length; c++) x[c] = gained_square(x[c], rule);
-                fed.back().feed_item(i, x, 1.0f);
-            }
-            for (Block &f : fed) f.fold();
-            if (walk_all) walk_all(a, 0, a.k, begin, length, col, e, x, col_max, row_max);
-        }
-    }
+    Aligned scratch(threads * SCRATCH * PIECE);
+    by_blocks({first, second}, a.m, threads, [&](i64 begin, i64 length, Block *of_first, Block *of_second) {
+        if (first && a.k == a.n) of_first->keep = a.rule.first_beta;
+        float *own = scratch + omp_get_thread_num() * SCRATCH * PIECE;
+        walk_all(a, 0, a.k, begin, length, col, Fed{of_first, of_second}, own, col_max, row_max);
+    });
 }
 
 template <class T> void step_rows(const HostStep &a) {
@@ -102,8 +73,7 @@ template <class T> void step_rows(const HostStep &a) {
         first.emplace(a.first_sketch, a.at, a.k, false, a.k == a.n ? 0.0f : r.first_forgetting);
     if (a.second == SECOND_SKETCH) second.emplace(a.second_sketch, a.at, a.k, false, r.second_forgetting);
     if (first || second)
-        step_by_columns<T>(a, first ? &*first : nullptr, second ? &*second : nullptr,
-                           choose_walk<T>(a.first, source_of(a)), col, cm, rm);
+        step_by_columns<T>(a, first ? &*first : nullptr, second ? &*second : nullptr, col, cm, rm);
     else
         step_by_rows<T>(a, col, cm, rm);
     if (!covers) return;
@@ -136,8 +106,17 @@ template <class T> void observe(const HostStep &a) {
     if (a.second == SECOND_COVER_I) feed_cover<T, true>(a);
     if (a.second == SECOND_FACTORED) feed_factored<T>(a);
     if (a.second != SECOND_SKETCH) return;
+    const Rows<T> rows{a};
+    const int threads = a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
     const Buckets second(a.second_sketch, nullptr, a.k, false, a.rule.second_forgetting);
-    step_by_columns<T>(a, nullptr, &second, nullptr, nullptr, nullptr, nullptr);
+    Aligned scratch(threads * 2 * a.m);
+    by_blocks({nullptr, &second}, a.m, threads, [&](i64 begin, i64 length, Block *, Block *block) {
+        float *x = scratch + omp_get_thread_num() * 2 * a.m;
+        for (i64 i = 0; i < a.k; i++) {
+            rows.read(i, begin, length, x);
+            block->take_second(i, x, 0, length, a.rule, x + length);
+        }
+    });
 }
 
 }  // namespace
@@ -203,19 +182,9 @@ int parsimony_sketch_update(const Sketch *table, const i64 *rows, const float *x
     const i64 dim = table->dim;
     const Buckets buckets(*table, rows, k, false, forgetting);
     if (k * dim < PARALLEL_FROM) threads = 1;
-    const i64 size = buckets.block(dim, threads), blocks = (dim + size - 1) / size;
-    std::vector<Block> scratch;
-    for (int thread = 0; thread < threads; thread++) scratch.emplace_back(buckets, size);
-    const ModeBits callers = current_mode();
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (i64 b = 0; b < blocks; b++) {
-        const InMode mode(callers);
-        Block &block = scratch[omp_get_thread_num()];
-        const i64 begin = b * size;
-        block.load(begin, begin + size < dim ? size : dim - begin);
-        for (i64 i = 0; i < k; i++) block.feed_item(i, x + i * dim + begin, gain);
-        block.fold();
-    }
+    by_blocks({nullptr, &buckets}, dim, threads, [&](i64 begin, i64 length, Block *, Block *block) {
+        for (i64 i = 0; i < k; i++) block->feed_item(i, x + i * dim + begin, 0, length, gain);
+    });
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;
@@ -227,14 +196,15 @@ void parsimony_sketch_query(const Sketch *table, const i64 *rows, float *out, i6
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && k * dim >= PARALLEL_FROM)
     for (i64 i = 0; i < k; i++) {
         const InMode mode(callers);
-        const float *cells[5];
-        float sign[5];
+        Places at;
+        float sign[MAX_DEPTH];
         for (i64 j = 0; j < table->depth; j++) {
             u32 hash = hash_row(rows[i], table->seeds[j]);
-            cells[j] = table->values + (j * table->width + bucket_of(hash, table->width)) * dim;
+            at.cells[j] = table->values + (j * table->width + bucket_of(hash, table->width)) * dim;
             sign[j] = sign_of(hash);
         }
-        estimates[table->is_signed != 0][table->depth - 1](cells, sign, dim, out + i * dim);
+        at.sign = sign;
+        estimates[table->depth - 1][table->is_signed](at, dim, out + i * dim);
     }
 }
 }

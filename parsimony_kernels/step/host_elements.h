@@ -10,22 +10,21 @@ namespace {
 
 typedef std::vector<float> Floats;
 
-// Feed x, the gradients or what their squares add, to the sketch of a moment, and replace it by what the
-// update takes for the moment.
-void feed_and_take(const HostStep &a, bool is_first, Floats &x) {
+// Feed x, the gradients, to the sketch of a moment, and return what the update takes for the moment.
+Floats taken_from_sketch(const HostStep &a, bool is_first, const Floats &x) {
     const Rule &r = a.rule;
-    const float gain = is_first ? r.first_gain : 1.0f;
     const bool is_scaled = is_first && a.k == a.n * a.m;
     const float forgetting = is_scaled ? 0.0f : is_first ? r.first_forgetting : r.second_forgetting;
     const Buckets buckets(is_first ? a.first_sketch : a.second_sketch, a.at, a.k, true, forgetting);
-    Block block(buckets, 1);
+    Block block(buckets, Cut(1, buckets.num_slots(), 1));
     if (is_scaled) block.keep = r.first_beta;
     block.load(0, 1);
-    for (i64 i = 0; i < a.k; i++) block.feed_item(i, &x[i], gain);
-    block.fold();
+    Floats taken(a.k);
+    float doubt;
     for (i64 i = 0; i < a.k; i++)
-        if (is_first) block.take(i, r, &x[i]);
-        else block.query(i, &x[i]);
+        if (is_first) block.take_first(i, &x[i], 0, 1, r, &taken[i], &doubt);
+        else block.take_second(i, &x[i], 0, 1, r, &taken[i]);
+    return taken;
 }
 
 float &row_of(const HostStep &a, i64 e) { return a.row[a.at[e] / a.m]; }
@@ -69,7 +68,8 @@ void feed_factored_elements(const HostStep &a, const Floats &g) {
         if (col_change[j] != 0.0) a.col[j] = not_negative(a.col[j] + (float)(col_change[j] / (double)a.n));
 }
 
-// Return the estimates that step_entry takes (EntryState), having fed what must be fed before.
+// Return the estimates that step_entry takes (EntryState), having fed what must be fed before; of a sketch,
+// the moments themselves.
 Floats estimates_of_second(const HostStep &a, const Floats &g) {
     Floats estimates(a.k);
     if (a.second == SECOND_COVER_I) feed_first_variant(a, g);
@@ -80,11 +80,7 @@ Floats estimates_of_second(const HostStep &a, const Floats &g) {
         const Floats scaled = relative_columns(a.col, a.m);
         for (i64 e = 0; e < a.k; e++) estimates[e] = row_of(a, e) * scaled[a.at[e] % a.m];
     }
-    if (a.second == SECOND_SKETCH) {
-        for (i64 e = 0; e < a.k; e++) estimates[e] = gained_square(g[e], a.rule);
-        feed_and_take(a, false, estimates);
-    }
-    return estimates;
+    return a.second == SECOND_SKETCH ? taken_from_sketch(a, false, g) : estimates;
 }
 
 template <class T> void step_elements(const HostStep &a) {
@@ -94,12 +90,13 @@ template <class T> void step_elements(const HostStep &a) {
     Floats g(a.k), nu(a.k);
     for (i64 e = 0; e < a.k; e++) g[e] = oriented(grad[e], widen(param[a.at[e]]), rule);
     Floats first = g;
-    if (a.first == FIRST_SKETCH) feed_and_take(a, true, first);
+    if (a.first == FIRST_SKETCH) first = taken_from_sketch(a, true, g);
     const Floats estimates = estimates_of_second(a, g);
+    const int second = a.second == SECOND_SKETCH ? SECOND_FACTORED : a.second;  // the estimate is the moment
     for (i64 e = 0; e < a.k; e++) {
         T &p = param[a.at[e]];
         const EntryState state = {a.first_values, a.second_values, a.at[e], first[e], estimates[e]};
-        p = narrow<T>(step_entry(a.first, a.second, widen(p), g[e], state, rule, nu[e]));
+        p = narrow<T>(step_entry(a.first, second, widen(p), g[e], state, rule, nu[e]));
     }
     if (a.second == SECOND_COVER) raise_covers(a, nu, nu);
 }

@@ -4,19 +4,34 @@
 #include <cmath>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "step/entry.h"
 
 namespace {
 
 const i64 PARALLEL_FROM = 1 << 15;  // elements; below, starting threads costs more than it saves
 
-// A float array that begins at a cache line: a vector load that straddles two lines costs two loads.
+// A float array that begins at a cache line: a vector load that straddles two lines costs two loads. A
+// large one begins at a huge page and asks for more of them, as buckets are read from all over it.
 struct Aligned {
+    static constexpr size_t LINE = 64, HUGE_PAGE = 1 << 21;
+    size_t alignment;
     float *data;
-    explicit Aligned(i64 size) : data((float *)::operator new(size * sizeof(float), std::align_val_t(64))) {}
-    Aligned(Aligned &&other) : data(other.data) { other.data = nullptr; }
+
+    explicit Aligned(i64 size) {
+        const size_t bytes = size * sizeof(float);
+        alignment = bytes < HUGE_PAGE ? LINE : HUGE_PAGE;
+        data = (float *)::operator new(bytes, std::align_val_t(alignment));
+#if defined(__linux__)
+        if (alignment == HUGE_PAGE) madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+    }
+    Aligned(Aligned &&other) : alignment(other.alignment), data(other.data) { other.data = nullptr; }
     Aligned(const Aligned &) = delete;
-    ~Aligned() { ::operator delete(data, std::align_val_t(64)); }
+    ~Aligned() { ::operator delete(data, std::align_val_t(alignment)); }
     operator float *() const { return data; }
 };
 
@@ -34,6 +49,14 @@ template <class T> struct Rows {
             for (i64 c = 0; c < length; c++) x[c] = rule.sign * widen(g[c]);
         else
             for (i64 c = 0; c < length; c++) x[c] = oriented(widen(g[c]), widen(p[c]), rule);
+    }
+
+    // The same, where memory has it already; else in x.
+    const float *oriented_in(i64 i, i64 begin, i64 length, float *x) const {
+        if (sizeof(T) == 4 && a.rule.sign == 1.0f && a.rule.weight_decay == 0.0f)
+            return (const float *)grad(i) + begin;
+        read(i, begin, length, x);
+        return x;
     }
 
     // x[c] = what its square adds to the second moment.

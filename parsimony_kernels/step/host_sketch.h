@@ -1,207 +1,227 @@
-// Sketches on the host. A sketch is walked in blocks of columns, small enough that the block's part of the
-// table stays in the cache.
+// Sketches on the host: the buckets of a step's items, and a block of their columns.
+//
+// Every item is walked once: it reads its buckets as they were before the step and adds what it inserts to
+// sums beside them. The last item that has a bucket brings that up to date.
 #pragma once
 
+#include <omp.h>
+
+#include <array>
 #include <cstring>
+#include <optional>
 #include <vector>
 
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
+#include "runtime/float_mode.h"
+#include "step/host_cells.h"
 #include "step/host_rows.h"
-#include "step/sketch.h"
 
 namespace {
 
-const i64 CACHED = 3 << 17;  // floats of a sketch's buckets that stay in the second-level cache
-
-// out[c] = estimate of one item from its buckets in `cells`.
-template <int DEPTH, bool SIGNED>
-void estimate(const float *const *cells, const float *sign, i64 length, float *__restrict out) {
-    const float *a[DEPTH];
-    float s[DEPTH];
-    for (int j = 0; j < DEPTH; j++) a[j] = cells[j], s[j] = SIGNED ? sign[j] : 1.0f;
-#pragma omp simd
-    for (i64 c = 0; c < length; c++) {
-        float x[DEPTH];
-        for (int j = 0; j < DEPTH; j++) x[j] = SIGNED ? a[j][c] * s[j] : a[j][c];
-        out[c] = SIGNED ? median_of<DEPTH>(x) : minimum_of<DEPTH>(x);
-    }
-}
-
-// Replace x[c], a gradient, by what the update takes for its first moment.
-template <int DEPTH>
-void take_first(const float *const *cells, const float *sign, i64 length, const Rule rule,
-                float *__restrict x) {
-    const float weight = own_weight(rule);
-    const float *a[DEPTH];
-    float s[DEPTH];
-    for (int j = 0; j < DEPTH; j++) a[j] = cells[j], s[j] = sign[j];
-#pragma GCC ivdep
-    for (i64 c = 0; c < length; c++) {
-        float y[DEPTH];
-        for (int j = 0; j < DEPTH; j++) y[j] = a[j][c] * s[j];
-        x[c] = sketched_first<DEPTH>(y, x[c], weight, rule);
-    }
-}
-
-// sums[j][c] += sign (gain x - rate estimate), with the estimate from the buckets as they were.
-template <int DEPTH, bool SIGNED>
-void feed(const float *const *cells, float *const *sums, const float *sign, const float *rate,
-          const float *__restrict x, float gain, i64 length) {
-    const float *a[DEPTH];
-    float *b[DEPTH], s[DEPTH], r[DEPTH];
-    for (int j = 0; j < DEPTH; j++)
-        a[j] = cells[j], b[j] = sums[j], s[j] = SIGNED ? sign[j] : 1.0f, r[j] = rate[j];
-#pragma GCC ivdep
-    for (i64 c = 0; c < length; c++) {
-        float y[DEPTH];
-        for (int j = 0; j < DEPTH; j++) y[j] = SIGNED ? a[j][c] * s[j] : a[j][c];
-        float q = SIGNED ? median_of<DEPTH>(y) : minimum_of<DEPTH>(y), gx = gain * x[c];
-        for (int j = 0; j < DEPTH; j++) {
-            float change = gx - r[j] * q;
-            b[j][c] += SIGNED ? change * s[j] : change;
-        }
-    }
-}
-
-// sums[j][c] += weight x: a sketch that forgets nothing needs no estimate.
-template <int DEPTH>
-void insert(float *const *sums, const float *weight, const float *__restrict x, i64 length) {
-    float *b[DEPTH], w[DEPTH];
-    for (int j = 0; j < DEPTH; j++) b[j] = sums[j], w[j] = weight[j];
-#pragma GCC ivdep
-    for (i64 c = 0; c < length; c++)
-        for (int j = 0; j < DEPTH; j++) b[j][c] += w[j] * x[c];
-}
-
-typedef void (*Estimate)(const float *const *, const float *, i64, float *);
-typedef void (*Feed)(const float *const *, float *const *, const float *, const float *, const float *,
-                     float, i64);
-typedef void (*Insert)(float *const *, const float *, const float *, i64);
-typedef void (*TakeFirst)(const float *const *, const float *, i64, const Rule, float *);
-const TakeFirst firsts[5] = {take_first<1>, take_first<2>, take_first<3>, take_first<4>, take_first<5>};
-const Insert inserts[5] = {insert<1>, insert<2>, insert<3>, insert<4>, insert<5>};
-const Estimate estimates[2][5] = {
-    {estimate<1, false>, estimate<2, false>, estimate<3, false>, estimate<4, false>, estimate<5, false>},
-    {estimate<1, true>, estimate<2, true>, estimate<3, true>, estimate<4, true>, estimate<5, true>}};
-const Feed feeds[2][5] = {{feed<1, false>, feed<2, false>, feed<3, false>, feed<4, false>, feed<5, false>},
-                          {feed<1, true>, feed<2, true>, feed<3, true>, feed<4, true>, feed<5, true>}};
-
-// The buckets that k items hash to. Those that occur are numbered by `slot`, so that a block of columns of
-// just these buckets can be copied together. Item i has the buckets slot[i * depth + j].
+// The buckets that k items hash to. Those that occur are numbered by `slot`, in the order in which they
+// occur first. Item i has the buckets slot[i * depth + j].
 struct Buckets {
+    enum { FIRST = 1, LAST = 2 };  // of the items that have a bucket
+
     Sketch table;
-    bool is_signed, forgets;
-    i64 num_slots = 0;
+    Forgetting forgetting;
     std::vector<i64> address;  // of a slot: where its first column is in the table
     std::vector<int> slot;
-    std::vector<float> sign, rate;
+    std::vector<char> turn;   // whether this item is the FIRST or the LAST that has the bucket
+    std::vector<float> sign;  // where there are signs
+    std::vector<float> rate;  // EVENLY: the first few are every item's
 
     // Items are the rows `at` (null: 0..k-1); or, where are_elements, single elements `at`.
-    Buckets(const Sketch &t, const i64 *at, i64 k, bool are_elements, float forgetting)
-        : table(t), is_signed(t.is_signed != 0), forgets(forgetting != 0.0f), slot(k * t.depth),
-          sign(k * t.depth), rate(k * t.depth) {
-        std::vector<i64> cell(k * t.depth);
-        for (i64 i = 0; i < k; i++)
-            for (i64 j = 0; j < t.depth; j++) {
-                i64 position = at ? at[i] : i, row = are_elements ? position / t.dim : position;
-                u32 hash = hash_row(row, t.seeds[j]);
-                i64 bucket = j * t.width + bucket_of(hash, t.width);
-                cell[i * t.depth + j] = bucket * t.dim + (are_elements ? position % t.dim : 0);
-                sign[i * t.depth + j] = sign_of(hash);
-            }
-        number(cell);
-        bound_rates(forgetting);
+    Buckets(const Sketch &t, const i64 *at, i64 k, bool are_elements, float forget)
+        : table(t), slot(k * t.depth), turn(k * t.depth, 0), sign(t.is_signed ? k * t.depth : 0) {
+        const i64 buckets = t.depth * t.width;
+        if (are_elements || buckets > 8 * k * t.depth) number<true>(at, k, are_elements);
+        else number<false>(at, k, false);
+        bound_rates(forget);
     }
 
-    // Number the cells in the order in which they occur first, through an open hash table.
-    void number(const std::vector<i64> &cell) {
+    i64 num_slots() const { return (i64)address.size(); }
+
+    // IS_SPARSE: the items have few of all cells, and `found` is an open hash table; else an array of all.
+    template <bool IS_SPARSE> void number(const i64 *at, i64 k, bool are_elements) {
+        const Sketch &t = table;
         size_t size = 16;
-        while (size < 2 * cell.size()) size *= 2;
-        std::vector<int> found(size, -1);
-        for (size_t i = 0; i < cell.size(); i++) {
-            size_t h = mix((u32)cell[i] ^ mix((u32)(cell[i] >> 32))) & (size - 1);
-            while (found[h] >= 0 && address[found[h]] != cell[i]) h = (h + 1) & (size - 1);
-            if (found[h] < 0) found[h] = (int)num_slots++, address.push_back(cell[i]);
-            slot[i] = found[h];
-        }
+        while (IS_SPARSE && size < 2 * slot.size()) size *= 2;
+        std::vector<int> found(IS_SPARSE ? size : t.depth * t.width, -1), last;
+        for (i64 i = 0, entry = 0; i < k; i++)
+            for (i64 j = 0; j < t.depth; j++, entry++) {
+                const i64 position = at ? at[i] : i, row = are_elements ? position / t.dim : position;
+                const u32 hash = hash_row(row, t.seeds[j]);
+                const i64 bucket = j * t.width + bucket_of(hash, t.width);
+                const i64 cell = bucket * t.dim + (are_elements ? position % t.dim : 0);
+                size_t h = bucket;
+                if (IS_SPARSE) {
+                    h = mix((u32)cell ^ mix((u32)(cell >> 32))) & (size - 1);
+                    while (found[h] >= 0 && address[found[h]] != cell) h = (h + 1) & (size - 1);
+                }
+                if (found[h] < 0) {
+                    found[h] = (int)address.size(), address.push_back(cell), last.push_back(0);
+                    turn[entry] = FIRST;
+                }
+                slot[entry] = found[h], last[found[h]] = (int)entry;
+                if (t.is_signed) sign[entry] = sign_of(hash);
+            }
+        for (int entry : last) turn[entry] |= LAST;
     }
 
     // How much each item makes its buckets forget: less where many items share a bucket.
-    void bound_rates(float forgetting) {
-        std::vector<int> count(num_slots, 0);
+    void bound_rates(float forget) {
+        std::vector<int> count(num_slots(), 0);
         for (int s : slot) count[s]++;
-        for (size_t i = 0; i < slot.size(); i++)
-            rate[i] = bounded_forgetting(forgetting, count[slot[i]], is_signed);
-    }
-
-    // How many of m columns to take at once: few enough that the block stays in the second-level cache and
-    // that each thread has a block, but not so few that reading memory is slow.
-    i64 block(i64 m, int threads) const {
-        i64 fitting = CACHED / (num_slots > 0 ? num_slots : 1) / 16 * 16;
-        fitting = fitting < 512 ? 512 : fitting;
-        const i64 each = (m + 16 * threads - 1) / (16 * threads) * 16;
-        return fitting < each ? fitting : each < m ? each : m;
+        bool is_even = true;
+        for (int c : count) is_even &= bounded_forgetting(forget, c, table.is_signed) == forget;
+        forgetting = forget == 0.0f ? NEVER : is_even ? EVENLY : UNEVENLY;
+        rate.assign(is_even ? table.depth : slot.size(), forget);
+        for (size_t i = 0; !is_even && i < slot.size(); i++)
+            rate[i] = bounded_forgetting(forget, count[slot[i]], table.is_signed);
     }
 };
 
-// A block of columns of the buckets. After `fold` the table has what all items have inserted. `cells` then
-// has it too if the sketch is a count-min sketch; a count-sketch's stay as they were, as a step takes its
-// first moment from the sketch before the step.
+// ---- blocks of columns -----------------------------------------------------------------------------------
+
+// Bytes of a core's second cache. Where the system does not say, there is none to speak of.
+inline i64 second_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return size > 0 ? size : 0;
+#else
+    return 0;
+#endif
+}
+
+const i64 LONG = 2048;  // columns that are read as fast as longer rows
+const i64 SHORT = 96;   // parts of rows that are shorter are read too slowly
+
+// How many of m columns to take at once, and whether to copy their part of the buckets together. If a block
+// that is not too narrow can stay in the second cache with its sums, it is copied, as columns a power of
+// two apart would displace each other there. Else rows are walked as they lie in memory, and their buckets
+// come from the third cache.
+struct Cut {
+    i64 size;
+    bool is_copied;
+
+    Cut(i64 m, i64 num_slots, int threads) {
+        const i64 each = (m + 16 * threads - 1) / (16 * threads) * 16, most = each < m ? each : m;
+        const i64 bytes = 2 * sizeof(float) * (num_slots > 0 ? num_slots : 1);
+        const i64 fitting = second_cache() * 6 / 10 / bytes / 16 * 16;
+        is_copied = fitting >= SHORT && fitting < m;
+        const i64 wanted = is_copied ? fitting : LONG;
+        size = wanted < most ? wanted : most;
+    }
+};
+
+// A block of columns of the buckets, and what the items have inserted there so far.
 struct Block {
     const Buckets &b;
+    const bool is_copied;
     i64 begin = 0, length = 0;
     float keep = 1.0f;  // what the cells are scaled by as the sums are added
-    Aligned cells, sums;
+    Aligned cells, sums, zeros;
 
-    Block(const Buckets &b_, i64 size) : b(b_), cells(b.num_slots * size), sums(b.num_slots * size) {}
+    Block(const Buckets &buckets, const Cut &cut)
+        : b(buckets), is_copied(cut.is_copied), cells(is_copied ? b.num_slots() * cut.size : 0),
+          sums(b.num_slots() * cut.size), zeros(cut.size) {
+        memset(zeros, 0, cut.size * sizeof(float));
+    }
 
     void load(i64 begin_, i64 length_) {
         begin = begin_, length = length_;
-        for (i64 s = 0; s < b.num_slots; s++)
+        for (i64 s = 0; is_copied && s < b.num_slots(); s++)
             memcpy(&cells[s * length], b.table.values + b.address[s] + begin, length * sizeof(float));
-        memset(sums, 0, b.num_slots * length * sizeof(float));
     }
 
-    void find(i64 i, const float **at) const {
-        for (i64 j = 0; j < b.table.depth; j++) at[j] = &cells[b.slot[i * b.table.depth + j] * length];
+    const float *cell(i64 slot) const {
+        return is_copied ? &cells[slot * length] : b.table.values + b.address[slot] + begin;
     }
 
-    void feed_item(i64 i, const float *x, float gain) {
-        const i64 depth = b.table.depth;
-        const float *from[5];
-        float *to[5];
-        find(i, from);
-        for (i64 j = 0; j < depth; j++) to[j] = &sums[b.slot[i * depth + j] * length];
-        if (!b.forgets) {
-            float weight[5];
-            for (i64 j = 0; j < depth; j++) weight[j] = b.is_signed ? gain * b.sign[i * depth + j] : gain;
-            inserts[depth - 1](to, weight, x, length);
-            return;
+    // Where item i's buckets are, from the block's column `offset` on.
+    Places find(i64 i, i64 offset) const {
+        Places at;
+        const i64 depth = b.table.depth, first = i * depth;
+        for (i64 j = 0; j < depth; j++) {
+            const i64 slot = b.slot[first + j];
+            at.cells[j] = cell(slot) + offset;
+            at.to[j] = &sums[slot * length + offset];
+            at.from[j] = b.turn[first + j] & Buckets::FIRST ? &zeros[offset] : at.to[j];
         }
-        feeds[b.is_signed][depth - 1](from, to, &b.sign[i * depth], &b.rate[i * depth], x, gain, length);
+        at.sign = b.table.is_signed ? &b.sign[first] : nullptr;
+        at.rate = &b.rate[b.forgetting == UNEVENLY ? first : 0];
+        return at;
     }
 
-    void fold() {
-        for (i64 s = 0; s < b.num_slots; s++) {
-            float *__restrict cell = &cells[s * length], *__restrict sum = &sums[s * length];
-            float *__restrict kept = b.table.values + b.address[s] + begin;
-            if (b.is_signed)
-                for (i64 c = 0; c < length; c++) kept[c] = keep * cell[c] + sum[c];
+    // Give the table what all items have inserted, of the buckets that no later item has.
+    void finish(i64 i, const Places &at, i64 offset, i64 count) {
+        for (i64 j = 0; j < b.table.depth; j++) {
+            const i64 entry = i * b.table.depth + j;
+            if (!(b.turn[entry] & Buckets::LAST)) continue;
+            float *kept = b.table.values + b.address[b.slot[entry]] + begin + offset;
+            const float *cell = at.cells[j], *sum = at.to[j];
+            if (b.table.is_signed)
+#pragma GCC ivdep
+                for (i64 c = 0; c < count; c++) kept[c] = keep * cell[c] + sum[c];
             else
-                for (i64 c = 0; c < length; c++) kept[c] = cell[c] = not_negative(cell[c] + sum[c]);
+#pragma GCC ivdep
+                for (i64 c = 0; c < count; c++) kept[c] = not_negative(cell[c] + sum[c]);
         }
     }
 
-    void query(i64 i, float *out) const {
-        const float *from[5];
-        find(i, from);
-        estimates[b.is_signed][b.table.depth - 1](from, &b.sign[i * b.table.depth], length, out);
+    // Insert gain x, or gain x - rate estimate.
+    void feed_item(i64 i, const float *x, i64 offset, i64 count, float gain) {
+        const i64 depth = b.table.depth;
+        const Places at = find(i, offset);
+        const Feed feed = b.forgetting == NEVER ? inserts[depth - 1]
+                                                : feeds[depth - 1][b.table.is_signed];
+        feed(at, x, count, gain);
+        finish(i, at, offset, count);
     }
 
-    void take(i64 i, const Rule &rule, float *x) const {
-        const float *from[5];
-        find(i, from);
-        firsts[b.table.depth - 1](from, &b.sign[i * b.table.depth], length, rule, x);
+    // Feed x, gradients; m becomes what the update takes for their first moment. `spare` is scratch.
+    void take_first(i64 i, const float *x, i64 offset, i64 count, const Rule &rule, float *m, float *spare) {
+        takes[b.table.depth - 1](find(i, offset), x, count, rule, m, spare);
+        feed_item(i, x, offset, count, rule.first_gain);
+    }
+
+    // Feed the squares of x, gradients; nu becomes what the update takes for their second moment.
+    void take_second(i64 i, const float *x, i64 offset, i64 count, const Rule &rule, float *nu) {
+        const Places at = find(i, offset);
+        follows[b.table.depth - 1][b.forgetting](at, x, count, rule, nu);
+        finish(i, at, offset, count);
     }
 };
+
+// Divide the blocks of m columns among the threads, each of which calls work(begin, length, block of the
+// first sketch, of the second) for its own; a block is null where its sketch is.
+template <class Work>
+void by_blocks(std::array<const Buckets *, 2> sketches, i64 m, int threads, const Work &work) {
+    i64 num_slots = 0;
+    for (const Buckets *b : sketches) num_slots += b ? b->num_slots() : 0;
+    const Cut cut(m, num_slots, threads);
+    const i64 blocks = (m + cut.size - 1) / cut.size;
+    std::vector<std::array<std::optional<Block>, 2>> all(threads);
+    for (auto &own : all)
+        for (int s = 0; s < 2; s++)
+            if (sketches[s]) own[s].emplace(*sketches[s], cut);
+    const ModeBits callers = current_mode();
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (i64 block = 0; block < blocks; block++) {
+        const InMode mode(callers);
+        auto &own = all[omp_get_thread_num()];
+        const i64 begin = block * cut.size, length = begin + cut.size < m ? cut.size : m - begin;
+        Block *at[2];
+        for (int s = 0; s < 2; s++) {
+            at[s] = own[s] ? &*own[s] : nullptr;
+            if (at[s]) at[s]->load(begin, length);
+        }
+        work(begin, length, at[0], at[1]);
+    }
+}
 
 }  // namespace

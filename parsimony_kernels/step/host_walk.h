@@ -10,19 +10,20 @@
 namespace {
 
 const i64 AHEAD = 768;  // elements
+const i64 PIECE = 512;  // columns that sketches hand on to the update at once, through the first cache
+const i64 SCRATCH = 6;
 
 // ---- the innermost loop: one stretch of one row ------------------------------------------------------
 
 // What the second moment is estimated from while a row is walked. With COVER (dense rows) and COVER_ROW
-// (sparse rows), both SM3-II, the walk also finds the new accumulators. LOWER and ROW (SM3-I), OUTER
-// (factored) and the sketches, of depth 1 to 5, were fed before.
+// (sparse rows), both SM3-II, the walk also finds the new accumulators. LOWER and ROW (SM3-I) and OUTER
+// (factored) were fed before; a SKETCH is fed at the same stretch, just before.
 enum Source { NOTHING, FULL, COVER, COVER_ROW, LOWER, ROW, OUTER, SKETCH };
 
 struct Stretch {
-    float *m;               // first moment; of a sketch: what the update takes for it
-    float *v;               // full second moment
-    const float *cells[5];  // of a sketch: the item's buckets
-    const float *col;       // cover; of OUTER: relative to the mean
+    float *m;          // first moment; of a sketch: what the update takes for it
+    float *v;          // full second moment; of a sketch: what the update takes for it
+    const float *col;  // cover; of OUTER: relative to the mean
     u32 *col_max;
     float row;
     u32 row_max;
@@ -37,18 +38,18 @@ constexpr int second_kind_of(int source) {
         case COVER_ROW: return SECOND_COVER;
         case LOWER:
         case ROW: return SECOND_COVER_I;
-        case OUTER: return SECOND_FACTORED;
-        default: return SECOND_SKETCH;
+        default: return SECOND_FACTORED;  // the estimate is the moment
     }
 }
 
-// F: FirstKind; S: Source, or SKETCH + depth - 1. Every pair has a loop of its own, which g++ vectorises.
+// F: FirstKind; S: Source. Every pair has a loop of its own, which g++ vectorises. Beside a sketch, g is
+// oriented already.
 template <int F, int S>
 FN void walk(float *__restrict p, const float *__restrict g, i64 length, Stretch &s, const Rule rule) {
-    constexpr int DEPTH = S >= SKETCH ? S - SKETCH + 1 : 1, SECOND = second_kind_of(S);
+    constexpr int SECOND = second_kind_of(S);
+    constexpr bool IS_ORIENTED = F == FIRST_SKETCH || S == SKETCH;
     float *__restrict m = s.m, *__restrict v = s.v;
     const float *__restrict col = s.col;
-    const float *c0 = s.cells[0], *c1 = s.cells[1], *c2 = s.cells[2], *c3 = s.cells[3], *c4 = s.cells[4];
     u32 *__restrict col_max = s.col_max;
     const float row = s.row;
     u32 row_max = 0;
@@ -63,15 +64,9 @@ FN void walk(float *__restrict p, const float *__restrict g, i64 length, Stretch
             float estimate = row, nu = 0.0f;
             if (S == COVER || S == LOWER) estimate = smaller(row, col[j]);
             if (S == OUTER) estimate = row * col[j];
-            if (S >= SKETCH) {  // minimum_of, written out: through an array g++ makes it half as fast
-                estimate = c0[j];
-                if (DEPTH > 1) estimate = smaller(c1[j], estimate);
-                if (DEPTH > 2) estimate = smaller(c2[j], estimate);
-                if (DEPTH > 3) estimate = smaller(c3[j], estimate);
-                if (DEPTH > 4) estimate = smaller(c4[j], estimate);
-            }
+            if (S == SKETCH) estimate = v[j];
             const EntryState state = {m, v, j, F == FIRST_SKETCH ? m[j] : 0.0f, estimate};
-            const float gradient = oriented(g[j], p[j], rule);
+            const float gradient = IS_ORIENTED ? g[j] : oriented(g[j], p[j], rule);
             p[j] = step_entry(F, SECOND, p[j], gradient, state, rule, nu);
             if (S == COVER || S == COVER_ROW) {
                 const u32 bits = magnitude_bits(nu);
@@ -85,8 +80,8 @@ FN void walk(float *__restrict p, const float *__restrict g, i64 length, Stretch
 
 // ---- rows ----------------------------------------------------------------------------------------------
 
-struct Estimates {  // of the sketches' block at hand; null where there is none
-    const Block *first, *second;
+struct Fed {  // the sketches' block at hand; null where there is none
+    Block *first, *second;
 };
 
 // Prefetch a stretch that will be written soon.
@@ -108,48 +103,71 @@ template <> void widen_all(const f16 *__restrict x, i64 length, float *__restric
     for (; j < length; j++) out[j] = widen(x[j]);
 }
 
-// Walk items i0..i1 in columns begin..begin+length. A cover's new accumulators are collected: the columns'
-// in col_max, the rows' in row_max, which has one for each item. 16-bit parameters are widened and narrowed
-// a row at a time. `scratch` has room for 3 x length.
+// Read what the update takes from sketches for a piece of an item, from the block's column `offset` on,
+// having fed them. Returns the oriented gradient. `scratch` has room for `length` numbers 4 times.
 template <class T, int F, int S>
-void walk_rows(const HostStep &a, i64 i0, i64 i1, i64 begin, i64 length, const float *col,
-               const Estimates &e, float *scratch, u32 *col_max, u32 *row_max) {
-    Rows<T> rows{a};
-    const bool is_wide = sizeof(T) == 4;
-    float *m = scratch, *wide = scratch + length;
+const float *take_from_sketches(const Rows<T> &rows, i64 i, i64 begin, i64 offset, i64 length, const Fed &fed,
+                                float *scratch, Stretch &s) {
+    float *first = scratch + length, *second = scratch + 2 * length, *spare = scratch + 3 * length;
+    const float *x = rows.oriented_in(i, begin + offset, length, scratch);
+    const Rule &rule = rows.a.rule;
+    if (F == FIRST_SKETCH) fed.first->take_first(i, x, offset, length, rule, s.m = first, spare);
+    if (S == SKETCH) fed.second->take_second(i, x, offset, length, rule, s.v = second);
+    return x;
+}
+
+// Walk one item in `length` columns from `begin + offset` on. 16-bit parameters are widened and narrowed a
+// stretch at a time. `scratch` has room for `length` numbers twice, with a sketch SCRATCH times.
+template <class T, int F, int S>
+void walk_stretch(const HostStep &a, i64 i, i64 begin, i64 offset, i64 length, i64 ahead, const float *col,
+                  const Fed &fed, float *scratch, u32 *col_max, u32 *row_max) {
+    constexpr bool IS_SKETCHED = F == FIRST_SKETCH || S == SKETCH, IS_WIDE = sizeof(T) == 4;
+    const Rows<T> rows{a};
+    const i64 row = rows.row(i), start = begin + offset, at = row * a.m + start;
+    T *p = rows.param(i) + start;
+    const T *g = rows.grad(i) + start;
+    float *wide = scratch, *wide_p = IS_WIDE ? (float *)p : wide;
+    const float *wide_g = IS_WIDE ? (const float *)g : wide + length;
+    Stretch s = {};
+    s.ahead = IS_WIDE ? ahead : 0;
+    if (!IS_WIDE) widen_all(p, length, wide);
+    if (!IS_WIDE && !IS_SKETCHED) widen_all(g, length, wide + length);
+    if (IS_SKETCHED)
+        wide_g = take_from_sketches<T, F, S>(rows, i, begin, offset, length, fed, scratch + 2 * length, s);
+    if (F == FIRST_OF_GRADIENTS || F == FIRST_OF_UPDATES) s.m = a.first_values + at;
+    if (S == FULL) s.v = a.second_values + at;
+    if (S >= COVER && S <= OUTER) s.row = a.row[row], s.col = col + start;
+    if (S == COVER || S == COVER_ROW) s.col_max = col_max + start;
+    walk<F, S>(wide_p, wide_g, length, s, a.rule);
+    if (S == COVER || S == COVER_ROW) row_max[i] = larger_bits(row_max[i], s.row_max);
+    if (!IS_WIDE)
+        for (i64 j = 0; j < length; j++) p[j] = narrow<T>(wide_p[j]);
+}
+
+// Walk items i0..i1 in columns begin..begin+length. A cover's new accumulators are collected: the columns'
+// in col_max, the rows' in row_max, which has one for each item.
+template <class T, int F, int S>
+void walk_rows(const HostStep &a, i64 i0, i64 i1, i64 begin, i64 length, const float *col, const Fed &fed,
+               float *scratch, u32 *col_max, u32 *row_max) {
+    const Rows<T> rows{a};
+    const i64 piece = F == FIRST_SKETCH || S == SKETCH ? PIECE : length;
+    const bool is_part = length < a.m && length < LONG / 2, is_scattered = a.at || is_part;  // in memory
     for (i64 i = i0; i < i1; i++) {
-        const i64 row = rows.row(i), offset = row * a.m + begin;
-        if (a.at && i + 2 < i1) {  // rows that do not follow each other in memory
-            const i64 next = a.at[i + 2] * a.m + begin;
+        if (is_scattered && i + 2 < i1) {
+            const i64 next = rows.row(i + 2) * a.m + begin;
             fetch((const T *)a.param + next, length);
+            if (!a.at) fetch((const T *)a.grad + next, length);
             if (F == FIRST_OF_GRADIENTS || F == FIRST_OF_UPDATES) fetch(a.first_values + next, length);
             if (S == FULL) fetch(a.second_values + next, length);
         }
-        T *p = rows.param(i) + begin;
-        const T *g = rows.grad(i) + begin;
-        float *wide_p = is_wide ? (float *)p : wide;
-        const float *wide_g = is_wide ? (const float *)g : wide + length;
-        if (!is_wide) widen_all(p, length, wide), widen_all(g, length, wide + length);
-        Stretch s = {};
-        s.ahead = length == a.m && is_wide ? AHEAD : 0;
-        if (F == FIRST_OF_GRADIENTS || F == FIRST_OF_UPDATES) s.m = a.first_values + offset;
-        if (F == FIRST_SKETCH) {
-            rows.read(i, begin, length, s.m = m);
-            e.first->take(i, a.rule, m);
-        }
-        if (S == FULL) s.v = a.second_values + offset;
-        if (S >= SKETCH) e.second->find(i, s.cells);
-        if (S >= COVER && S <= OUTER) s.row = a.row[row], s.col = col + begin;
-        if (S == COVER || S == COVER_ROW) s.col_max = col_max + begin;
-        walk<F, S>(wide_p, wide_g, length, s, a.rule);
-        if (S == COVER || S == COVER_ROW) row_max[i] = larger_bits(row_max[i], s.row_max);
-        if (!is_wide)
-            for (i64 j = 0; j < length; j++) p[j] = narrow<T>(wide_p[j]);
+        for (i64 offset = 0; offset < length; offset += piece)
+            walk_stretch<T, F, S>(a, i, begin, offset, piece < length - offset ? piece : length - offset,
+                                  is_part ? 0 : AHEAD, col, fed, scratch, col_max, row_max);
     }
 }
 
-typedef void (*WalkRows)(const HostStep &, i64, i64, i64, i64, const float *, const Estimates &, float *,
-                         u32 *, u32 *);
+typedef void (*WalkRows)(const HostStep &, i64, i64, i64, i64, const float *, const Fed &, float *, u32 *,
+                         u32 *);
 
 template <class T, int F> WalkRows choose_source(int s) {
     switch (s) {
@@ -160,10 +178,6 @@ template <class T, int F> WalkRows choose_source(int s) {
         case ROW: return walk_rows<T, F, ROW>;
         case OUTER: return walk_rows<T, F, OUTER>;
         case SKETCH: return walk_rows<T, F, SKETCH>;
-        case SKETCH + 1: return walk_rows<T, F, SKETCH + 1>;
-        case SKETCH + 2: return walk_rows<T, F, SKETCH + 2>;
-        case SKETCH + 3: return walk_rows<T, F, SKETCH + 3>;
-        case SKETCH + 4: return walk_rows<T, F, SKETCH + 4>;
         default: return walk_rows<T, F, NOTHING>;
     }
 }
@@ -183,7 +197,7 @@ int source_of(const HostStep &a) {
         case SECOND_COVER: return a.at ? COVER_ROW : COVER;
         case SECOND_COVER_I: return a.at ? ROW : LOWER;
         case SECOND_FACTORED: return OUTER;
-        case SECOND_SKETCH: return SKETCH + a.second_sketch.depth - 1;
+        case SECOND_SKETCH: return SKETCH;
         default: return NOTHING;
     }
 }

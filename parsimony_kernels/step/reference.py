@@ -186,8 +186,14 @@ def _update_moment(first: First, update: Tensor, at, rule: Rule) -> Tensor:
 
 
 def _sketched(cells: Cells, g: Tensor, rule: Rule) -> Tensor:
+    """Feed a second moment's sketch; return what the update takes for the moment.
+
+    That which follows from the estimate before this step, of which the insertion knows nothing yet:
+    the entry's own square counts as in an exact moment, not as one of many in a bucket.
+    """
+    nu = _average(cells.query(), g, rule)
     cells.update(_square(g, rule), 1.0, rule.second_forgetting)
-    return cells.query()
+    return nu
 
 
 # ---- covers --------------------------------------------------------------------------------------

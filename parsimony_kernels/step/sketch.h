@@ -63,10 +63,9 @@ FN float own_weight(const Rule &r) {
     return r.first_forgetting != 0.0f ? r.first_gain / r.first_forgetting : r.first_gain;
 }
 
-// What the update takes for a first moment in a count-sketch, x being the estimates of the entry's DEPTH
-// buckets before this step: the moment that follows from their mean, as far as they agree, and for the rest
-// the entry's own gradient. Estimates that are equal are taken as they are. NaN if one of them is not finite.
-template <int DEPTH> FN float sketched_first(const float *x, float g, float weight, const Rule &r) {
+// The mean of the estimates of an entry's DEPTH buckets, and how far to doubt it. Estimates that are equal
+// are taken as they are.
+template <int DEPTH> FN float mean_of(const float *x, const Rule &r, float &doubt) {
     const float PER_MEAN = 1.0f / DEPTH, PER_ERROR = DEPTH > 1 ? 1.0f / (DEPTH * (DEPTH - 1)) : 0.0f;
     float mean = 0.0f, squares = 0.0f;
     for (int j = 1; j < DEPTH; j++) mean += x[j] - x[0];
@@ -75,11 +74,24 @@ template <int DEPTH> FN float sketched_first(const float *x, float g, float weig
         float off = x[j] - mean;
         squares += off * off;
     }
-    float doubt = squares * PER_ERROR * r.first_doubt, square = mean * mean, known = 1.0f - doubt / square;
+    doubt = squares * PER_ERROR * r.first_doubt;
+    return mean;
+}
+
+// What the update takes for a first moment in a count-sketch whose estimates before this step have this
+// mean: the moment that follows from it, as far as the estimates agree, and for the rest the entry's own
+// gradient. NaN if one of them is not finite.
+FN float moment_after(float mean, float doubt, float g, float weight, const Rule &r) {
+    float square = mean * mean, known = 1.0f - doubt / square;
     known = known > 0.0f ? known : 0.0f;
     known = square > 0.0f ? known : doubt > 0.0f ? 0.0f : 1.0f;
     float moment = average_first(mean, g, r) * r.first_scale;
     return known * moment + (1.0f - known) * (g * weight);
+}
+
+template <int DEPTH> FN float sketched_first(const float *x, float g, float weight, const Rule &r) {
+    float doubt, mean = mean_of<DEPTH>(x, r, doubt);
+    return moment_after(mean, doubt, g, weight, r);
 }
 
 // ---- forgetting ------------------------------------------------------------------------------------
