@@ -225,10 +225,9 @@ def _one(step: DeviceStep) -> int:
 # ---- programs ------------------------------------------------------------------------------------
 
 
-def run_steps(steps: Steps, device: torch.device, store_sketches: Callable[[], None]) -> Program:
+def run_steps(steps: Steps, device: torch.device) -> Program:
     """Make these steps. What their sketches have been fed waits to be stored.
 
-    Args:    store_sketches: called when no kernel reads the sketches' old values any more.
     Returns: the program, to be run again for dense gradients, if there are no sketches.
     """
     program = Program(steps, device)
@@ -244,7 +243,6 @@ def run_steps(steps: Steps, device: torch.device, store_sketches: Callable[[], N
         program.add(f"step_{name}", of_kernel, _tiles, is_typed=True)
     program.add("cover_store", covers, _rows_and_columns)
     _step_elements(program, elements)
-    program.call(store_sketches)
     program.run()
     return program
 

@@ -201,10 +201,18 @@ def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> N
 
 
 def _run(steps: list[tuple[DeviceStep, First, Second]], device: torch.device) -> Program:
+    """Make these steps; return the program of those without a sketch.
+
+    Steps with sketches are made one by one, so that the new values of just one sketch wait to be
+    stored: together they would be as large as all sketches.
+    """
     steps = [each for each in steps if each[0].num_items]
-    feedings = [f for each in steps if each[0].is_sketched for f in _feed_moments(*each)]
-    works = [work for work, *_ in steps]
-    return run_steps(works, device, lambda: _store(feedings, device))
+    for work, first, second in steps:
+        if work.is_sketched:
+            feedings = _feed_moments(work, first, second)
+            run_steps([work], device)
+            _store(feedings, device)
+    return run_steps([work for work, *_ in steps if not work.is_sketched], device)
 
 
 def _store(feedings: Sequence[Feeding], device: torch.device) -> None:
