@@ -285,8 +285,7 @@ class Sketch(Moment):
         return self.sketch.query(rows).view(self.spec.shape)
 
     def at(self, indices_K: Tensor) -> Tensor:
-        dim = matrix_shape(self.spec.shape, 1)[1]
-        return ops.sketch_query_elements(self.sketch.table, indices_K // dim, indices_K % dim)
+        return ops.sketch_query_elements(self.sketch.table, indices_K)
 
 
 STRUCTURES: dict[str, type[Moment]] = {

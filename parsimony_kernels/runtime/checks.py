@@ -101,12 +101,18 @@ def _check_positions(
         raise ValueError(f"{name} are not ascending and unique; coalesce the gradient first")
 
 
-def check_rows(rows: Tensor, values: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
+def check_rows(
+    rows: Tensor,
+    values: Tensor | None,
+    dtype: torch.dtype = torch.float32,
+    bound: int = MAX_ROWS,
+    name: str = "rows",
+) -> None:
     """Rows of a sketch: any order, repeats allowed; values in the sketch's dtype."""
-    check_tensor("rows", rows, rows.device, (torch.int64,), 1)
-    if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= MAX_ROWS):
-        raise ValueError(f"rows lie in {int(rows.min())}..{int(rows.max())}; allowed: "
-                         f"0..{MAX_ROWS - 1}")  # fmt: skip
+    check_tensor(name, rows, rows.device, (torch.int64,), 1)
+    if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= bound):
+        raise ValueError(f"{name} lie in {int(rows.min())}..{int(rows.max())}; allowed: "
+                         f"0..{bound - 1}")  # fmt: skip
     if values is not None:
         check_tensor("values", values, rows.device, (dtype,), 2)
         if values.shape[0] != rows.shape[0]:

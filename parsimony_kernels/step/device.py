@@ -55,6 +55,17 @@ def sketch_query(table: Table, rows: Tensor) -> Tensor:
     return estimates
 
 
+def sketch_query_elements(table: Table, indices: Tensor) -> Tensor:
+    estimates = table.values.new_empty(len(indices))
+    if len(indices):
+        items = Items(len(indices), dim=table.values.shape[2], is_elements=True)
+        items.positions = indices.data_ptr()
+        query = Feeding(items=items, sketch=Sketch.of(table))
+        query.point(estimates=estimates)
+        _launch("sketch_query_elements", query, indices.device, flat=len(indices))
+    return estimates
+
+
 def sketch_update(
     table: Table, rows: Tensor, values: Tensor, gain: float, forgetting: float
 ) -> None:

@@ -86,6 +86,15 @@ KERNEL(sketch_query, Feeding) {
     }
 }
 
+// Flat over elements. No atomics; any thread order.
+KERNEL(sketch_query_elements, Feeding) {
+    for (i64 i = flat_start(); i < s.items.num_items; i += flat_stride()) {
+        i64 row = row_of(s.items, i);
+        Cells cells = cells_of(s.sketch, row);
+        s.estimates[i] = query(s.sketch, cells, column_of(s.items, i, row));
+    }
+}
+
 // What an item inserts in one column, times the gain.
 template <class T> FN float fed_value(const Feeding &s, i64 item, i64 row, i64 column) {
     const Items &x = s.items;

@@ -190,21 +190,26 @@ int parsimony_sketch_update(const Sketch *table, const i64 *rows, const float *x
     return 1;
 }
 
-void parsimony_sketch_query(const Sketch *table, const i64 *rows, float *out, i64 k, int threads) {
-    const i64 dim = table->dim;
+// Of k rows, in all columns; or of k elements, whose positions are in the flattened (rows, dim).
+void parsimony_sketch_query(const Sketch *table, const i64 *positions, float *out, i64 k, int is_elements,
+                            int threads) {
+    const i64 dim = table->dim, columns = is_elements ? 1 : dim;
     const ModeBits callers = current_mode();
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && k * dim >= PARALLEL_FROM)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && k * columns >= PARALLEL_FROM)
     for (i64 i = 0; i < k; i++) {
         const InMode mode(callers);
+        const i64 row = is_elements ? positions[i] / dim : positions[i];
+        const i64 column = is_elements ? positions[i] - row * dim : 0;
         Places at;
         float sign[MAX_DEPTH];
         for (i64 j = 0; j < table->depth; j++) {
-            u32 hash = hash_row(rows[i], table->seeds[j]);
-            at.cells[j] = table->values + (j * table->width + bucket_of(hash, table->width)) * dim;
+            u32 hash = hash_row(row, table->seeds[j]);
+            i64 bucket = j * table->width + bucket_of(hash, table->width);
+            at.cells[j] = table->values + bucket * dim + column;
             sign[j] = sign_of(hash);
         }
         at.sign = sign;
-        estimates[table->depth - 1][table->is_signed](at, dim, out + i * dim);
+        estimates[table->depth - 1][table->is_signed](at, columns, out + i * columns);
     }
 }
 }

@@ -43,10 +43,18 @@ def sketch_update(
 
 
 def sketch_query(table: Table, rows: Tensor) -> Tensor:
-    out = torch.empty(len(rows), table.values.shape[2], dtype=torch.float32, device="cpu")
+    return _query(table, rows, (len(rows), table.values.shape[2]), is_elements=False)
+
+
+def sketch_query_elements(table: Table, indices: Tensor) -> Tensor:
+    return _query(table, indices, (len(indices),), is_elements=True)
+
+
+def _query(table: Table, positions: Tensor, shape: tuple[int, ...], *, is_elements: bool) -> Tensor:
+    out = torch.empty(shape, dtype=torch.float32, device="cpu")
     host_library().parsimony_sketch_query(
-        ctypes.byref(Sketch.of(table)), _at(rows), _at(out), _i64(len(rows)),
-        _int(torch.get_num_threads()),
+        ctypes.byref(Sketch.of(table)), _at(positions), _at(out), _i64(len(positions)),
+        _int(is_elements), _int(torch.get_num_threads()),
     )  # fmt: skip
     return out
 

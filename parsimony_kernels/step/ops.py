@@ -32,8 +32,15 @@ from parsimony_kernels.runtime.choice import IMPLEMENTATIONS as IMPLEMENTATIONS
 from parsimony_kernels.runtime.choice import implementation as implementation
 from parsimony_kernels.runtime.choice import implementing_module
 from parsimony_kernels.runtime.choice import use as use
-from parsimony_kernels.runtime.operands import STATE_DTYPES, STEP_DTYPES, First, Rule, Second, Table
-from parsimony_kernels.step import reference
+from parsimony_kernels.runtime.operands import (
+    MAX_ROWS,
+    STATE_DTYPES,
+    STEP_DTYPES,
+    First,
+    Rule,
+    Second,
+    Table,
+)
 
 
 def sketch_insert(table: Table, rows: Tensor, values: Tensor) -> None:
@@ -55,14 +62,11 @@ def sketch_query(table: Table, rows: Tensor) -> Tensor:
     return _run(table.values).sketch_query(table, rows)
 
 
-def sketch_query_elements(table: Table, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the estimates (k,) in columns (k,) int64 of rows (k,) int64.
-
-    Plain torch everywhere: for few elements.
-    """
-    check_table(table, table.values.shape[-1], rows.device)
-    check_rows(rows, None)
-    return reference.sketch_query_elements(table, rows, columns)
+def sketch_query_elements(table: Table, indices: Tensor) -> Tensor:
+    """Return the estimates (k,) of elements (k,) int64 of the flattened (rows, m), in any order."""
+    check_table(table, table.values.shape[-1], indices.device)
+    check_rows(indices, None, bound=MAX_ROWS * table.values.shape[-1], name="indices")
+    return _run(table.values).sketch_query_elements(table, indices)
 
 
 def sketch_update(

@@ -40,8 +40,9 @@ def sketch_query(table: Table, rows: Tensor) -> Tensor:
     return Cells(table, rows).query()
 
 
-def sketch_query_elements(table: Table, rows: Tensor, columns: Tensor) -> Tensor:
-    return Cells(table, rows, columns).query()
+def sketch_query_elements(table: Table, indices: Tensor) -> Tensor:
+    dim = table.values.shape[2]
+    return Cells(table, indices // dim, indices % dim).query()
 
 
 def sketch_update(

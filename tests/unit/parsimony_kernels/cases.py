@@ -315,7 +315,14 @@ def check_sketch(case: SketchCase, implementation: ModuleType, device: torch.dev
         module.sketch_insert(sketch, repeated, values)
         module.sketch_update(sketch, rows, values, 0.5, case.decay)
         module.sketch_update(sketch, repeated, values, 0.25, case.decay)
-        results.append((sketch.values.cpu(), module.sketch_query(sketch, repeated).cpu()))
+        found = sketch.values.cpu(), module.sketch_query(sketch, repeated).cpu()
+        columns = torch.arange(case.num_rows, device=where) % max(1, case.dim)
+        indices = guarded.copy(repeated * case.dim + columns)
+        elements = module.sketch_query_elements(sketch, indices).cpu() if case.dim else found[1]
+        assert not case.dim or torch.equal(
+            elements, found[1].gather(1, columns.cpu()[:, None])[:, 0]
+        )
+        results.append(found)
         guarded.check()
     for name, expected, actual in zip(("table", "estimates"), *results, strict=True):
         assert _same_bits(actual, expected), f"{name}: {(actual != expected).sum()} differ"

@@ -59,7 +59,7 @@ def test_steps(implementation):
             ops.step(p, g[: len(rows)], rule, first=first, second=second, rows=rows)
             ops.step_elements(p, g.view(-1)[:9], indices, rule, first=first, second=second)
             ops.observe(g, rule, second)
-        query = ops.sketch_query_elements(seconds[2], rows, rows)
+        query = ops.sketch_query_elements(seconds[2], indices)
         return [p, n1, m1, n2, m2, full, tables, ops.sketch_query(seconds[2], rows), query]
 
     rows, indices, seeds = torch.arange(0, N, 3), torch.arange(0, 90, 10), torch.arange(3)
