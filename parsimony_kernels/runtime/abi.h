@@ -74,7 +74,7 @@ struct Items {
 // What is inserted into a sketch: values as they are, the gradient, or its square.
 enum Inserted { INSERTED_VALUES, INSERTED_GRADIENT, INSERTED_SQUARE };
 
-// Insertions into one sketch on the device, or a query. A cell is a bucket of the flattened (depth,
+// Insertions into one sketch on the device. A cell is a bucket of the flattened (depth,
 // width), or for elements a single number of the table. cells and order have depth * num_items entries.
 struct Feeding {
     Rule rule;
@@ -83,11 +83,20 @@ struct Feeding {
     Sketch sketch;
     int inserted;
     float gain, forgetting, keep;
-    i64 *cells;          // ascending, once sorted
-    const i64 *order;    // which (depth, item) the sorted cells are of
-    const i64 *ranks;    // how many distinct cells there are up to each
+    i64 *cells;          // of each (depth, item), plus first_cell: no two sketches share a number
+    const i64 *sorted;   // the same, ascending,
+    const i64 *order;    //   and whose each is among the entries of all, of which these begin at first_entry
+    const i64 *ranks;    // how many distinct cells there are up to each, of all
+    i64 first_cell, first_entry;
     float *fresh;        // (distinct cells, columns): new values, while the old are still read
-    float *estimates;    // (num_items, dim)
+};
+
+// A query of a sketch on the device.
+struct Query {
+    Items items;
+    Tiling tiling;
+    Sketch sketch;
+    float *estimates;  // (num_items, dim), or of elements (num_items,)
 };
 
 // A step on the device.
@@ -110,10 +119,11 @@ struct DeviceStep {
     u32 *is_wrong;                // whether positions are not ascending, unique and in range
 };
 
-// Steps that one launch makes. Each is a number of blocks of work, which are numbered through all of them.
+// Steps, or feedings, that one launch makes. Each is a number of blocks of work, which are numbered through
+// all of them.
 struct Batch {
-    const DeviceStep *steps;  // (count,)
-    const i64 *ends;          // (count,) where each step's blocks end
+    const void *steps;  // (count,)
+    const i64 *ends;    // (count,) where each one's blocks end
     i64 count;
 };
 

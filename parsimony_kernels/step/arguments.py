@@ -91,6 +91,12 @@ class Inserted(IntEnum):
 
 
 class Feeding(Argument):
+    """What is inserted into a sketch: keep * table + gain * x - forgetting * estimate.
+
+    dtype: of the gradient. num_entries: depth * items; num_cells: of the sketch that they fall
+    into, a bucket each, or for elements a number; num_columns: of such a cell.
+    """
+
     _fields_ = (
         ("rule", Rule),
         ("items", Items),
@@ -98,7 +104,39 @@ class Feeding(Argument):
         ("sketch", Sketch),
         ("inserted", c_int),
         *((name, c_float) for name in ("gain", "forgetting", "keep")),
-        *((name, c_void_p) for name in ("cells", "order", "ranks", "fresh", "estimates")),
+        *((name, c_void_p) for name in ("cells", "sorted", "order", "ranks")),
+        *((name, c_int64) for name in ("first_cell", "first_entry")),
+        ("fresh", c_void_p),
+    )
+
+    def __init__(
+        self,
+        table: Table,
+        items: Items,
+        dtype: str,
+        inserted: Inserted,
+        rule: Rule,
+        gain: float,
+        forgetting: float,
+        keep: float,
+    ) -> None:
+        depth, width, dim = table.values.shape
+        self.dtype, self.num_entries = dtype, depth * items.num_items
+        self.num_columns = 1 if items.is_elements else dim
+        self.num_cells = depth * width * (dim if items.is_elements else 1)
+        scalars = {"gain": gain, "forgetting": forgetting, "keep": keep}
+        tiling = Tiling(self.num_entries, self.num_columns)
+        super().__init__(rule, items, tiling, Sketch.of(table), inserted, **scalars)
+
+
+class Query(Argument):
+    """A query of a sketch, of rows or of elements."""
+
+    _fields_ = (
+        ("items", Items),
+        ("tiling", Tiling),
+        ("sketch", Sketch),
+        ("estimates", c_void_p),
     )
 
 

@@ -59,19 +59,20 @@ FN float query(const Sketch &k, const Cells &cells, i64 column) {
     }
 }
 
-// Flat over (depth, item): which cell each item falls into. No atomics; any thread order.
-KERNEL(sketch_cells, Feeding) {
+// (depth, item): which cell each item falls into. No atomics; any thread order.
+FN void sketch_cells_block(const Feeding &s, i64 block) {
     const Sketch &k = s.sketch;
-    for (i64 i = flat_start(); i < k.depth * s.items.num_items; i += flat_stride()) {
-        i64 j = i / s.items.num_items, item = i - j * s.items.num_items;
-        i64 row = row_of(s.items, item);
-        i64 bucket = j * k.width + bucket_of(hash_row(row, k.seeds[j]), k.width);
-        s.cells[i] = s.items.is_elements ? bucket * k.dim + column_of(s.items, item, row) : bucket;
-    }
+    i64 i = flat_item(block);
+    if (i >= k.depth * s.items.num_items) return;
+    i64 j = i / s.items.num_items, item = i - j * s.items.num_items, row = row_of(s.items, item);
+    i64 cell = j * k.width + bucket_of(hash_row(row, k.seeds[j]), k.width);
+    if (s.items.is_elements) cell = cell * k.dim + column_of(s.items, item, row);
+    s.cells[i] = s.first_cell + cell;
 }
+FEEDING_KERNEL(sketch_cells, sketch_cells_block)
 
 // Tiles of (num_items, dim). No atomics; any thread order.
-KERNEL(sketch_query, Feeding) {
+KERNEL(sketch_query, Query) {
     for (i64 index = blockIdx.x; index < s.tiling.num_tiles; index += gridDim.x) {
         Tile tile = tile_of(s.tiling, index);
         for (int i = 0; i < s.tiling.rows_per_thread; i++, tile.row += tile.slots) {
@@ -87,7 +88,7 @@ KERNEL(sketch_query, Feeding) {
 }
 
 // Flat over elements. No atomics; any thread order.
-KERNEL(sketch_query_elements, Feeding) {
+KERNEL(sketch_query_elements, Query) {
     for (i64 i = flat_start(); i < s.items.num_items; i += flat_stride()) {
         i64 row = row_of(s.items, i);
         Cells cells = cells_of(s.sketch, row);
@@ -109,10 +110,10 @@ template <class T> FN float fed_value(const Feeding &s, i64 item, i64 row, i64 c
 template <class T>
 FN void sum_of_cell(const Feeding &s, i64 begin, i64 end, i64 first_column, float *sums) {
     const Sketch &k = s.sketch;
-    i64 j = s.order[begin] / s.items.num_items;
+    i64 j = (s.order[begin] - s.first_entry) / s.items.num_items;
     float rate = bounded_forgetting(s.forgetting, end - begin, k.is_signed);
     for (i64 i = begin; i < end; i++) {
-        i64 item = s.order[i] - j * s.items.num_items, row = row_of(s.items, item);
+        i64 item = s.order[i] - s.first_entry - j * s.items.num_items, row = row_of(s.items, item);
         Cells cells = cells_of(k, row);
         float sign = k.is_signed ? sign_of(hash_row(row, k.seeds[j])) : 1.0f;
         for (int v = 0; v < COLUMNS; v++) {
@@ -125,55 +126,52 @@ FN void sum_of_cell(const Feeding &s, i64 begin, i64 end, i64 first_column, floa
     }
 }
 
-// Tiles of (depth * num_items, dim), or for elements (depth * num_items, 1), over the sorted cells:
-// the thread at a cell's first entry adds all of its items in their order; the others have nothing
-// to do. Where estimates are needed every item's `depth` buckets are read once for each of them.
-// They are read from the table as it was, so new values go to `fresh`; where nothing more is read
-// from that, straight into the table. No atomics; any thread order.
-template <class T> FN void sketch_update(const Feeding &s) {
+// A tile of (depth * num_items, dim), or for elements (depth * num_items, 1), over the sorted cells: the
+// thread at a cell's first entry adds all of its items in their order; the others have nothing to do. Where
+// estimates are needed every item's `depth` buckets are read once for each of them. They are read from the
+// table as it was, so new values go to `fresh`; where nothing more is read from that, straight into the
+// table. No atomics; any thread order.
+template <class T> FN void sketch_update(const Feeding &s, i64 index) {
     i64 num_entries = s.tiling.num_rows, num_columns = s.tiling.num_columns;
-    for (i64 index = blockIdx.x; index < s.tiling.num_tiles; index += gridDim.x) {
-        Tile tile = tile_of(s.tiling, index);
-        for (int n = 0; n < s.tiling.rows_per_thread; n++, tile.row += tile.slots) {
-            i64 begin = tile.row, end = begin + 1;
-            if (begin >= num_entries) break;
-            if (!is_first_of_key(s.cells, begin)) continue;
-            while (end < num_entries && s.cells[end] == s.cells[begin]) end++;
-            float sums[COLUMNS] = {};
-            sum_of_cell<T>(s, begin, end, tile.column, sums);
-            for (int v = 0; v < COLUMNS; v++) {
-                i64 column = tile.column + v * s.tiling.lanes;
-                if (column >= num_columns) break;
-                i64 cell = s.cells[begin] * num_columns + column;
-                float value = s.keep * s.sketch.values[cell] + sums[v];
-                if (!s.sketch.is_signed) value = not_negative(value);
-                if (s.fresh) s.fresh[(s.ranks[begin] - 1) * num_columns + column] = value;
-                else s.sketch.values[cell] = value;
-            }
+    Tile tile = tile_of(s.tiling, index);
+    for (int n = 0; n < s.tiling.rows_per_thread; n++, tile.row += tile.slots) {
+        i64 begin = tile.row, end = begin + 1;
+        if (begin >= num_entries) break;
+        if (!is_first_of_key(s.sorted, begin)) continue;
+        while (end < num_entries && s.sorted[end] == s.sorted[begin]) end++;
+        float sums[COLUMNS] = {};
+        sum_of_cell<T>(s, begin, end, tile.column, sums);
+#pragma unroll
+        for (int v = 0; v < COLUMNS; v++) {
+            i64 column = tile.column + v * s.tiling.lanes;
+            if (column >= num_columns) break;
+            i64 cell = (s.sorted[begin] - s.first_cell) * num_columns + column;
+            float value = s.keep * s.sketch.values[cell] + sums[v];
+            if (!s.sketch.is_signed) value = not_negative(value);
+            if (s.fresh) s.fresh[(s.ranks[begin] - s.ranks[0]) * num_columns + column] = value;
+            else s.sketch.values[cell] = value;
         }
     }
 }
 
-#define DEFINE(NAME, T) \
-    KERNEL(sketch_update_##NAME, Feeding) { sketch_update<T>(s); }
+// The same tiles: moves `fresh` into the table. No atomics; any thread order.
+FN void sketch_store_tile(const Feeding &s, i64 index) {
+    i64 num_columns = s.tiling.num_columns;
+    Tile tile = tile_of(s.tiling, index);
+    for (int n = 0; n < s.tiling.rows_per_thread; n++, tile.row += tile.slots) {
+        if (tile.row >= s.tiling.num_rows) break;
+        if (!is_first_of_key(s.sorted, tile.row)) continue;
+        i64 target = (s.sorted[tile.row] - s.first_cell) * num_columns;
+        i64 source = (s.ranks[tile.row] - s.ranks[0]) * num_columns;
+        for (int v = 0; v < COLUMNS; v++) {
+            i64 column = tile.column + v * s.tiling.lanes;
+            if (column >= num_columns) break;
+            s.sketch.values[target + column] = s.fresh[source + column];
+        }
+    }
+}
+
+#define DEFINE(NAME, T) FEEDING_KERNEL(sketch_update_##NAME, sketch_update<T>)
 FOR_EACH_TYPE(DEFINE)
 #undef DEFINE
-
-// The same tiles as sketch_update: moves `fresh` into the table. No atomics; any thread order.
-KERNEL(sketch_store, Feeding) {
-    i64 num_columns = s.tiling.num_columns;
-    for (i64 index = blockIdx.x; index < s.tiling.num_tiles; index += gridDim.x) {
-        Tile tile = tile_of(s.tiling, index);
-        for (int n = 0; n < s.tiling.rows_per_thread; n++, tile.row += tile.slots) {
-            if (tile.row >= s.tiling.num_rows) break;
-            if (!is_first_of_key(s.cells, tile.row)) continue;
-            i64 target = s.cells[tile.row] * num_columns;
-            i64 source = (s.ranks[tile.row] - 1) * num_columns;
-            for (int v = 0; v < COLUMNS; v++) {
-                i64 column = tile.column + v * s.tiling.lanes;
-                if (column >= num_columns) break;
-                s.sketch.values[target + column] = s.fresh[source + column];
-            }
-        }
-    }
-}
+FEEDING_KERNEL(sketch_store, sketch_store_tile)

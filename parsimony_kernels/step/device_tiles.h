@@ -32,15 +32,18 @@ FN Work work_of(const Batch &b, i64 index) {
     return work;
 }
 
-// Define a kernel that calls FUNCTION(a step, the number of one of its blocks) for all blocks of a batch.
-// The step is copied, so that what the compiler has read of it need not be read again after each store.
-#define BATCH_KERNEL(NAME, FUNCTION) DEFINE_BATCH_KERNEL(KERNEL, NAME, FUNCTION)
-#define STREAMING_BATCH_KERNEL(NAME, FUNCTION) DEFINE_BATCH_KERNEL(STREAMING_KERNEL, NAME, FUNCTION)
-#define DEFINE_BATCH_KERNEL(DECLARE, NAME, FUNCTION)                        \
+// Define a kernel that calls FUNCTION(a step, the number of one of its blocks) for all blocks of a batch; or
+// a feeding in place of a step. A step is copied, so that what the compiler has read of it need not be read
+// again after each store.
+#define BATCH_KERNEL(NAME, FUNCTION) DEFINE_BATCH_KERNEL(KERNEL, NAME, DeviceStep, , FUNCTION)
+#define FEEDING_KERNEL(NAME, FUNCTION) DEFINE_BATCH_KERNEL(KERNEL, NAME, Feeding, &, FUNCTION)
+#define STREAMING_BATCH_KERNEL(NAME, FUNCTION) \
+    DEFINE_BATCH_KERNEL(STREAMING_KERNEL, NAME, DeviceStep, , FUNCTION)
+#define DEFINE_BATCH_KERNEL(DECLARE, NAME, KIND, REFERENCE, FUNCTION)       \
     DECLARE(NAME, Batch) {                                                  \
         for (i64 i = blockIdx.x; i < num_blocks(s); i += gridDim.x) {       \
             Work work = work_of(s, i);                                      \
-            const DeviceStep step = s.steps[work.step];                     \
+            const KIND REFERENCE step = ((const KIND *)s.steps)[work.step]; \
             (FUNCTION)(step, work.block);                                   \
         }                                                                   \
     }

@@ -164,12 +164,12 @@ uint64_t exchange(uint32_t mask, uint64_t sent, int apart) {
 }
 
 // What must be noticed.
-KERNEL(leaves_before_barrier, Feeding) {
-    if (s.inserted == 0 && threadIdx.x > 0) __syncthreads();
+KERNEL(leaves_before_barrier, Query) {
+    if (s.items.num_items == 0 && threadIdx.x > 0) __syncthreads();
 }
 
-KERNEL(leaves_before_shuffle, Feeding) {
-    if (s.inserted == 0 && threadIdx.x > 0) __shfl_xor_sync(WHOLE_WARP, 1.0f, 1);
+KERNEL(leaves_before_shuffle, Query) {
+    if (s.items.num_items == 0 && threadIdx.x > 0) __shfl_xor_sync(WHOLE_WARP, 1.0f, 1);
 }
 
 // Run one kernel; returns what went wrong, or an empty string.

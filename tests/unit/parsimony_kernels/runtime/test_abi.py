@@ -18,16 +18,18 @@ from parsimony_kernels.runtime import operands
 from parsimony_kernels.runtime.build import compiler
 from parsimony_kernels.runtime.sources import PACKAGE
 from parsimony_kernels.step.arguments import (
+    Batch,
     DeviceStep,
     Feeding,
     HostStep,
     Inserted,
     Items,
+    Query,
     Tiling,
 )
 
 STRUCTURES = (
-    *(operands.Rule, operands.Sketch, HostStep, DeviceStep, Feeding, Items, Tiling),
+    *(operands.Rule, operands.Sketch, HostStep, Batch, DeviceStep, Feeding, Query, Items, Tiling),
     *(buffers.Correction, Stored, Accumulation),
     *(message.Sections, EntryList, Packing, Merging),
 )

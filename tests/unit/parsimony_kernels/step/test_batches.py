@@ -16,7 +16,18 @@ from tests.unit.optim.helpers import EVERY_OPTIMIZER, gradients, parameter, row_
 SHAPES = [(40,), (), (12, 20), (30, 1), (60, 41), (3, 200)]
 DTYPES = [torch.float32, torch.bfloat16]
 MOST_LAUNCHES = 12  # of a step
-FREE = ("empty", "view", "detach", "select", "indices", "values", "sparse_dim", "is_coalesced")
+FREE = (
+    "empty",
+    "slice",
+    "lift",
+    "view",
+    "detach",
+    "select",
+    "indices",
+    "values",
+    "sparse_dim",
+    "is_coalesced",
+)
 
 
 class Operations(TorchDispatchMode):
@@ -84,7 +95,7 @@ def test_steps_on_a_gpu_have_the_numbers_of_those_on_a_cpu(name, request):
             same(state[number][key], tensor, **exactly)
 
 
-@pytest.mark.parametrize("name", [n for n in EVERY_OPTIMIZER if "Sketch" not in n])
+@pytest.mark.parametrize("name", EVERY_OPTIMIZER)
 def test_a_step_is_a_dozen_launches_however_many_tensors(name, on_a_gpu):
     counts = []
     for copies in (1, 3):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parsimony_kernels.runtime import launch as launch_cupy
-from parsimony_kernels.step import arguments, batches, device
+from parsimony_kernels.step import arguments, device, program
 from tests.emulation.emulator import BACKWARD, FORWARD, WATCHED
 from tests.unit.parsimony_kernels import cases
 from tests.unit.parsimony_kernels.cases import Case
@@ -35,7 +35,7 @@ ORDERED = [
 def striding(monkeypatch):
     """Make threads take many rows and blocks many tiles, as only large tensors do otherwise."""
     monkeypatch.setattr(arguments, "WANTED_TILES", 6)
-    monkeypatch.setattr(batches, "MAX_BLOCKS", 3)  # and 2 tiles across: blocks change columns
+    monkeypatch.setattr(program, "MAX_BLOCKS", 3)  # and 2 tiles across: blocks change columns
 
 
 @pytest.mark.one_in(7)
@@ -127,5 +127,5 @@ def test_the_emulation_notices_missing_barriers(emulated):
 def test_the_emulation_notices_threads_that_leave_others_waiting(emulated, kernel):
     emulator = emulated()
     with pytest.raises(AssertionError, match="left"):
-        emulator.launch(kernel, 1, device.Feeding(), torch.device("cpu"))
+        emulator.launch(kernel, 1, device.Query(), torch.device("cpu"))
     cases.check_steps(Case("none", "cover", "dense", (33, 40)), device)  # and goes on afterwards
