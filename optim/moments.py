@@ -174,7 +174,7 @@ class Cover(Moment):
         return _merged(list(self.tensors.values())).expand(self.spec.shape).clone()
 
     def at(self, indices_K: Tensor) -> Tensor:
-        coordinates = torch.unravel_index(indices_K, self.spec.shape)
+        coordinates = _coordinates(indices_K, self.spec.shape)
         parts = [
             t[tuple(x if n > 1 else 0 * x for x, n in zip(coordinates, t.shape, strict=True))]
             for t in self.tensors.values()
@@ -187,6 +187,15 @@ class Cover(Moment):
         rows = [t.view(t.shape[:split]) for t in tensors[:split]]
         cols = [t.view(t.shape[split:]) for t in tensors[split:]]
         return [(rows, shape[:split]), (cols, shape[split:])]
+
+
+def _coordinates(indices_K: Tensor, shape: tuple[int, ...]) -> list[Tensor]:
+    """Do as torch.unravel_index, which copies the sizes to a GPU and so waits for it."""
+    found = []
+    for size in reversed(shape):
+        found.append(indices_K % size)
+        indices_K = indices_K // size
+    return found[::-1]
 
 
 class _RowCover(Cover):
@@ -276,12 +285,9 @@ class Sketch(Moment):
         return self.sketch.table
 
     def end_step(self, step: int, options: Mapping[str, Any]) -> None:
-        if self.is_to_clean(step, options):
-            self.sketch.clean(options["clean_factor"])
-
-    def is_to_clean(self, step: int, options: Mapping[str, Any]) -> bool:
         interval = options.get("clean_interval")
-        return bool(interval) and step % interval == 0
+        if interval and step % interval == 0:
+            self.sketch.clean(options["clean_factor"])
 
     def estimate(self) -> Tensor:
         rows = torch.arange(self.spec.shape[0], device=self.spec.device)

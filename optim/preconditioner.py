@@ -18,6 +18,7 @@ from optim.moments import SEEDS, Moment
 from parsimony_kernels.step import ops
 
 Scalars = dict[str, float]
+_LEAST_EPS = 1e-37  # no denormal number
 
 
 class Preconditioner:
@@ -91,6 +92,13 @@ class Preconditioner:
         scale = scalars.get("second_scale", 1.0)  # applied after the root: nu * scale can overflow
         nu.add_(scalars.get("eps_inside", 0.0) / scale).sqrt_().mul_(math.sqrt(scale))
         return nu.add_(scalars.get("eps_outside", 0.0))
+
+    @property
+    def may_be_zero(self) -> bool:
+        """Whether a root can be 0 anywhere: whether no eps is added that float32 can hold."""
+        scalars = self._scalars()
+        inside = scalars.get("eps_inside", 0.0) / scalars.get("second_scale", 1.0)
+        return not max(inside, scalars.get("eps_outside", 0.0)) >= _LEAST_EPS
 
     def _scalars(self) -> Scalars:
         return self._scalars_of(int(self.tensors["step"]))

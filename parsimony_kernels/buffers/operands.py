@@ -175,10 +175,17 @@ class Found:
 
 def read_reports(found: Sequence[Found]) -> list[Report]:
     """Read what several passes on one device saw, with one transfer, which waits for them."""
-    if not found:
-        return []
-    sizes = [each.report.numel() for each in found]
-    reports = torch.cat([each.report for each in found]).cpu().split(sizes)
+    return split_reports(found, join_reports(found).cpu()) if found else []
+
+
+def join_reports(found: Sequence[Found]) -> Tensor:
+    """Return what several passes on one device saw, there; `split_reports` reads it on the host."""
+    return torch.cat([each.report for each in found])
+
+
+def split_reports(found: Sequence[Found], joined: Tensor) -> list[Report]:
+    """Read what `join_reports` returned, and was copied to the CPU."""
+    reports = joined.split([each.report.numel() for each in found])
     return [
         Report(
             largest=report[:1].view(torch.float32).item(),

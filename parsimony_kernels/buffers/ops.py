@@ -33,7 +33,9 @@ from parsimony_kernels.buffers.operands import (
     Selection,
 )
 from parsimony_kernels.buffers.operands import Report as Report
+from parsimony_kernels.buffers.operands import join_reports as join_reports
 from parsimony_kernels.buffers.operands import read_reports as read_reports
+from parsimony_kernels.buffers.operands import split_reports as split_reports
 from parsimony_kernels.buffers.reference import decode as decode
 from parsimony_kernels.buffers.reference import round_bfloat16, round_codes
 from parsimony_kernels.runtime.checks import check_shape, check_tensor
@@ -67,6 +69,11 @@ def dtype_of(buffer: Buffer) -> str:
 
 def numel(buffer: Buffer) -> int:
     return tensors(buffer)[0].numel()
+
+
+def count_nonzero(buffer: Buffer) -> Tensor:
+    """Return how many elements are not 0, (), int64. Waits for no GPU."""
+    return tensors(buffer)[0].count_nonzero()
 
 
 def take(buffer: Buffer, indices_K: Tensor) -> Tensor:

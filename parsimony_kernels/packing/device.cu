@@ -133,12 +133,11 @@ KERNEL(pack_values, Packing) {
     }
 }
 
-FN float unpacked_value(const Packing &s, i64 i) {
-    const Sections &x = s.parts;
-    if (x.value_coding == VALUE_FLOAT32) return as_float(s.words[x.values + i]);
-    if (x.value_coding == VALUE_FLOAT16) return widen(((const f16 *)(s.words + x.values))[i]);
-    u32 scale = ((const unsigned char *)(s.words + x.scales))[i / GROUP];
-    const unsigned char *bytes = (const unsigned char *)(s.words + x.values);
+FN float unpacked_value(const Sections &x, const u32 *words, i64 i) {
+    if (x.value_coding == VALUE_FLOAT32) return as_float(words[x.values + i]);
+    if (x.value_coding == VALUE_FLOAT16) return widen(((const f16 *)(words + x.values))[i]);
+    u32 scale = ((const unsigned char *)(words + x.scales))[i / GROUP];
+    const unsigned char *bytes = (const unsigned char *)(words + x.values);
     if (x.value_coding == VALUE_MXFP8) return value_of<E4M3>(bytes[i], scale);
     return value_of<E2M1>(bytes[i / 2] >> (4 * (i & 1)) & 15, scale);
 }
@@ -146,7 +145,7 @@ FN float unpacked_value(const Packing &s, i64 i) {
 // Flat over values; the first thread looks at all padding.
 KERNEL(unpack_values, Packing) {
     for (i64 i = flat_start(); i < s.parts.num_values; i += flat_stride()) {
-        float value = unpacked_value(s, i);
+        float value = unpacked_value(s.parts, s.words, i);
         if (!is_finite(value)) report(s, PROBLEM_NOT_FINITE);
         if (i == 0 && !is_padding_zero(s.parts, s.words)) report(s, PROBLEM_PADDING);
         s.values[i] = value;
@@ -164,6 +163,144 @@ KERNEL(message_checksum, Packing) {
     if (threadIdx.x % 32 == 0) atomicAdd(s.found, sum);
 }
 
+// ---- joined messages -----------------------------------------------------------------------------
+
+// The last message that begins at `at` or before, by words or by entries.
+FN i64 message_at(const Joined &s, i64 at, bool by_words) {
+    i64 first = 0, last = s.num_messages - 1;
+    while (first < last) {
+        i64 middle = first + (last - first + 1) / 2;
+        const Message &x = s.messages[middle];
+        if ((by_words ? x.first_word : x.first_entry) <= at) first = middle;
+        else last = middle - 1;
+    }
+    return first;
+}
+
+FN void report_joined(const Joined &s, i64 message, u32 problem) {
+    atomicOr(s.found + 2 * message + 1, problem);
+}
+
+// A message's entries, if its header, `left` words before the end, is one that could be meant.
+FN i64 entries_of_header(const Joined &s, const u32 *words, i64 left) {
+    if (left < HEADER_WORDS + s.flag_words || words[0] != MAGIC) return -1;
+    i64 count = words[COUNT_WORD];
+    bool is_meant = words[LAYOUT_WORD] == s.layout && count <= s.form.universe;
+    return is_meant && count <= 8 * left / s.dim ? count : -1;  // a value has at least 4 bits
+}
+
+// One thread goes from header to header. Behind one that is wrong there are no messages.
+KERNEL(find_messages, Joined) {
+    if (flat_start() != 0) return;
+    i64 word = 0, entry = 0;
+    bool is_lost = false;
+    for (i64 m = 0; m < s.num_messages; m++) {
+        const u32 *words = s.words + word;
+        i64 left = s.num_words - word, count = is_lost ? -1 : entries_of_header(s, words, left);
+        Sections parts = laid_out(s.form, count > 0 ? count : 0, s.dim, s.flag_words);
+        is_lost = count < 0 || words[TOTAL_WORD] != 4 * (u64)parts.end || parts.end > left ||
+                  count > s.room - entry;
+        if (is_lost) {
+            parts.num_entries = parts.num_values = parts.end = 0;
+            report_joined(s, m, PROBLEM_COUNT);
+        }
+        s.messages[m].parts = parts;
+        s.messages[m].first_word = word;
+        s.messages[m].first_entry = entry;
+        for (i64 i = 0; i < s.flag_words; i++)
+            s.flags[m * s.flag_words + i] = is_lost ? 0u : words[HEADER_WORDS + i];
+        word += parts.end;
+        entry += parts.num_entries;
+    }
+    s.messages[s.num_messages].first_word = word;
+    s.messages[s.num_messages].first_entry = entry;
+    if (word != s.num_words) report_joined(s, 0, PROBLEM_COUNT);
+}
+
+// Flat over all words: checksums, and the bits of Elias-Fano's upper parts. One atomic for each warp
+// whose words are all of one message, else one for each word.
+KERNEL(count_joined, Joined) {
+    const i64 end = s.messages[s.num_messages].first_word;
+    for (i64 i = flat_start(); i / 32 * 32 < s.num_words; i += flat_stride()) {
+        u32 sum = 0;
+        int count = 0;
+        i64 m = message_at(s, i, true);
+        if (i < end) {
+            const Sections &x = s.messages[m].parts;
+            i64 w = i - s.messages[m].first_word;
+            sum = w == CHECKSUM_WORD ? 0u - s.words[i] : checked(s.words[i], w);
+            bool is_upper = x.index_coding == INDEX_ELIAS_FANO && w >= x.indices && w < x.low;
+            count = is_upper ? __popc(s.words[i]) : 0;
+        }
+        if (i < s.num_words) s.counts[i] = count;
+        u32 highest = max_over_lanes((u32)m, 32), lowest = ~max_over_lanes(~(u32)m, 32);
+        if (highest != lowest) {
+            atomicAdd(s.found + 2 * m, sum);
+            continue;
+        }
+        for (int apart = 16; apart > 0; apart /= 2) sum += __shfl_xor_sync(WHOLE_WARP, sum, apart);
+        if (threadIdx.x % 32 == 0) atomicAdd(s.found + 2 * m, sum);
+    }
+}
+
+FN void put_key(const Joined &s, i64 m, i64 rank, i64 position) {
+    const Message &x = s.messages[m];
+    if (rank < x.parts.num_entries)
+        s.keys[x.first_entry + rank] =
+            (i64)((u64)position + (u64)(m / s.messages_per_group) * (u64)s.form.universe);
+}
+
+// Flat over all words: the positions that they hold, or whose bits are there. No atomics but for
+// problems.
+KERNEL(unpack_joined_positions, Joined) {
+    const i64 end = s.messages[s.num_messages].first_word;
+    for (i64 i = flat_start(); i < end; i += flat_stride()) {
+        i64 m = message_at(s, i, true);
+        const Message &message = s.messages[m];
+        const Sections &x = message.parts;
+        const u32 *words = s.words + message.first_word;
+        i64 w = i - message.first_word - x.indices;
+        if (w < 0 || w >= x.low - x.indices) continue;
+        if (x.index_coding == INDEX_INT32) put_key(s, m, w, plain_position(x, words, w));
+        if (x.index_coding == INDEX_INT64 && w % 2 == 0)
+            put_key(s, m, w / 2, plain_position(x, words, w / 2));
+        if (x.index_coding != INDEX_ELIAS_FANO) continue;
+        const i64 first = message.first_word + x.indices;
+        i64 rank = s.ends[i] - s.counts[i] - (s.ends[first] - s.counts[first]);
+        for (int bit = 0; bit < 32; bit++) {
+            if (!(s.words[i] >> bit & 1)) continue;
+            if (rank < x.num_entries)
+                put_key(s, m, rank, coded_position(x, words, 32 * w + bit, rank));
+            rank++;
+        }
+        if (w == x.low - x.indices - 1 && rank != x.num_entries) report_joined(s, m, PROBLEM_COUNT);
+    }
+}
+
+FN void check_key(const Joined &s, i64 m, i64 entry) {
+    const i64 base = m / s.messages_per_group * s.form.universe, key = s.keys[entry];
+    if (key < base || key - base >= s.form.universe) report_joined(s, m, PROBLEM_OUTSIDE);
+    if (entry > s.messages[m].first_entry && s.keys[entry - 1] >= key)
+        report_joined(s, m, PROBLEM_ORDER);
+}
+
+// Flat over the values that there is room for. Those behind the last are left as they are.
+KERNEL(unpack_joined_values, Joined) {
+    const i64 end = s.messages[s.num_messages].first_entry;
+    for (i64 i = flat_start(); i < end * s.dim; i += flat_stride()) {
+        i64 entry = i / s.dim, m = message_at(s, entry, false);
+        const Message &message = s.messages[m];
+        const u32 *words = s.words + message.first_word;
+        i64 number = i - message.first_entry * s.dim;
+        float value = unpacked_value(message.parts, words, number);
+        if (!is_finite(value)) report_joined(s, m, PROBLEM_NOT_FINITE);
+        if (number == 0 && !is_padding_zero(message.parts, words))
+            report_joined(s, m, PROBLEM_PADDING);
+        if (i == entry * s.dim) check_key(s, m, entry);
+        s.values[i] = value;
+    }
+}
+
 // ---- merge -------------------------------------------------------------------------------------
 
 // Flat over (sorted entries, dim): the thread at a position's first entry adds all values of that
@@ -171,7 +308,7 @@ KERNEL(message_checksum, Packing) {
 KERNEL(merge_sums, Merging) {
     for (i64 k = flat_start(); k < s.num_entries * s.dim; k += flat_stride()) {
         i64 i = k / s.dim, column = k - i * s.dim, position = s.sorted[i];
-        if (i > 0 && s.sorted[i - 1] == position) continue;
+        if (position == NO_POSITION || (i > 0 && s.sorted[i - 1] == position)) continue;
         float sum = 0.0f;
         for (; i < s.num_entries && s.sorted[i] == position; i++)
             sum += s.values[s.order[i] * s.dim + column];

@@ -7,14 +7,24 @@ for it; `unpack` waits for what was found, `merge` for how many positions there 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
-from ctypes import c_int64, c_void_p
+from ctypes import c_int64, c_uint32, c_void_p
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from parsimony_kernels.packing.message import CHECKSUM_WORD, GROUP, INDEX_CODINGS, Problem, Sections
+from parsimony_kernels.packing.message import (
+    CHECKSUM_WORD,
+    GROUP,
+    INDEX_CODINGS,
+    NO_POSITION,
+    Problem,
+    Sections,
+)
 from parsimony_kernels.runtime.launch import THREADS, Argument, launch
+from parsimony_kernels.runtime.transfer import on_device
 
 MAX_BLOCKS = 2**16  # kernels stride over what is more
 _ELIAS_FANO = INDEX_CODINGS.index("elias_fano")
@@ -26,6 +36,33 @@ class Packing(Argument):
         *((name, c_void_p) for name in ("words", "positions", "values", "rounded")),
         *((name, c_void_p) for name in ("counts", "ends", "found")),
     )
+
+
+class Message(ctypes.Structure):
+    _fields_ = (("parts", Sections), ("first_word", c_int64), ("first_entry", c_int64))
+
+
+class Joined(Argument):
+    _fields_ = (
+        ("form", Sections),
+        *((name, c_int64) for name in ("num_words", "num_messages", "messages_per_group")),
+        *((name, c_int64) for name in ("room", "dim", "flag_words")),
+        *((name, c_void_p) for name in ("words", "messages", "flags", "found", "counts", "ends")),
+        *((name, c_void_p) for name in ("keys", "values")),
+        ("layout", c_uint32),
+    )
+
+
+class United(NamedTuple):
+    """Joined messages added up: keys (room,) and sums (room * dim,), of which the first count.
+
+    facts: int64: whether any message is wrong; the flags' words (messages, flag_words); how many
+    keys lie before each of the bounds.
+    """
+
+    keys_U: Tensor
+    sums: Tensor
+    facts: Tensor
 
 
 class Merging(Argument):
@@ -75,6 +112,42 @@ def unpack(words: Tensor, parts: Sections) -> tuple[Tensor, Tensor, int]:
     _launch("unpack_values", work, parts.num_values, where)
     difference, problems = found.tolist()
     return positions_K, values_M, problems | (Problem.CHECKSUM if difference else 0)
+
+
+def unite(joined: Joined, words: Tensor, bounds: tuple[int, ...]) -> United:
+    """Unpack joined messages and add them up by key; wait for nothing. See ops.start_uniting.
+
+    joined: its numbers and sizes are set. bounds: keys, ascending.
+    """
+    where, num, room, dim = words.device, joined.num_messages, joined.room, joined.dim
+    found = torch.zeros(num, 2, dtype=torch.int32, device=where)
+    flags = torch.empty(num, joined.flag_words, dtype=torch.int32, device=where)
+    keys = torch.full((room,), NO_POSITION, dtype=torch.int64, device=where)
+    values = torch.empty(room * dim, dtype=torch.float32, device=where)
+    counts = torch.empty(words.numel(), dtype=torch.int32, device=where)
+    size = ctypes.sizeof(Message) * (num + 1)
+    messages = torch.empty(size // 8, dtype=torch.int64, device=where)
+    joined.point(words=words, messages=messages, flags=flags, found=found, counts=counts)
+    joined.point(keys=keys, values=values)
+    _launch("find_messages", joined, 1, where)
+    _launch("count_joined", joined, words.numel(), where)
+    joined.point(ends=counts.cumsum(0))
+    _launch("unpack_joined_positions", joined, words.numel(), where)
+    _launch("unpack_joined_values", joined, room * dim, where)
+
+    in_order, order = keys.sort(stable=True)
+    is_first = torch.ones_like(in_order, dtype=torch.bool)
+    torch.ne(in_order[1:], in_order[:-1], out=is_first[1:])
+    work = Merging(room, dim)
+    keys_U, sums = torch.full_like(keys, NO_POSITION), torch.empty_like(values)
+    work.point(sorted=in_order, order=order, ranks=is_first.cumsum(0), values=values)
+    work.point(positions=keys_U, sums=sums)
+    _launch("merge_sums", work, room * dim, where)
+
+    is_wrong = (found[:, 0] != 0) | (found[:, 1] != 0)
+    starts = torch.searchsorted(keys_U, on_device(bounds, where))
+    facts = torch.cat([is_wrong.any().view(1).long(), flags.view(-1).long(), starts])
+    return United(keys_U, sums, facts)
 
 
 def merge(positions: Sequence[Tensor], values: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:

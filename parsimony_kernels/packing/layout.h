@@ -50,6 +50,29 @@ FN int value_bits(const Sections &s) { return 32 >> s.value_coding; }
 
 FN bool is_in_groups(const Sections &s) { return s.value_coding >= VALUE_MXFP8; }
 
+// Where the parts of a message of so many entries lie, as message.py's `sections` has it. `form` has
+// the universe and the codings; values that share a scale are in groups.
+FN Sections laid_out(const Sections &form, i64 num_entries, i64 dim, i64 flag_words) {
+    Sections s = form;
+    s.num_entries = num_entries;
+    s.num_values = num_entries * dim;
+    s.low_bits = 0;
+    i64 low_words = 0, index_words = num_entries * (s.index_coding == INDEX_INT64 ? 2 : 1);
+    if (s.index_coding == INDEX_ELIAS_FANO) {
+        if (num_entries > 0 && s.universe > num_entries)
+            while ((s.universe / num_entries) >> (s.low_bits + 1)) s.low_bits++;
+        index_words = words_of(upper_length(s));
+        low_words = words_of(num_entries * s.low_bits);
+    }
+    s.indices = HEADER_WORDS + flag_words;
+    s.low = s.indices + index_words;
+    s.values = s.low + low_words;
+    s.scales = s.values + words_of(s.num_values * value_bits(s));
+    const i64 groups = is_in_groups(s) ? (s.num_values + GROUP - 1) / GROUP : 0;
+    s.end = s.scales + words_of(8 * groups);
+    return s;
+}
+
 FN bool is_padding_zero(const Sections &s, const u32 *words) {
     bool is_zero = is_padded_with_zeros(words, s.values, s.num_values * value_bits(s));
     if (s.index_coding == INDEX_ELIAS_FANO)

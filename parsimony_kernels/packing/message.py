@@ -19,6 +19,7 @@ HEADER_WORDS = 5
 TOTAL_WORD, LAYOUT_WORD, COUNT_WORD, CHECKSUM_WORD = 1, 2, 3, 4
 GROUP = 32  # consecutive values that share a scale
 MAX_UNIVERSE = 2**62
+NO_POSITION = 2**63 - 1  # behind all others, where lists have room left
 
 
 class MessageError(ValueError):
@@ -102,3 +103,21 @@ def upper_length(num_entries: int, universe: int, low_bits: int) -> int:
 
 def num_words(num_bits: int) -> int:
     return -(-num_bits // 32)
+
+
+def most_entries(
+    num_bytes: int, universe: int, dim: int, index_coding: str, value_dtype: str
+) -> int:
+    """Return how many entries messages of this length together have at most, by the bits of one.
+
+    Elias-Fano's positions have the fewer low bits the more entries there are, so a first bound
+    gives a better one.
+    """
+    bits = dim * VALUE_BITS[value_dtype]
+    if index_coding != "elias_fano":
+        return 8 * num_bytes // (bits + (64 if index_coding == "int64" else 32))
+    most = 8 * num_bytes // (bits + 1)
+    for _ in range(2):
+        low_bits = (universe // most).bit_length() - 1 if universe > most > 0 else 0
+        most = 8 * num_bytes // (bits + 1 + low_bits)
+    return most

@@ -36,6 +36,7 @@ from parsimony_kernels.packing.message import (
 from parsimony_kernels.runtime.checks import check_tensor
 from parsimony_kernels.runtime.choice import implementing_module
 from parsimony_kernels.runtime.operands import STATE_DTYPES
+from parsimony_kernels.runtime.transfer import upload
 
 
 def round_values(values_M: Tensor, value_dtype: str) -> Tensor:
@@ -76,7 +77,7 @@ def pack(
     Raises: ValueError for arguments that are not so. On a GPU, where nothing here waits, wrong
         positions are found by those who unpack.
     """
-    _check_format(universe, dim, index_coding, value_dtype)
+    check_format(universe, dim, index_coding, value_dtype)
     device = positions_K.device
     check_tensor("positions", positions_K, device, (torch.int64,), 1)
     check_tensor("values", values_M, device, STATE_DTYPES, 1)
@@ -96,7 +97,8 @@ def pack(
         ) from error
     words = torch.zeros(parts.end, dtype=torch.int32, device=device)
     head = [MAGIC, 4 * parts.end, layout, num_entries, 0, *_flag_words(flags)]
-    words[: len(head)] = torch.tensor(list(map(_signed, head)), dtype=torch.int32, device="cpu")
+    head_words = torch.tensor(list(map(_signed, head)), dtype=torch.int32, device="cpu")
+    words[: len(head)] = upload(head_words, device)
     problems = _run(values_M).pack(words, parts, positions_K, values_M)
     if problems:
         raise ValueError(f"positions must ascend within 0..{universe - 1}: there are "
@@ -122,9 +124,9 @@ def unpack(
     Raises: MessageError unless it is one that `pack` wrote with the same arguments. On a GPU this
         waits twice: for the header, and for what was found.
     """
-    _check_format(universe, dim, index_coding, value_dtype)
+    check_format(universe, dim, index_coding, value_dtype)
     head_words = HEADER_WORDS + num_words(num_flags)
-    words = _words_of(message)
+    words = words_of(message)
     head = _read_head(words, head_words)
     num_entries, total = head[COUNT_WORD], 4 * words.numel()
     if _signed(layout) != head[LAYOUT_WORD]:
@@ -143,7 +145,7 @@ def unpack(
     dtype = torch.float64 if value_dtype == "float64" else torch.float32
     module = implementing_module("packing", words.device.type, dtype)
     positions_K, values_M, problems = module.unpack(words, parts)
-    flags = _read_flags(head[HEADER_WORDS:], num_flags)
+    flags = read_flags(head[HEADER_WORDS:], num_flags)
     if not problems & Problem.CHECKSUM and flags is None:
         problems |= Problem.PADDING
     if problems:
@@ -156,7 +158,7 @@ def first_length(buffer: Tensor) -> int:
 
     Raises: MessageError where none begins, or less than all of it is there. Waits for a GPU.
     """
-    head = _read_head(_words_of(buffer[: 4 * HEADER_WORDS]), HEADER_WORDS)
+    head = _read_head(words_of(buffer[: 4 * HEADER_WORDS]), HEADER_WORDS)
     total = head[TOTAL_WORD]
     if not 4 * HEADER_WORDS <= total <= buffer.numel() or total % 4:
         raise MessageError(f"{buffer.numel()} bytes, where its header says {total}")
@@ -168,7 +170,7 @@ def layout_of(message: Tensor) -> int:
 
     Waits for a GPU.
     """
-    return _read_head(_words_of(message), HEADER_WORDS)[LAYOUT_WORD] & 0xFFFFFFFF
+    return _read_head(words_of(message), HEADER_WORDS)[LAYOUT_WORD] & 0xFFFFFFFF
 
 
 def merge(
@@ -201,7 +203,7 @@ def merge(
 # ---- headers and checks --------------------------------------------------------------------------
 
 
-def _words_of(message: Tensor) -> Tensor:
+def words_of(message: Tensor) -> Tensor:
     """View a message as words (W,) int32; copied only if its address is not one of a word."""
     check_tensor("message", message, message.device, (torch.uint8,), 1)
     if message.numel() % 4:
@@ -227,7 +229,7 @@ def _flag_words(flags: Sequence[bool]) -> list[int]:
     return words
 
 
-def _read_flags(words: Sequence[int], num_flags: int) -> tuple[bool, ...] | None:
+def read_flags(words: Sequence[int], num_flags: int) -> tuple[bool, ...] | None:
     """Return the flags; None if others than these are set."""
     bits = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words))
     return None if bits >> num_flags else tuple(bool(bits >> i & 1) for i in range(num_flags))
@@ -242,7 +244,7 @@ def _check_choice(name: str, choice: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} {choice!r}; allowed: {', '.join(allowed)}")
 
 
-def _check_format(universe: int, dim: int, index_coding: str, value_dtype: str) -> None:
+def check_format(universe: int, dim: int, index_coding: str, value_dtype: str) -> None:
     _check_choice("index_coding", index_coding, INDEX_CODINGS)
     _check_choice("value_dtype", value_dtype, WIRE_DTYPES)
     largest = 2**31 if index_coding == "int32" else MAX_UNIVERSE

@@ -161,7 +161,9 @@ struct Accumulation {
 // ---- packing ---------------------------------------------------------------------------------------
 
 constexpr int GROUP = 32;  // values that share a scale
-constexpr int CHECKSUM_WORD = 4;
+constexpr u32 MAGIC = 0x50444703u;
+constexpr int TOTAL_WORD = 1, LAYOUT_WORD = 2, COUNT_WORD = 3, CHECKSUM_WORD = 4, HEADER_WORDS = 5;
+constexpr i64 NO_POSITION = 0x7fffffffffffffffll;  // behind all others, where lists have room left
 
 enum IndexCoding { INDEX_INT32, INDEX_INT64, INDEX_ELIAS_FANO };
 enum ValueCoding { VALUE_FLOAT32, VALUE_FLOAT16, VALUE_MXFP8, VALUE_MXFP4 };
@@ -198,6 +200,27 @@ struct Packing {
     int *counts;      // of set bits in each of Elias-Fano's upper words
     const i64 *ends;  // running sums of counts
     u32 *found;       // checksum, less the message's own; Problem
+};
+
+// One of the messages that are joined end to end.
+struct Message {
+    Sections parts;
+    i64 first_word, first_entry;  // of all words, and of the entries of all messages
+};
+
+// Unpacking joined messages together on the device, and what they are told apart by.
+struct Joined {
+    Sections form;  // of which the universe and the codings count
+    i64 num_words, num_messages, messages_per_group, room, dim, flag_words;
+    const u32 *words;
+    Message *messages;  // num_messages and one more, which begins where all end
+    u32 *flags;         // (num_messages, flag_words)
+    u32 *found;         // of each: checksum, less the message's own; Problem
+    int *counts;        // of set bits in each word of Elias-Fano's upper parts; 0 for other words
+    const i64 *ends;    // running sums of counts
+    i64 *keys;          // (room,): position, plus the group's number times the universe
+    float *values;      // (room, dim)
+    u32 layout;
 };
 
 // Merging on the device.

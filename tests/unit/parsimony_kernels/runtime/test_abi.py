@@ -12,7 +12,7 @@ import pytest
 from parsimony_kernels.buffers import operands as buffers
 from parsimony_kernels.buffers.arguments import Accumulation, Stored
 from parsimony_kernels.packing import message
-from parsimony_kernels.packing.device import Merging, Packing
+from parsimony_kernels.packing.device import Joined, Merging, Message, Packing
 from parsimony_kernels.packing.host import EntryList
 from parsimony_kernels.runtime import operands
 from parsimony_kernels.runtime.build import compiler
@@ -31,7 +31,7 @@ from parsimony_kernels.step.arguments import (
 STRUCTURES = (
     *(operands.Rule, operands.Sketch, HostStep, Batch, DeviceStep, Feeding, Query, Items, Tiling),
     *(buffers.Correction, Stored, Accumulation),
-    *(message.Sections, EntryList, Packing, Merging),
+    *(message.Sections, EntryList, Packing, Message, Joined, Merging),
 )
 ENUMS = {
     "STORAGE": operands.Storage,
@@ -43,7 +43,10 @@ ENUMS = {
 CODINGS = {"INDEX": message.INDEX_CODINGS, "VALUE": message.VALUE_DTYPES}
 CONSTANTS = {
     buffers: ("BLOCK", "LEVELS", "MIN_SCALE", "BIN_SHIFT", "BINS"),
-    message: ("GROUP", "CHECKSUM_WORD"),
+    message: (
+        *("GROUP", "MAGIC", "HEADER_WORDS", "NO_POSITION"),
+        *("TOTAL_WORD", "LAYOUT_WORD", "COUNT_WORD", "CHECKSUM_WORD"),
+    ),
     operands: ("MAX_DEPTH",),
 }
 
