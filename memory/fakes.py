@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import dgc.exchange.outgoing
+import dgc.exchange.question
 import dgc.exchange.sparse_all_reduce
 import dgc.selection.selector
 from dgc.optimizer.replicas import Replicas
-from dgc.selection.selector import Selector
+from dgc.selection.selector import Selector, Settling
 from dgc.wire.codec import Codec
 from dgc.wire.entries import Entries
 from dgc.worker.residual import Taken
@@ -56,8 +57,10 @@ def without_data() -> Iterator[None]:
         *((module, "largest_indices", _largest_indices) for module in
           (dgc.selection.selector, dgc.exchange.outgoing, dgc.exchange.sparse_all_reduce)),
         (buffers, "read_reports", _read_reports),
+        (buffers, "split_reports", lambda found, _: _read_reports(found)),
+        (dgc.exchange.question, "Download", _Download),
         (Selector, "selection", _selection),
-        (Selector, "settle", _settle),
+        (Selector, "settling", _settling),
         (Codec, "decode_one", _decode_one),
         (Codec, "decode_any", _decode_one),
         (Codec, "split_messages", _split_messages),
@@ -166,15 +169,34 @@ def _selection(selector: Selector, threshold: float, step: int) -> Selection:
     return _Aimed(1.0, selector.plan.capacity, aim=selector.plan.k)
 
 
-def _settle(
-    selector: Selector, found: Found, report: Report, compensation: Any, name: str
-) -> Taken:
+def _settling(
+    selector: Selector,
+    found: Found,
+    report: Report,
+    compensation: Any,
+    name: str,
+    num_nonzero: int | None = None,
+) -> Settling:
     if selector.plan.is_exact:
         return selector.take_largest(compensation, name)
     return Taken(*found.entries(report.count))
+    yield  # which makes this a generator
 
 
-def _largest_indices(magnitude_N: Tensor, k: int) -> Tensor:
+class _Download:
+    """A copy to the host that is there at once, and is the same tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def has_come(self) -> bool:
+        return True
+
+    def wait(self) -> Tensor:
+        return self._tensor
+
+
+def _largest_indices(magnitude_N: Tensor, k: int, num_nonzero: int | None = None) -> Tensor:
     """Allocate and free what the ranking of magnitudes does."""
     n = magnitude_N.numel()
     if k >= n:

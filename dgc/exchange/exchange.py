@@ -20,7 +20,9 @@ from dgc.compression import Compression
 from dgc.exchange import protocols
 from dgc.exchange.handover import take_over
 from dgc.exchange.kept import Kept
+from dgc.exchange.lanes import Lanes
 from dgc.exchange.progress import Travelling
+from dgc.exchange.question import Question, answer_together, of_float, to_float
 from dgc.exchange.route import Route
 from dgc.exchange.sharing import Sharing
 from dgc.exchange.step import Step
@@ -64,7 +66,7 @@ class Exchange:
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        self._step = Step(self.kept)
+        self._step, self._lanes = Step(self.kept), Lanes()
         self._seen: set[str] = set()
         self._completed: set[str] = set()
         self._under_way: list[Travelling] = []
@@ -154,7 +156,7 @@ class Exchange:
         """
         self._begin(name)
         step = self._step
-        with step.stats.timed("compensate"):
+        with step.stats.timed("compensate"), self._lanes.on(grad_N.device, grad_N, scale):
             given_N = grad_N
             grad_N, scale = step.observe(name, grad_N, scale, num_parts)
             may_keep = may_keep and grad_N is given_N
@@ -169,7 +171,8 @@ class Exchange:
     def add_rows(self, name: str, grad: Tensor, scale: Tensor | None = None) -> None:
         """Take a row-sparse gradient, a sparse tensor, times scale (1,); rows may repeat."""
         self._begin(name)
-        self._step.rows.add(name, grad, scale)
+        with self._lanes.on(grad.device, grad._indices(), grad._values(), scale):
+            self._step.rows.add(name, grad, scale)
 
     def complete(self, name: str, rests: bool = False) -> None:
         """Take no more gradients of a tensor in this step; start what can now be sent.
@@ -193,6 +196,7 @@ class Exchange:
         """Forget a tensor's gradients in this step; do nothing, and return False, if it left."""
         if self._bucket_of[name] in self.buckets[: self._num_started]:
             return False
+        self._lanes.move_here()
         self._step.drop(name)
         self._seen.discard(name)
         self._completed.discard(name)
@@ -217,7 +221,8 @@ class Exchange:
             if not all(spec.name in self._completed for spec in bucket.specs):
                 break
             self._num_started += 1
-            self._under_way.append(Travelling(protocols.run(self.route, self._step, bucket)))
+            way = protocols.run(self.route, self._step, bucket)
+            self._under_way.append(Travelling(way, self._lanes, bucket.specs[0].device))
             self._first_start = self._first_start or time.perf_counter()
         self._go_on()
 
@@ -230,6 +235,7 @@ class Exchange:
 
     def finish(self) -> Update | None:
         """Wait for all buckets and return what to apply; None if the step was undone."""
+        self._lanes.move_here()
         self._start_ready_buckets(len(self.buckets))
         step, is_one_level = self._step, self.route.island is None
         # In two levels statistics are shared when all buckets have arrived: until the means of its
@@ -238,7 +244,8 @@ class Exchange:
         while waiting := [t for t in self._under_way if t.handle is not None]:
             if not self._go_on():
                 with step.stats.timed("wait"):
-                    waiting[0].arrive()
+                    self._wait_for(waiting)
+        self._answer(())  # cuts that came up since
         update = Update()
         for travelling in self._under_way:
             update.take_in(travelling.update)
@@ -252,6 +259,22 @@ class Exchange:
             self.end_step(stands=False)
         self._begin_anew()
         return None if update.bad else update
+
+    def _wait_for(self, waiting: Sequence[Travelling]) -> None:
+        """Wait for one of these; for the last questions of all when there is nothing else."""
+        others = [t for t in waiting if not t.is_asking_last]
+        if others:
+            others[0].arrive()
+        else:
+            self._answer([t.handle for t in waiting])
+
+    def _answer(self, questions: Sequence[Question]) -> None:
+        """Answer the buckets' last questions, and with them what thresholds are to know."""
+        thresholds = self.kept.thresholds
+        cuts = thresholds.open_cuts()
+        of_cuts = Question([of_float(cut) for cut in cuts.values()], is_last=True)
+        answer_together([*questions, of_cuts])
+        thresholds.tell_cuts(dict(zip(cuts, map(to_float, of_cuts.wait()), strict=True)))
 
     def end_step(self, stands: bool) -> None:
         """Make the finished step final if it stands; else undo it, to the bit. On all ranks alike.

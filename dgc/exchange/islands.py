@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from dgc.comm.interface import Handle
+from dgc.exchange.question import Question
 from dgc.exchange.route import Route
 from dgc.exchange.step import Step
 from dgc.wire.buckets import Bucket
-from dgc.worker.magnitudes import is_finite
 
 
 def pass_on(
@@ -37,17 +37,19 @@ def awake_flags(step: Step, bucket: Bucket) -> Tensor:
     return flags
 
 
-def names_at_rest(step: Step, bucket: Bucket, sums: Tensor) -> set[str]:
+def names_at_rest(step: Step, bucket: Bucket, sums: Tensor) -> Generator[Question, Any, set[str]]:
     """Return those tensors that rest on all the ranks whose flags were summed.
 
-    Waits for a GPU only where some rest here: else none rests everywhere.
+    Asks only where some rest here: else none rests everywhere.
     """
     mine = [n for n, spec in enumerate(bucket.specs) if spec.name in step.resting]
-    counts = sums.tolist() if mine else []
+    if not mine:
+        return set()
+    (counts,) = yield Question([sums])
     return {bucket.specs[n].name for n in mine if counts[n] == 0}
 
 
-def sum_within(route: Route, step: Step, bucket: Bucket) -> Generator[Handle, Any, None]:
+def sum_within(route: Route, step: Step, bucket: Bucket) -> Generator[Handle | Question, Any, None]:
     """Sum the ranks' gradients; add this rank's slices of the sums to its residuals."""
     sizes = [spec.numel for spec in bucket.specs]
     with step.stats.timed("pack"):
@@ -55,7 +57,7 @@ def sum_within(route: Route, step: Step, bucket: Bucket) -> Generator[Handle, An
         step.stats.island_bytes += rows.nbytes
     mine = yield route.island.reduce_scatter_async(rows, route.name(bucket, "sum"))
     *slices, flags = mine.split([*sizes, len(sizes)])
-    resting = names_at_rest(step, bucket, flags)
+    resting = yield from names_at_rest(step, bucket, flags)
     step.wake([s for s in bucket.specs if s.name in step.resting and s.name not in resting])
     yield from _average_statistics(route, step, bucket)
     with step.stats.timed("compensate"):
@@ -83,9 +85,7 @@ def _slices(route: Route, step: Step, bucket: Bucket, sizes: list[int]) -> Tenso
     return rows
 
 
-def _average_statistics(
-    route: Route, step: Step, bucket: Bucket
-) -> Generator[Handle, Any, None]:
+def _average_statistics(route: Route, step: Step, bucket: Bucket) -> Generator[Handle, Any, None]:
     """Let the statistics by which slices are divided know the gradients of all of the island."""
     names = step.kept.statistics.shareable(spec.name for spec in bucket.specs)
     if not names or step.kept.compression.preconditioning != "late":
@@ -99,5 +99,4 @@ def _average_statistics(
     step.kept.statistics.unpack(names, means)
     # A rank of the island that fed an infinite gradient has made the mean infinite: all ranks must
     # undo the step, also those whose own gradients were finite.
-    if not all(map(is_finite, means)):
-        step.magnitudes.spoil(names, means[0].device)
+    step.magnitudes.spoil_unless_finite(names, means)

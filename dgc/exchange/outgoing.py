@@ -7,15 +7,17 @@ Shapes: K entries of a bucket; positions count through its tensors as if they we
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dgc.exchange.kept import Kept
-from dgc.exchange.step import Step
-from dgc.selection.selector import largest_indices
+from dgc.exchange.question import Question
+from dgc.exchange.step import Seen, Step
+from dgc.selection.selector import Settling, largest_indices
 from dgc.wire.buckets import Bucket
 from dgc.wire.entries import Entries
 from dgc.worker.elements import TensorSpec
@@ -52,11 +54,15 @@ class Outgoing:
     def put_back_the_rest(self, delivered_U: Tensor) -> int:
         """Undo the taking, to the bit, of entries that are not at the delivered positions (U,).
 
-        Those ascend. Returns: how many went back.
+        Those ascend. Returns: how many went back. On a GPU, waits for that number.
         """
         is_back_K = ~self._is_delivered(delivered_U)
+        compensation, is_here = self.kept.compensation, is_back_K.device.type == "cpu"
         for name, part, span in self._by_tensor():
-            self.kept.compensation.put_back(name, part.where(is_back_K[span]))
+            if is_here:
+                compensation.put_back(name, part.where(is_back_K[span]))
+            else:
+                compensation.put_back_where(name, part, is_back_K[span])
         return int(is_back_K.sum())
 
     def _is_delivered(self, delivered_U: Tensor) -> Tensor:
@@ -75,53 +81,113 @@ class Outgoing:
             start = end
 
 
-def take_out(
+def take_out(step: Step, bucket: Bucket) -> Generator[Question, Any, Outgoing]:
+    """Move a bucket's entries out of the residuals; none of tensors that cannot be used, or rest.
+
+    Asks once; and again, for all tensors together, where passes found too few or too many, and
+    where a statistic might be 0.
+    """
+    seen = yield from step.read(bucket)
+    bad = step.bad_tensors(bucket, seen.reports)
+    taken = yield from _select(step, bucket, seen, bad)
+    with step.stats.timed("select"):
+        roots = [
+            step.kept.late_root(spec, part.indices_K) if part.indices_K.numel() else None
+            for spec, part in zip(bucket.specs, taken, strict=True)
+        ]
+    yield from _leave_undivided(step.kept, bucket, taken, roots)
+    with step.stats.timed("select"):
+        return _outgoing(step, bucket, seen, taken, roots, bad)
+
+
+def _outgoing(
     step: Step,
     bucket: Bucket,
-    founds: Sequence[Found | None],
-    reports: Sequence[Report | None],
+    seen: Seen,
+    taken: Sequence[Taken],
+    roots: Sequence[Tensor | None],
     bad: set[int],
 ) -> Outgoing:
-    """Move a bucket's entries out of the residuals; none of tensors in `bad`, or that rest.
-
-    founds, reports: what `Step.read` returned. bad: numbers of tensors that cannot be used.
-    """
-    kept, taken, roots = step.kept, [], []
-    for number, spec in enumerate(bucket.specs):
-        if number in bad or founds[number] is None:
-            chosen, root_K = Taken.nothing(spec.dtype, spec.device), None
-        else:
-            chosen = _select(kept, spec, founds[number], reports[number])
-            root_K = kept.late_root(spec, chosen.indices_K)
-        if root_K is not None and not root_K.all():
-            # A statistic is 0 where squares underflow: these entries wait for a larger gradient.
-            kept.compensation.put_back(spec.name, chosen.where(root_K == 0))
-            chosen, root_K = chosen.where(root_K > 0), root_K[root_K > 0]
-        taken.append((spec.name, chosen))
-        roots.append(torch.ones_like(chosen.values_K) if root_K is None else root_K)
     # A residual of fewer bits gives float32 values, whatever the bucket's dtype.
-    dtype = bucket.dtype
     positions_K, values_K = bucket.codec.join(
-        [(part.indices_K, part.values_K.to(dtype)) for _, part in taken]
+        [(part.indices_K, part.values_K.to(bucket.dtype)) for part in taken]
     )
-    roots_K = torch.cat(roots) if kept.compression.preconditioning == "late" else None
+    roots_K = None
+    if step.kept.compression.preconditioning == "late":
+        pairs = zip(roots, taken, strict=True)
+        roots_K = torch.cat([torch.ones_like(p.values_K) if r is None else r for r, p in pairs])
     divided_K = values_K if roots_K is None else divide(values_K, roots_K)
-    resting = tuple(number for number, found in enumerate(founds) if found is None)
+    resting = tuple(number for number, found in enumerate(seen.founds) if found is None)
     entries = Entries(positions_K, divided_K, tuple(sorted(bad)), resting)
-    _count(step, bucket, taken, positions_K.numel())
-    return Outgoing(kept, entries, taken, roots_K)
+    by_name = [(spec.name, part) for spec, part in zip(bucket.specs, taken, strict=True)]
+    _count(step, bucket, by_name, positions_K.numel())
+    return Outgoing(step.kept, entries, by_name, roots_K)
 
 
-def _select(kept: Kept, spec: TensorSpec, found: Found, report: Report) -> Taken:
-    selector = kept.thresholds[spec.name]
-    if kept.compression.select_by == "raw":
-        return selector.settle(found, report, kept.compensation, spec.name)
+def _select(
+    step: Step, bucket: Bucket, seen: Seen, bad: set[int]
+) -> Generator[Question, Any, list[Taken]]:
+    """Return the entries of each tensor. What passes over several found is asked for together."""
+    taken = [Taken.nothing(spec.dtype, spec.device) for spec in bucket.specs]
+    again: dict[int, Found] = {}
+    ways: dict[int, Settling] = {}
+
+    def go_on(number: int, report: Report | None) -> None:
+        try:
+            again[number] = ways[number].send(report)
+        except StopIteration as end:
+            taken[number] = end.value
+
+    with step.stats.timed("select"):
+        for number, (spec, found) in enumerate(zip(bucket.specs, seen.founds, strict=True)):
+            if number in bad or found is None:
+                continue
+            if step.kept.compression.select_by == "preconditioned":
+                taken[number] = _rank_divided(step.kept, spec)
+                continue
+            ways[number] = step.kept.thresholds[spec.name].settling(
+                found, seen.reports[number], step.kept.compensation, spec.name, seen.counts[number]
+            )
+            go_on(number, None)
+    while again:
+        founds, numbers = list(again.values()), list(again)
+        again.clear()
+        (answer,) = yield Question([buffers.join_reports(founds)])
+        with step.stats.timed("select"):
+            reports = buffers.split_reports(founds, answer)
+            for number, report in zip(numbers, reports, strict=True):
+                go_on(number, report)
+    return taken
+
+
+def _rank_divided(kept: Kept, spec: TensorSpec) -> Taken:
+    """Take a tensor's largest entries, as they will be divided. Waits for a GPU."""
     magnitude_N = buffers.decode(kept.compensation.residual[spec.name]).abs()
     root_N = kept.root(spec)
     if root_N is not None:
         magnitude_N = divide(magnitude_N, root_N)
-    indices_K = largest_indices(magnitude_N, selector.plan.k)
+    indices_K = largest_indices(magnitude_N, kept.thresholds[spec.name].plan.k)
     return kept.compensation.take_exactly(spec.name, indices_K)
+
+
+def _leave_undivided(
+    kept: Kept, bucket: Bucket, taken: list[Taken], roots: list[Tensor | None]
+) -> Generator[Question, Any, None]:
+    """Put entries back whose root is 0: a statistic is 0 where squares underflow, so these wait for
+    a larger gradient."""
+    doubtful = [
+        number
+        for number, (spec, root_K) in enumerate(zip(bucket.specs, roots, strict=True))
+        if root_K is not None and kept.statistics.may_be_zero(spec.name)
+    ]
+    if not doubtful:
+        return
+    (are_fine,) = yield Question([torch.stack([roots[number].all() for number in doubtful]).long()])
+    for number, is_fine in zip(doubtful, are_fine, strict=True):
+        if not bool(is_fine):
+            part, root_K = taken[number], roots[number]
+            kept.compensation.put_back(bucket.specs[number].name, part.where(root_K == 0))
+            taken[number], roots[number] = part.where(root_K > 0), root_K[root_K > 0]
 
 
 def _count(step: Step, bucket: Bucket, taken: list[tuple[str, Taken]], num_selected: int) -> None:
@@ -132,15 +198,24 @@ def _count(step: Step, bucket: Bucket, taken: list[tuple[str, Taken]], num_selec
             step.stats.least_taken[name] = part.values_K.abs().min()
 
 
-def keep_for_later(kept: Kept, bucket: Bucket, positions_K: Tensor, values_K: Tensor) -> bool:
-    """Add to the residuals what is to be sent another time, (K,) as it would have been sent.
+def keep_for_later(
+    kept: Kept, bucket: Bucket, parts: Sequence[tuple[Tensor, Tensor]]
+) -> Generator[Question, Any, bool]:
+    """Add to the residuals what is to be sent another time.
 
+    parts: indices and values of each tensor, as they would have been sent.
     Returns: False, and nothing is changed, where one could not be kept: a statistic is 0 there.
     """
-    parts = bucket.codec.split(positions_K, values_K)
     roots = [kept.late_root(s, i) for s, (i, _) in zip(bucket.specs, parts, strict=True)]
-    if any(root is not None and not root.all() for root in roots):
-        return False
+    doubtful = [
+        root_K
+        for spec, root_K in zip(bucket.specs, roots, strict=True)
+        if root_K is not None and kept.statistics.may_be_zero(spec.name)
+    ]
+    if doubtful:
+        (are_fine,) = yield Question([torch.stack([root_K.all() for root_K in doubtful]).long()])
+        if not all(map(bool, are_fine)):
+            return False
     for spec, (indices, values), root in zip(bucket.specs, parts, roots, strict=True):
         back = values if root is None else values * root
         kept.compensation.add(spec.name, indices, back)

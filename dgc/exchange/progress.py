@@ -5,21 +5,33 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
+import torch
+
 from dgc.comm.interface import Arrived, Handle
+from dgc.exchange.lanes import Lanes
+from dgc.exchange.question import Question
 from dgc.exchange.update import Update
 
 
 class Travelling:
-    """A bucket on its way: the collective that it waits for, or what came of it."""
+    """A bucket on its way: the collective, or answer, that it waits for, or what came of it."""
 
-    def __init__(self, way: Generator[Handle, Any, Update]) -> None:
-        self._way = way
-        self.handle: Handle | None = None
+    def __init__(
+        self, way: Generator[Handle | Question, Any, Update], lanes: Lanes, device: torch.device
+    ) -> None:
+        self._way, self._lanes, self._device = way, lanes, device
+        self.handle: Handle | Question | None = None
         self.update: Update | None = None
         self._send(None)
 
+    @property
+    def is_asking_last(self) -> bool:
+        """Whether all that it still waits for is an answer that can come with those of others."""
+        handle = self.handle
+        return isinstance(handle, Question) and handle.is_last and not handle.poll()
+
     def arrive(self) -> None:
-        """Wait for the collective; `go_on` then takes what it brought."""
+        """Wait for what it waits for; `go_on` then takes what that brought."""
         self.handle = Arrived(self.handle.wait())
 
     def go_on(self) -> None:
@@ -28,6 +40,9 @@ class Travelling:
 
     def _send(self, arrived: Any) -> None:
         try:
-            self.handle = self._way.send(arrived)
+            with self._lanes.on(self._device):
+                self.handle = self._way.send(arrived)
+                while isinstance(self.handle, Question) and self.handle.poll():
+                    self.handle = self._way.send(self.handle.wait())
         except StopIteration as end:
             self.handle, self.update = None, end.value

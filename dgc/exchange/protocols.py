@@ -1,7 +1,8 @@
 """How a bucket travels: one generator a protocol, which yields collectives and ends with the means.
 
 Each starts when its bucket is complete and goes on whenever the collective that it yielded is
-done, so that neither backward nor other buckets are waited for. `run` is the whole way of a bucket.
+done, or the question answered (question.py), so that neither backward nor other buckets are waited
+for. `run` is the whole way of a bucket.
 In two levels, gradients are first summed within the island of ranks, which leaves each rank with
 its slice of every tensor; slices go to the other islands by any of the protocols; and what arrived
 is passed on within the island as it is.
@@ -11,6 +12,7 @@ Shapes: N elements of a rank's slice of a tensor (all of it in one level), K ent
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -19,20 +21,23 @@ import torch
 from torch import Tensor
 
 from dgc.comm.interface import Handle
-from dgc.exchange.islands import awake_flags, names_at_rest, pass_on, sum_within
-from dgc.exchange.merging import at_rest, merge_in_rank_order
+from dgc.exchange.islands import awake_flags, pass_on, sum_within
+from dgc.exchange.merging import Summed, sum_messages
 from dgc.exchange.outgoing import Outgoing, take_out
+from dgc.exchange.question import Question
 from dgc.exchange.route import Route
 from dgc.exchange.sparse_all_reduce import join_owners, sparse_all_reduce
 from dgc.exchange.step import Step
 from dgc.exchange.update import Update
 from dgc.wire.buckets import Bucket
 from dgc.wire.entries import Entries
+from dgc.worker import magnitudes
 from dgc.worker.elements import TensorSpec
-from dgc.worker.magnitudes import is_finite, is_usable
+from dgc.worker.magnitudes import LARGEST_GRADIENT, is_usable, largest_magnitude
 from dgc.worker.statistics import divide
+from parsimony_kernels.runtime.transfer import on_device
 
-Way = Generator[Handle, Any, Update]
+Way = Generator[Handle | Question, Any, Update]
 
 
 def run(route: Route, step: Step, bucket: Bucket) -> Way:
@@ -41,37 +46,42 @@ def run(route: Route, step: Step, bucket: Bucket) -> Way:
         return (yield from gather_rows(route, step, bucket))
     if route.island is not None:
         yield from sum_within(route, step, bucket)
-    founds, reports = step.read(bucket)
-    bad = step.bad_tensors(bucket, reports)
     if bucket.protocol == "dense":
-        return (yield from all_reduce(route, step, bucket, bad))
-    with step.stats.timed("select"):
-        outgoing = take_out(step, bucket, founds, reports, bad)
+        return (yield from all_reduce(route, step, bucket))
+    outgoing = yield from take_out(step, bucket)
     protocol = gather if bucket.protocol == "gather" else sparse_all_reduce
     arrived = yield from protocol(route, step, bucket, outgoing)
     arrived = yield from pass_on(route, step, bucket, arrived)
-    with step.stats.timed("merge"):
-        return _take_in(route, step, bucket, outgoing, arrived)
+    return (yield from _take_in(route, step, bucket, outgoing, arrived))
 
 
 # ---- dense ---------------------------------------------------------------------------------------
 
 
-def all_reduce(route: Route, step: Step, bucket: Bucket, bad: set[int]) -> Way:
+def all_reduce(route: Route, step: Step, bucket: Bucket) -> Way:
     """Send all that there is, and which tensors do not rest, in the bucket's dtype: a ring
     all-reduce."""
     with step.stats.timed("pack"):
-        parts = [_drain(step, spec, n in bad) for n, spec in enumerate(bucket.specs)]
-        flat = torch.cat([*parts, awake_flags(step, bucket)])
+        flat = torch.cat(
+            [*(_drain(step, spec) for spec in bucket.specs), awake_flags(step, bucket)]
+        )
+        _mark_bad(step, bucket, flat)
         step.stats.dense_bytes += flat.nbytes
     arrived = yield route.group.all_reduce_async(flat, route.name(bucket))
     arrived = yield from pass_on(route, step, bucket, arrived)
     with step.stats.timed("merge"):
-        return _split_dense(route, step, bucket, arrived.div_(route.everyone.world_size))
+        mean = arrived.div_(route.everyone.world_size)
+        numbers = [torch.isfinite(largest_magnitude(mean)).view(1)]
+        if any(spec.name in step.resting for spec in bucket.specs):  # else none rests everywhere
+            numbers.append(mean.view(route.num_slices, -1)[0, -len(bucket.specs) :] != 0)
+    answer = yield Question([part.to(torch.int64) for part in numbers], is_last=True)
+    with step.stats.timed("merge"):
+        return _split_dense(route, step, bucket, mean, *answer)
 
 
-def _drain(step: Step, spec: TensorSpec, is_bad: bool) -> Tensor:
+def _drain(step: Step, spec: TensorSpec) -> Tensor:
     """Return all that this rank has to send of a tensor, (N,)."""
+    is_bad = spec.name in step.spoilt
     if is_bad or spec.name in step.resting:
         value = math.nan if is_bad else 0.0
         return torch.full((spec.numel,), value, dtype=spec.dtype, device=spec.device)
@@ -80,18 +90,35 @@ def _drain(step: Step, spec: TensorSpec, is_bad: bool) -> Tensor:
     return values_N if root_N is None else divide(values_N, root_N)
 
 
-def _split_dense(route: Route, step: Step, bucket: Bucket, mean: Tensor) -> Update:
+def _mark_bad(step: Step, bucket: Bucket, flat: Tensor) -> None:
+    """Write a NaN into each tensor whose gradient cannot be used, which makes all ranks undo the
+    step. Waits for no GPU."""
+    begins = itertools.accumulate((spec.numel for spec in bucket.specs), initial=0)
+    awake = [
+        (spec, begin)
+        for spec, begin in zip(bucket.specs, begins, strict=False)
+        if spec.name not in step.resting and spec.numel
+    ]
+    if awake:
+        is_usable = step.largest([spec for spec, _ in awake]) <= LARGEST_GRADIENT[bucket.dtype]
+        places = on_device(tuple(begin for _, begin in awake), flat.device)
+        flat[places] = flat[places].masked_fill(~is_usable, math.nan)
+
+
+def _split_dense(
+    route: Route, step: Step, bucket: Bucket, mean: Tensor, is_finite: Tensor, *is_awake: Tensor
+) -> Update:
+    """Make the update of what arrived: is_finite (1,) says whether it all is; is_awake (T,), if
+    tensors rest here, which do not rest everywhere."""
     update = Update()
     sizes = [spec.numel for spec in bucket.specs]
-    *rows, flags = mean.view(route.num_slices, -1).split([*sizes, len(sizes)], dim=1)
-    if not is_finite(mean):
-        names = [spec.name for spec in bucket.specs]
-        pairs = zip(names, rows, strict=True)
-        update.bad = [name for name, part in pairs if not is_finite(part)]
+    *rows, _ = mean.view(route.num_slices, -1).split([*sizes, len(sizes)], dim=1)
+    if not bool(is_finite):
+        pairs = zip(bucket.specs, rows, strict=True)
+        update.bad = [spec.name for spec, part in pairs if not magnitudes.is_finite(part)]
         return update
-    resting = names_at_rest(step, bucket, flags[0])
-    for spec, part in zip(bucket.specs, rows, strict=True):
-        if spec.name in resting:
+    for number, (spec, part) in enumerate(zip(bucket.specs, rows, strict=True)):
+        if spec.name in step.resting and not bool(is_awake[0][number]):
             continue
         mean_N = part.reshape(-1)[: spec.whole]
         scale = step.kept.compression.update_scale if spec.compressible else 1.0
@@ -115,46 +142,62 @@ def gather(
     return (yield route.group.all_gather_async(message, route.name(bucket)))
 
 
-def _take_in(
-    route: Route, step: Step, bucket: Bucket, outgoing: Outgoing, arrived: Tensor
-) -> Update:
+def _take_in(route: Route, step: Step, bucket: Bucket, outgoing: Outgoing, arrived: Tensor) -> Way:
     """Decode, sum and average what arrived, here and at the other ranks of the island."""
-    num_messages = route.group.world_size
-    messages = bucket.codec.split_messages(arrived, num_messages * route.num_slices)
-    update, slices, sums_of = Update(), [], []
-    for index in range(route.num_slices):
-        mine = messages[index * num_messages : (index + 1) * num_messages]
-        sums = _sum_messages(route, bucket, mine, update.bad)
-        if index == route.slice_index and bucket.protocol == "sparse_all_reduce":
-            step.stats.num_selected -= outgoing.put_back_the_rest(sums.positions_K)
-        slices.append(bucket.codec.split(sums.positions_K, sums.values_M))
-        sums_of.append(sums)
-    if not update.bad:
-        resting = at_rest(sums_of)
+    is_joined = bucket.protocol == "sparse_all_reduce"
+    sums = _sums_of_owners if is_joined else _sums_of_ranks
+    slices = yield from sums(route, step, bucket, arrived)
+    with step.stats.timed("merge"):
+        if is_joined:
+            delivered_U, _ = bucket.codec.join(slices[route.slice_index].parts)
+            step.stats.num_selected -= outgoing.put_back_the_rest(delivered_U)
+        update = Update(bad=_bad_names(route, bucket, slices))
+        if update.bad:
+            return update
+        resting = set.intersection(*(each.resting for each in slices))
         scale = step.kept.compression.update_scale
-        for number, (spec, *parts) in enumerate(zip(bucket.specs, *slices, strict=True)):
+        pairs = zip(bucket.specs, *(each.parts for each in slices), strict=True)
+        for number, (spec, *parts) in enumerate(pairs):
             if number not in resting:
                 update.sparse[spec.name] = _mean(spec, parts, route.everyone.world_size, scale)
-    return update
+        return update
 
 
-def _sum_messages(
-    route: Route, bucket: Bucket, messages: Sequence[Tensor], bad: list[str]
-) -> Entries:
-    """Return sums over ranks; tell which tensors cannot be used."""
-    codec, names = bucket.codec, [spec.name for spec in bucket.specs]
+def _sums_of_ranks(
+    route: Route, step: Step, bucket: Bucket, arrived: Tensor
+) -> Generator[Question, Any, list[Summed]]:
+    """Return the sums of each slice, of the messages of all ranks that have it."""
+    way = sum_messages(
+        bucket.codec, arrived, route.group.world_size * route.num_slices, route.num_slices
+    )
+    return (yield from step.stats.timing("merge", way))
+
+
+def _sums_of_owners(
+    route: Route, step: Step, bucket: Bucket, arrived: Tensor
+) -> Generator[Question, Any, list[Summed]]:
+    """Return the sums of each slice, as their owners have returned them. On a GPU, waits."""
+    with step.stats.timed("merge"):
+        codec, each = bucket.codec, route.group.world_size
+        messages = codec.split_messages(arrived, each * route.num_slices)
+        wholes = [
+            join_owners(codec, messages[begin : begin + each])
+            for begin in range(0, len(messages), each)
+        ]
+        return [
+            Summed(codec.split(w.positions_K, w.values_M), [w.bad], set(w.resting)) for w in wholes
+        ]
+    yield
+
+
+def _bad_names(route: Route, bucket: Bucket, slices: Sequence[Summed]) -> list[str]:
+    """Return the tensors that cannot be used, with who has sent them, where that is known."""
+    names = [spec.name for spec in bucket.specs]
+    sent = [(sender, n) for each in slices for sender, bad in enumerate(each.bad) for n in bad]
     if bucket.protocol == "sparse_all_reduce":
-        whole = join_owners(codec, messages)
-        bad += [names[number] for number in whole.bad if names[number] not in bad]
-        return whole
-    entries = [codec.decode_one(message) for message in messages]
-    sender = "rank" if route.island is None else "node"
-    bad += [
-        f"{names[number]} ({sender} {index})"
-        for index, part in enumerate(entries)
-        for number in part.bad
-    ]
-    return Entries(*merge_in_rank_order(entries), (), tuple(at_rest(entries)))
+        return list(dict.fromkeys(names[number] for _, number in sent))
+    kind = "rank" if route.island is None else "node"
+    return [f"{names[number]} ({kind} {sender})" for sender, number in sent]
 
 
 def _mean(
@@ -174,7 +217,10 @@ def gather_rows(route: Route, step: Step, bucket: Bucket) -> Way:
     (spec,), codec = bucket.specs, bucket.codec
     with step.stats.timed("pack"):
         rows_K, values_KM = step.rows.release(spec)
-        bad = () if is_usable(values_KM) and spec.name not in step.spoilt else (0,)
+        asked = Question([is_usable(values_KM)])
+    (is_fine,) = yield asked
+    with step.stats.timed("pack"):
+        bad = () if bool(is_fine) and spec.name not in step.spoilt else (0,)
         if bad:
             rows_K, values_KM = rows_K[:0], values_KM[:0]
         resting = (0,) if spec.name in step.resting else ()
@@ -182,12 +228,13 @@ def gather_rows(route: Route, step: Step, bucket: Bucket) -> Way:
         step.stats.row_bytes += message.numel()
     everyone = route.everyone
     arrived = yield everyone.all_gather_async(message, route.name(bucket))
+    way = sum_messages(codec, arrived, everyone.world_size)
+    (summed,) = yield from step.stats.timing("merge", way)
     with step.stats.timed("merge"):
-        entries = codec.decode(arrived, everyone.world_size)
         update = Update()
-        update.bad = [f"{spec.name} (rank {r})" for r, part in enumerate(entries) if part.bad]
-        if not update.bad and not at_rest(entries):
-            rows_U, sums = merge_in_rank_order(entries, spec.row_size)
+        update.bad = [f"{spec.name} (rank {r})" for r, bad in enumerate(summed.bad) if bad]
+        if not update.bad and not summed.resting:
+            ((rows_U, sums),) = summed.parts
             means = sums.div_(everyone.world_size).view(-1, spec.row_size)
             update.rows[spec.name] = (rows_U, means)
         return update

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from dgc.comm.interface import Handle
-from dgc.exchange.merging import at_rest, merge_in_rank_order
+from dgc.exchange.merging import at_rest, sum_parts
 from dgc.exchange.outgoing import Outgoing, keep_for_later
+from dgc.exchange.question import Question
 from dgc.exchange.route import Route
 from dgc.exchange.step import Step
 from dgc.selection.selector import largest_indices
@@ -27,7 +28,7 @@ from dgc.wire.entries import Entries, from_owner, to_owner
 
 def sparse_all_reduce(
     route: Route, step: Step, bucket: Bucket, outgoing: Outgoing
-) -> Generator[Handle, Any, Tensor]:
+) -> Generator[Handle | Question, Any, Tensor]:
     """Send entries to the owners of their positions, who sum them and return the largest sums.
 
     Rank o of P owns every P-th block of positions from the o-th on. It sums what arrives in rank
@@ -45,9 +46,9 @@ def sparse_all_reduce(
     received = yield group.all_to_all_async(
         parts, route.name(bucket, "owners"), largest_part_bytes(bucket, group.world_size)
     )
-    with step.stats.timed("merge"):
-        message = _merge_own_part(route, step, bucket, received)
-        step.stats.sparse_bytes += message.numel()
+    way = _merge_own_part(route, step, bucket, received)
+    message = yield from step.stats.timing("merge", way)
+    step.stats.sparse_bytes += message.numel()
     return (yield group.all_gather_async(message, route.name(bucket)))
 
 
@@ -79,14 +80,14 @@ def _pack_for_owners(
 
 def _merge_own_part(
     route: Route, step: Step, bucket: Bucket, received: Sequence[Tensor]
-) -> Tensor:
+) -> Generator[Question, Any, Tensor]:
     """Sum what the ranks sent of the positions that are this rank's own; return the message of the
     largest sums."""
     owner, num_owners = route.group.rank, route.group.world_size
     codec = bucket.codec.of_owner(owner, num_owners)
-    entries = [codec.decode_one(part) for part in received]
-    bad = tuple(sorted({number for part in entries for number in part.bad}))
-    local_U, sums_U = merge_in_rank_order(entries)
+    summed = yield from sum_parts(codec, received)
+    bad = tuple(sorted({number for of_sender in summed.bad for number in of_sender}))
+    ((local_U, sums_U),) = summed.parts
     factor = step.kept.compression.merged_factor
     quota = math.ceil(factor * bucket.num_entries / num_owners)
     if factor < num_owners and local_U.numel() > quota:
@@ -95,10 +96,11 @@ def _merge_own_part(
     returned_U = codec.round_values(sums_U)
     positions_U = from_owner(local_U, owner, num_owners)
     if returned_U is not sums_U and not bad:
-        is_kept = keep_for_later(step.kept, bucket, positions_U, sums_U - returned_U)
+        parts = bucket.codec.split(positions_U, sums_U - returned_U)
+        is_kept = yield from keep_for_later(step.kept, bucket, parts)
         if not is_kept:
             codec, returned_U = codec.exact, sums_U
-    return codec.encode(local_U, returned_U, bad, at_rest(entries))
+    return codec.encode(local_U, returned_U, bad, summed.resting)
 
 
 def join_owners(codec: Codec, messages: Sequence[Tensor]) -> Entries:

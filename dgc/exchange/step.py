@@ -7,12 +7,14 @@ Shapes: N elements of one flattened tensor, or of this rank's slice of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dgc.exchange.kept import Kept
+from dgc.exchange.question import Question
 from dgc.wire.buckets import Bucket
 from dgc.worker.elements import TensorSpec
 from dgc.worker.magnitudes import Magnitudes, overflown
@@ -22,6 +24,17 @@ from dgc.worker.statistics import divide
 from dgc.worker.stats import StepStats
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers.operands import Found, Report
+
+
+class Seen(NamedTuple):
+    """What the passes over a bucket's tensors saw, by number; None for those that rest.
+
+    counts: of the residual, how many elements are not 0; None where that was not counted.
+    """
+
+    founds: list[Found | None]
+    reports: list[Report | None]
+    counts: list[int | None]
 
 
 class Step:
@@ -98,26 +111,58 @@ class Step:
         self._founds[name] = found
         self.magnitudes.note(name, found.report[:1])
 
-    def read(self, bucket: Bucket) -> tuple[list[Found | None], list[Report | None]]:
-        """Return what the passes over a bucket's tensors found, None for one that rests. On a GPU
-        this waits for them."""
+    def read(self, bucket: Bucket) -> Generator[Question, Any, Seen]:
+        """Return what the passes over a bucket's tensors saw. Asks once."""
         awake = [spec for spec in bucket.specs if spec.name not in self.resting]
         compensation = self.kept.compensation
         for spec in awake:
-            is_open = bucket.is_sparse and spec.name not in self._is_selected
-            if is_open and self.kept.compression.select_by == "raw":
+            if spec.name not in self._is_selected and self.kept.compression.select_by == "raw":
                 selection = self.kept.thresholds[spec.name].begin(compensation.num_steps)
                 if selection is not None:  # the last micro-batch had no gradient for this tensor
                     self._founds[spec.name] = compensation.select_again(spec.name, selection)
             self._founds[spec.name].report[:1] = self.magnitudes[spec.name]
         founds = [self._founds.pop(spec.name, None) for spec in bucket.specs]
-        reports = iter(buffers.read_reports([f for f in founds if f is not None]) if awake else ())
-        return founds, [None if found is None else next(reports) for found in founds]
+        if not awake:
+            return Seen(founds, founds, founds)
+        there, counted = [f for f in founds if f is not None], self._to_count(bucket, founds)
+        counts = [buffers.count_nonzero(compensation.residual[name]) for name in counted]
+        parts = [buffers.join_reports(there)]
+        if counts:
+            parts.append(torch.stack(counts).view(torch.int32))
+        answer = yield Question(parts)
+        reports = iter(buffers.split_reports(there, answer[0]))
+        numbers = {}
+        if counts:
+            found = answer[1].clone().view(torch.int64)  # a copy, for its address
+            numbers = dict(zip(counted, found.tolist(), strict=True))
+        return Seen(
+            founds,
+            [None if found is None else next(reports) for found in founds],
+            [numbers.get(spec.name) for spec in bucket.specs],
+        )
+
+    def _to_count(self, bucket: Bucket, founds: Sequence[Found | None]) -> list[str]:
+        """Return the tensors that will be ranked on a GPU, which is not waited for if it is known
+        how many elements are not 0."""
+        is_raw = self.kept.compression.select_by == "raw"
+        return [
+            spec.name
+            for spec, found in zip(bucket.specs, founds, strict=True)
+            if found is not None and is_raw and spec.device.type != "cpu"
+            and self.kept.thresholds[spec.name].plan.is_exact
+        ]  # fmt: skip
 
     def bad_tensors(self, bucket: Bucket, reports: Sequence[Report | None]) -> set[int]:
         """Return which of a bucket's tensors make all ranks undo the step, by number."""
         spoilt = {n for n, spec in enumerate(bucket.specs) if spec.name in self.spoilt}
         return spoilt | overflown(reports, bucket.dtype)
+
+    def largest(self, specs: Sequence[TensorSpec]) -> Tensor:
+        """Return the largest magnitude of each of these tensors' gradients, (T,) float32, where
+        they are; nothing more is asked of the passes over them."""
+        for spec in specs:
+            self._founds.pop(spec.name)
+        return torch.cat([self.magnitudes[spec.name] for spec in specs]).view(torch.float32)
 
     def wake(self, specs: Sequence[TensorSpec]) -> None:
         """Let tensors that rest here count as zero, as they do not rest on all ranks."""

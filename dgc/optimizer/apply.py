@@ -17,7 +17,7 @@ from torch.optim import SGD, Optimizer
 from dgc.exchange.update import Update
 from dgc.wire.entries import Entries
 from dgc.worker.elements import gradient_of, num_elements, row_gradient_of
-from parsimony_kernels.runtime.checks import CheckedElements
+from parsimony_kernels.runtime.checks import CheckedElements, trusted_positions
 from parsimony_kernels.runtime.operands import STEP_DTYPES
 from parsimony_kernels.step import ops
 
@@ -44,11 +44,15 @@ def hand_over(
 
 
 def step(optimizer: Optimizer, elements: Mapping[Tensor, tuple[Tensor, Tensor]]) -> None:
-    """Step the optimizer on the `p.grad`s that are there and on the elements."""
+    """Step the optimizer on the `p.grad`s that are there and on the elements.
+
+    Those, and the rows of sparse gradients, were checked when their messages were read.
+    """
     if takes_elements(optimizer):
-        optimizer.step(elements=elements)
+        with trusted_positions():
+            optimizer.step(elements=elements)
         return
-    with torch.no_grad():
+    with torch.no_grad(), trusted_positions():
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter in elements:

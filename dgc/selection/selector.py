@@ -12,7 +12,8 @@ Shapes: N elements of one flattened tensor, K selected of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers.operands import Found, Report, Selection
 
 MAX_TRIES = 5  # passes over a residual in a step, before it is ranked
+
+Settling = Generator[Found, Report, Taken]
 
 
 class Selector:
@@ -39,6 +42,7 @@ class Selector:
         self._steering = Steering()
         self._plan = plan
         self._next: Steering | None = None
+        self._ending: _Ending | None = None  # of the step under way, until its cut is known
 
     @property
     def steering(self) -> Steering:
@@ -74,6 +78,23 @@ class Selector:
         )
 
     def settle(self, found: Found, report: Report, compensation: Compensation, name: str) -> Taken:
+        """Do what `settling` says, waiting by itself for each further pass."""
+        way = self.settling(found, report, compensation, name)
+        try:
+            again = next(way)
+            while True:
+                again = way.send(buffers.read_reports([again])[0])
+        except StopIteration as end:
+            return end.value
+
+    def settling(
+        self,
+        found: Found,
+        report: Report,
+        compensation: Compensation,
+        name: str,
+        num_nonzero: int | None = None,
+    ) -> Settling:
         """Return the step's entries, which are then out of the residual, given what a pass found.
 
         What was found, if its number is within `Steering.bounds`. Of more, the largest, ties by
@@ -81,27 +102,46 @@ class Selector:
         looked through again; if MAX_TRIES passes do not do, it is ranked. Too few are left only if
         no more are other than 0.
         Args: found, report: of the pass with `begin`'s selection, the step's last over this tensor.
-        Cost: neither a pass nor a host sync in the steady state; one sync where entries are put
-            back, one pass and two syncs for each further try.
+            num_nonzero: entries of the residual that are not 0, where the tensor is ranked and that
+            is known: then a GPU is not waited for.
+        Yields: what another pass has found; it is to be sent the pass's report.
+        Cost: no pass in the steady state. Waits for a GPU only where so many passes found too few
+            that the residual is ranked.
         """
         if self.plan.is_exact or report.histogram is None:
-            return self.take_largest(compensation, name)
+            return self.take_largest(compensation, name, num_nonzero)
         tail = Tail(report.histogram, self.plan.sample_every)
-        taken, cut = _Search(self, compensation, name, tail).run(found, report.count)
-        count = taken.indices_K.numel()
-        self._next = self.steering.after(self.plan, tail, report.count, cut, count)
+        taken, cut = yield from _Search(self, compensation, name, tail).run(found, report.count)
+        self._ending = _Ending(tail, report.count, cut, taken.indices_K.numel())
+        if not isinstance(cut, Tensor) or cut.device.type == "cpu":
+            self.tell_cut(float(cut))
         return taken
 
-    def take_largest(self, compensation: Compensation, name: str) -> Taken:
+    def take_largest(
+        self, compensation: Compensation, name: str, num_nonzero: int | None = None
+    ) -> Taken:
         """Take the plan's k largest entries by ranking all; ties by index."""
         magnitude_N = buffers.decode(compensation.residual[name]).abs()
-        return compensation.take_exactly(name, largest_indices(magnitude_N, self.plan.k))
+        chosen = largest_indices(magnitude_N, self.plan.k, num_nonzero)
+        return compensation.take_exactly(name, chosen)
+
+    @property
+    def open_cut(self) -> Tensor | None:
+        """(): the cut of the step under way, if it is still on a device; for `tell_cut`."""
+        return None if self._ending is None else self._ending.cut
+
+    def tell_cut(self, cut: float) -> None:
+        """Take the number that `open_cut` is. Before `end_step`."""
+        ending, self._ending = self._ending, None
+        self._next = self.steering.after(
+            self.plan, ending.tail, ending.num_met, cut, ending.num_taken
+        )
 
     def end_step(self, stands: bool) -> None:
         """Go on with the next threshold if the step stands; else forget it."""
         if stands:
             self._steering = self._next or self._steering
-        self._next = None
+        self._next = self._ending = None
 
     def state(self) -> Tensor:
         """Return what `load` takes, between steps: (6,) float64."""
@@ -127,6 +167,15 @@ class Selector:
 _STRIDE = 7919  # a prime: the sampled blocks differ from step to step, and all have their turn
 
 
+class _Ending(NamedTuple):
+    """What `Steering.after` is to be given of a step."""
+
+    tail: Tail
+    num_met: int
+    cut: float | Tensor
+    num_taken: int
+
+
 class _Search:
     """One step's way to a count within bounds, from pass to pass."""
 
@@ -139,8 +188,11 @@ class _Search:
         # Thresholds that too many, or too few, entries reach.
         self.too_low, self.too_high = 0.0, math.inf
 
-    def run(self, found: Found, count: int) -> tuple[Taken, float]:
-        """Return what is taken out, and the threshold above which that is all there was."""
+    def run(
+        self, found: Found, count: int
+    ) -> Generator[Found, Report, tuple[Taken, float | Tensor]]:
+        """Return what is taken out, and the threshold above which that is all there was, which may
+        be on a device. Yields what further passes found, and is sent their reports."""
         fewest, _, most = self.bounds
         threshold, taken = self.selector.threshold, None
         for _ in range(MAX_TRIES):
@@ -161,7 +213,7 @@ class _Search:
             threshold = self._next_threshold(0 if taken is None else taken.indices_K.numel())
             selection = self.selector.selection(threshold, 0)
             found = self.compensation.select_again(self.name, selection)
-            count = buffers.read_reports([found])[0].count
+            count = (yield found).count
         else:
             self._put_back(Taken(*found.entries(count)))
         if taken is not None:
@@ -178,20 +230,21 @@ class _Search:
             return 2 * self.too_low
         return math.sqrt(self.too_low * self.too_high)  # 0 as long as no threshold was too low
 
-    def _largest_of(self, taken: Taken) -> tuple[Taken, float]:
-        is_kept = torch.zeros_like(taken.indices_K, dtype=torch.bool)
-        is_kept[largest_indices(taken.values_K.abs(), self.bounds[1])] = True
-        self._put_back(taken.where(~is_kept))
-        kept = taken.where(is_kept)
+    def _largest_of(self, taken: Taken) -> tuple[Taken, Tensor]:
+        chosen, rest = split_largest(taken.values_K.abs(), self.bounds[1])
+        self._put_back(taken.where(rest))
+        kept = taken.where(chosen)
         return kept, _least(kept)
 
     def _put_back(self, taken: Taken) -> None:
         self.compensation.put_back(self.name, taken)
 
 
-def _least(taken: Taken) -> float:
-    """Return the least magnitude that was taken; 0 if none was."""
-    return taken.values_K.abs().min().item() if taken.indices_K.numel() else 0.0
+def _least(taken: Taken) -> Tensor:
+    """Return the least magnitude that was taken, (); 0 if none was."""
+    if taken.indices_K.numel() == 0:
+        return taken.values_K.new_zeros(())
+    return taken.values_K.abs().min()
 
 
 def _join(one: Taken, other: Taken) -> Taken:
@@ -202,8 +255,13 @@ def _join(one: Taken, other: Taken) -> Taken:
     return Taken(indices_K, values_K, torch.cat([one.velocities_K, other.velocities_K])[order])
 
 
-def largest_indices(magnitude_N: Tensor, k: int) -> Tensor:
-    """Return the ascending indices of the k largest magnitudes that are not zero; ties by index."""
+def largest_indices(magnitude_N: Tensor, k: int, num_nonzero: int | None = None) -> Tensor:
+    """Return the ascending indices of the k largest magnitudes that are not zero; ties by index.
+
+    num_nonzero: how many are not zero. Without it, a GPU is waited for. There is no NaN then.
+    """
+    if num_nonzero is not None:
+        return _known_number_of_largest(magnitude_N, min(k, num_nonzero))
     if k >= magnitude_N.numel():
         return magnitude_N.nonzero().view(-1)
     kth = magnitude_N.topk(k, sorted=False).values.min()
@@ -212,3 +270,33 @@ def largest_indices(magnitude_N: Tensor, k: int) -> Tensor:
         return above
     ties = (magnitude_N == kth).nonzero().view(-1)[: k - above.numel()]
     return torch.cat([above, ties]).sort().values
+
+
+def split_largest(magnitude_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the ascending indices of the k largest magnitudes, ties by index, and of the others.
+
+    None is 0, and there are at least k. Waits for no GPU.
+    """
+    if magnitude_N.device.type == "cpu":
+        is_chosen = torch.zeros_like(magnitude_N, dtype=torch.bool)
+        is_chosen[largest_indices(magnitude_N, k)] = True
+        return is_chosen.nonzero().view(-1), (~is_chosen).nonzero().view(-1)
+    order = magnitude_N.sort(descending=True, stable=True).indices
+    return order[:k].sort().values, order[k:].sort().values
+
+
+def _known_number_of_largest(magnitude_N: Tensor, k: int) -> Tensor:
+    """Return the ascending indices of the k largest, ties by index; k are not 0."""
+    numbers = torch.arange(magnitude_N.numel(), device=magnitude_N.device)
+    if k == 0:
+        return numbers[:0]
+    kth = magnitude_N.topk(k, sorted=False).values.min()
+    is_above, is_tie = magnitude_N > kth, magnitude_N == kth
+    is_chosen = is_above | (is_tie & (is_tie.cumsum(0) <= k - is_above.sum()))
+    # Where each of the chosen goes; all others go behind them.
+    slots = (is_chosen.cumsum(0) - 1).masked_fill(~is_chosen, k)
+    return (
+        torch.empty_like(numbers[: k + 1]).scatter_(0, slots, numbers)[:k]
+        if (k < numbers.numel())
+        else numbers
+    )

@@ -28,6 +28,15 @@ class Thresholds:
             if name in self._saved:
                 selector.load(self._saved.pop(name))
 
+    def open_cuts(self) -> dict[str, Tensor]:
+        """Return, by tensor, what `tell_cuts` wants to know as numbers before the step ends."""
+        cuts = {name: selector.open_cut for name, selector in self._selectors.items()}
+        return {name: cut for name, cut in cuts.items() if cut is not None}
+
+    def tell_cuts(self, cuts: Mapping[str, float]) -> None:
+        for name, cut in cuts.items():
+            self._selectors[name].tell_cut(cut)
+
     def end_step(self, stands: bool) -> None:
         """Take the step's thresholds as final if it stands; else forget them."""
         for selector in self._selectors.values():

@@ -61,6 +61,8 @@ from parsimony_kernels.packing.message import (
     MessageError,
     sections,
 )
+from parsimony_kernels.packing.uniting import Uniting, start_uniting
+from parsimony_kernels.runtime.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class Codec:
         """Return each tensor's (indices, values): the reverse of `join`. On a GPU, waits once."""
         if len(self.names) == 1:
             return [(positions_K, values_M)]
-        starts = torch.searchsorted(positions_K, _on_device(self.offsets, positions_K.device))
+        starts = torch.searchsorted(positions_K, on_device(self.offsets, positions_K.device))
         starts = [*starts.tolist(), positions_K.numel()]
         return [
             (positions_K[begin:end] - offset, values_M[begin * self.dim : end * self.dim])
@@ -204,10 +206,7 @@ class Codec:
         except MessageError as error:
             raise MessageError(f"{error} (bucket of {self.names[0]}..., {self.value_dtype}, "
                                f"{self.index_coding})") from error  # fmt: skip
-        numbers = range(len(self.names))
-        bad = tuple(t for t in numbers if flags[t])
-        resting = tuple(t for t in numbers if flags[len(self.names) + t])
-        return Entries(positions_K, values_M.to(self.dtype), bad, resting)
+        return Entries(positions_K, values_M.to(self.dtype), *self.numbers_of(flags))
 
     def decode_any(self, message: Tensor) -> Entries:
         """Read a message of this codec, or of `exact`."""
@@ -231,6 +230,33 @@ class Codec:
             raise MessageError(f"{gathered.numel() - offset} bytes follow the last message")
         return messages
 
+    def start_uniting(
+        self,
+        messages: Tensor | Sequence[Tensor],
+        num_messages: int,
+        num_groups: int,
+        offsets: Sequence[int] | None = None,
+    ) -> Uniting | None:
+        """Begin to read and add up, by group, messages that are joined end to end, on a GPU, which
+        is not waited for. None where they are to be read one by one.
+
+        messages: joined, or still to be. offsets: of the parts of sums; None: of the tensors.
+        """
+        if self.dtype == torch.float64:  # whose sums are float64, however values travel
+            return None
+        return start_uniting(
+            messages, num_messages, num_groups, universe=self.universe, dim=self.dim,
+            offsets=self.offsets if offsets is None else offsets, layout=self.layout,
+            index_coding=self.index_coding, value_dtype=self.wire_dtype,
+            num_flags=2 * len(self.names),
+        )  # fmt: skip
+
+    def numbers_of(self, flags: Sequence[bool]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return what a message's flags say: the numbers of bad tensors, and of those at rest."""
+        numbers = range(len(self.names))
+        bad = tuple(t for t in numbers if flags[t])
+        return bad, tuple(t for t in numbers if flags[len(self.names) + t])
+
     def decode(self, gathered: Tensor, num_messages: int) -> list[Entries]:
         """Read messages that are joined end to end. Raises: MessageError, naming the message."""
         found = []
@@ -249,8 +275,3 @@ def _of_owner(codec: Codec, owner: int, num_owners: int) -> Codec:
         raise ValueError("an owner's part has no owners of its own")
     values = (codec.names, codec.numels, codec.dim, codec.value_dtype, codec.index_coding)
     return Codec(*values, owner, num_owners, codec.dtype)
-
-
-@functools.lru_cache(maxsize=1024)
-def _on_device(offsets: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(offsets, dtype=torch.int64, device=device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -14,6 +13,8 @@ from parsimony_kernels.buffers.operands import Report
 # a statistic. In float64 they would not; there the bound keeps sums of gradients within the range
 # of float32 and bfloat16, in which reports are written, and residuals if asked for.
 LARGEST_GRADIENT = {torch.float32: 2.0**40, torch.float64: 2.0**100}
+
+_INFINITY = 0x7F800000  # as bits
 
 
 class Magnitudes:
@@ -36,11 +37,13 @@ class Magnitudes:
         largest = largest_magnitude(grad_N).to(torch.float32)
         self.note(name, largest.view(1).view(torch.int32))
 
-    def spoil(self, names: Iterable[str], device: torch.device) -> None:
-        """Count these tensors' gradients as infinite."""
-        for name in names:
-            infinity = torch.full((1,), math.inf, dtype=torch.float32, device=device)
-            self.note(name, infinity.view(torch.int32))
+    def spoil_unless_finite(self, names: Iterable[str], tensors: Iterable[Tensor]) -> None:
+        """Count these tensors' gradients as infinite if there is anything in `tensors` that is."""
+        for tensor in tensors:
+            is_bad = ~torch.isfinite(largest_magnitude(tensor))
+            bits = is_bad.to(torch.int32).view(1) * _INFINITY
+            for name in names:
+                self.note(name, bits)
 
     def drop(self, name: str) -> None:
         self._bits.pop(name, None)
@@ -60,9 +63,9 @@ def largest_magnitude(tensor: Tensor) -> Tensor:
     return torch.maximum(least.abs(), most.abs())
 
 
-def is_usable(gradient: Tensor) -> bool:
-    """Tell whether a gradient, float32 or float64, is finite and within bounds. Waits for a GPU."""
-    return bool((largest_magnitude(gradient) <= LARGEST_GRADIENT[gradient.dtype]).all())
+def is_usable(gradient: Tensor) -> Tensor:
+    """Return, (), whether a gradient, float32 or float64, is finite and within bounds."""
+    return (largest_magnitude(gradient) <= LARGEST_GRADIENT[gradient.dtype]).all()
 
 
 def is_finite(tensor: Tensor) -> bool:

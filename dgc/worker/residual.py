@@ -156,6 +156,16 @@ class Compensation:
         if taken.velocities_K is not None:
             buffers.put(self.velocity[name], indices_K, taken.velocities_K, key ^ VELOCITY_KEY)
 
+    def put_back_where(self, name: str, taken: Taken, mask_K: Tensor) -> None:
+        """Put some of these entries back, without waiting for a GPU: the others stay as they are
+        now, which to write again changes nothing."""
+        indices_K, kept = taken.indices_K, (self.residual[name], self.velocity.get(name))
+        now = [
+            None if then is None else torch.where(mask_K, then, buffers.take(buffer, indices_K))
+            for then, buffer in zip((taken.values_K, taken.velocities_K), kept, strict=True)
+        ]
+        self.put_back(name, Taken(indices_K, *now))
+
     def keep_lost(self, name: str, indices_K: Tensor, lost_K: Tensor) -> None:
         """Leave in the residual what coding lost of entries that were taken out and sent."""
         key = self._rounding.key(name, self.num_steps)

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from parsimony_kernels.runtime.checks import trusted_positions
+
 
 class Preconditioner(Protocol):
     """The second moment of one tensor. See optim.preconditioner."""
@@ -21,6 +23,10 @@ class Preconditioner(Protocol):
     """All its state, changed in place."""
     shared_names: Sequence[str]
     """Those whose mean over workers is the statistic of all."""
+
+    @property
+    def may_be_zero(self) -> bool:
+        """Whether a root can be 0 anywhere."""
 
     def observe(
         self, grad_N: Tensor, *, scale: Tensor | None, num_parts: int, is_first: bool
@@ -61,7 +67,14 @@ class Statistics:
     def root(self, name: str, indices_K: Tensor | None = None) -> Tensor | None:
         """Return what a tensor's entries are to be divided by; None if it has no statistic."""
         preconditioner = self.preconditioners.get(name)
-        return None if preconditioner is None else preconditioner.root(indices_K)
+        if preconditioner is None:
+            return None
+        with trusted_positions():  # they come from a selection
+            return preconditioner.root(indices_K)
+
+    def may_be_zero(self, name: str) -> bool:
+        """Tell whether `root` of a tensor that has a statistic can be 0 anywhere."""
+        return self.preconditioners[name].may_be_zero
 
     def due(self, step: int) -> list[str]:
         """Return the names whose statistics are averaged over workers in a step, from 0."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -93,3 +94,14 @@ class StepStats:
         start = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def timing(self, phase: str, way: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        """Do what a generator does, and add its own wall time to a phase."""
+        sent = None
+        while True:
+            with self.timed(phase):
+                try:
+                    asked = way.send(sent)
+                except StopIteration as end:
+                    return end.value
+            sent = yield asked

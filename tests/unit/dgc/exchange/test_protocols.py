@@ -280,7 +280,7 @@ class Half:
     """A statistic that has seen nothing in one half of a tensor."""
 
     def __init__(self, numel, first):
-        self.tensors, self.shared_names = {}, ()
+        self.tensors, self.shared_names, self.may_be_zero = {}, (), True
         self.root_N = torch.full((numel,), 2.0)
         self.root_N[: numel // 2 if first else 0] = 0
 

@@ -74,7 +74,14 @@ def test_exact_selection_is_the_sorted_one(size, density):
 
 def test_ties_go_to_the_lower_index():
     values = torch.tensor([1.0, -2.0, 2.0, 1.0, -1.0, 2.0])
-    assert largest_indices(values.abs(), 4).tolist() == [0, 1, 2, 5]
+    zeros = torch.tensor([0.0, 3.0, 0.0, 3.0, 1.0])
+    for is_known in (False, True):  # how many are not 0: a GPU is then not waited for
+        for k, expected in ((4, [0, 1, 2, 5]), (2, [1, 2]), (6, [*range(6)]), (9, [*range(6)])):
+            found = largest_indices(values.abs(), k, 6 if is_known else None)
+            assert found.tolist() == expected
+        for k, expected in ((4, [1, 3, 4]), (1, [1]), (5, [1, 3, 4])):
+            assert largest_indices(zeros, k, 3 if is_known else None).tolist() == expected
+    assert largest_indices(0 * zeros, 2, 0).tolist() == []
 
 
 def test_small_tensors_and_dense_ones_are_ranked():
