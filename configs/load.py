@@ -27,7 +27,10 @@ from configs.schema import Run, default_run
 
 _PREFIX = "configs"
 # Settings that do not change a run's numbers; a resumed run may have other values of them.
-_HARMLESS = ("configs.data.num_workers_per_rank", "configs.dataset.root", "configs.checkpoint.")
+_HARMLESS = (
+    "configs.data.num_workers_per_rank", "configs.dataset.root", "configs.checkpoint.",
+    "configs.report.",
+)  # fmt: skip
 # Settings that older checkpoints lack, with the value by which the runs of that time behave. Where
 # that value is None, the setting need not be listed.
 _IF_ABSENT = {

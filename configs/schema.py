@@ -146,6 +146,19 @@ class Checkpoint:
 
 
 @dataclass(kw_only=True)
+class Report:
+    """How often a run tells what its steps came to."""
+
+    every_steps: int = 10
+    """Write the TensorBoard events of so many steps together, each step's with its own values. To
+    read a loss is to wait for the GPU, so this is how often it is waited for. A checkpoint, the end
+    of an epoch, of the run, or an error write what is there."""
+
+    def __post_init__(self) -> None:
+        _require(self, every_steps=(self.every_steps >= 1, "1 or more"))
+
+
+@dataclass(kw_only=True)
 class Run:
     """One run. Its callables are first called when the job has started."""
 
@@ -158,6 +171,7 @@ class Run:
     train: Train
     data: Data
     checkpoint: Checkpoint
+    report: Report
     task: Callable[[], Any] | None = None
     """What the model is trained for (workloads.tasks); None: classification, by train.loss and
     train.top_k."""
@@ -176,4 +190,5 @@ def default_run() -> fdl.Config[Run]:
         train=fdl.Config(Train, optimizer=optimizer),
         data=fdl.Config(Data),
         checkpoint=fdl.Config(Checkpoint),
+        report=fdl.Config(Report),
     )

@@ -40,10 +40,13 @@ class Events:
         self._num_files, self._flushed_at = 0, 0.0
         self._attempt(self._open)
 
-    def scalars(self, values: Mapping[str, float], example: int) -> None:
+    def scalars(
+        self, values: Mapping[str, float], example: int, wall_time: float | None = None
+    ) -> None:
+        """wall_time: None: now."""
         if self._file is None:
             return
-        self._attempt(lambda: self._write(values, example))
+        self._attempt(lambda: self._write(values, example, wall_time or time.time()))
         if time.monotonic() - self._flushed_at > _FLUSH_S:
             self.flush()
 
@@ -71,14 +74,14 @@ class Events:
         file.write_event(Event(step=first, file_version="brain.Event:2"))
         file.write_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
 
-    def _write(self, values: Mapping[str, float], example: int) -> None:
+    def _write(self, values: Mapping[str, float], example: int, wall_time: float) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
-        event = Event(step=example, wall_time=time.time())
+        event = Event(step=example, wall_time=wall_time)
         for tag, value in values.items():
             event.summary.value.add(tag=_cleaned(tag), simple_value=float(value))
         self._file.write_event(event)
-        self._first_example = example + 1
+        self._first_example = max(self._first_example, example + 1)
 
     def _attempt(self, action: Callable[[], Any]) -> None:
         try:

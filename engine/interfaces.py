@@ -37,11 +37,18 @@ class CheckpointSettings(Protocol):
     on_error: str
 
 
+class ReportSettings(Protocol):
+    """See configs.schema.Report."""
+
+    every_steps: int
+
+
 class RunSettings(Protocol):
     """The engine's part of configs.schema.Run."""
 
     train: TrainSettings
     checkpoint: CheckpointSettings
+    report: ReportSettings
     seed: int
     dgc: Any
     """None: gradients are exchanged densely."""
@@ -142,7 +149,8 @@ class StepStats(Protocol):
     payload_bytes: int
     bytes_by_kind: Mapping[str, int]
     hidden_share: float
-    thresholds: Mapping[str, float]
+    least_taken: Mapping[str, Tensor]
+    """By tensor: the least magnitude that was sent; on its device."""
     num_selected: int
     num_selectable: int
     skipped: str | None

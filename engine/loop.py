@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from engine.replicas import agreed_hash, average_batch_statistics, refuse_writes
 from engine.sampling import seed_all
 from engine.saving import Saver
 from engine.state import RunState
+from engine.step_reports import StepReports
 from engine.stopping import StopSignals, exit_status
 
 _NUM_EPOCHS = "configs.train.num_epochs"
@@ -60,6 +61,7 @@ class Trainer:
         self.run, self.state, self.comm, self.task = run, state, comm, task
         self.batches, self.flat_config, self.reporter = batches, flat_config, reporter
         self._data_facts = data_facts
+        self._step_reports = StepReports(reporter, run.report.every_steps)
         self.checkpoints = CheckpointFolder(folder / "checkpoints", comm, run.checkpoint.keep)
         self._saver = Saver(self.checkpoints, run.checkpoint, state, reporter, comm.world_size)
         self.steps_per_epoch, self._config_changes = steps_per_epoch, config_changes
@@ -87,10 +89,14 @@ class Trainer:
             self.reporter.say("this run is complete; use --suffix for another")
         elif self._exit_status is None:  # launch/output.py looks for this
             self.reporter.say(f"training begins with step {self.state.progress.step + 1}")
-        while self._exit_status is None and self.state.progress.epoch < self.run.train.num_epochs:
-            self._train_epoch()
-            if self._exit_status is None:
-                self._end_epoch()
+        try:
+            self._train_epochs()
+        except BaseException:  # the last steps before an error tell of it
+            with suppress(Exception):
+                self._step_reports.write()
+                self.reporter.flush()
+            raise
+        self._step_reports.write()
         self._saver.finish()
         if self._exit_status is not None:
             self._stop()
@@ -99,6 +105,12 @@ class Trainer:
             self.reporter.result({**result, "config": self.flat_config})
         self.reporter.close()
         return self._exit_status or 0
+
+    def _train_epochs(self) -> None:
+        while self._exit_status is None and self.state.progress.epoch < self.run.train.num_epochs:
+            self._train_epoch()
+            if self._exit_status is None:
+                self._end_epoch()
 
     def _stop(self) -> None:
         """Save, unless this step is saved, and tell how to go on."""
@@ -325,7 +337,7 @@ class Trainer:
 
     def _report_step(self, loss: Tensor, seconds: float) -> None:
         if self.comm.rank != 0:
-            return  # before reading the loss, which waits for the GPU
+            return
         stats, progress = self.state.optimizer.stats, self.state.progress
         values = {
             "lr": float(self.state.optimizer.param_groups[0]["lr"]),
@@ -333,18 +345,17 @@ class Trainer:
             "comm/payload_bytes": stats.payload_bytes,
             "time/step_seconds": seconds,
         }
+        on_device = {f"threshold/{name}": least for name, least in stats.least_taken.items()}
         if stats.skipped:
             values["train/skipped_steps"] = progress.skipped_steps
         else:
-            values["loss/train"] = loss.item()
+            on_device["loss/train"] = loss
         values |= {f"comm/{kind}_bytes": count for kind, count in stats.bytes_by_kind.items()}
         values |= {f"time/{phase}_seconds": part for phase, part in stats.seconds.items()}
         values["comm/hidden_share"] = stats.hidden_share
         if stats.num_selectable:
             values["comm/density_got"] = stats.num_selected / stats.num_selectable
-        thresholds = stats.thresholds
-        values |= {f"threshold/{name}": value for name, value in thresholds.items()}
-        self.reporter.scalars(values, progress.examples)
+        self._step_reports.add(values, on_device, progress.examples)
 
     def _saves_here(self) -> bool:
         every, progress = self.run.checkpoint.every_steps, self.state.progress
@@ -373,6 +384,7 @@ class Trainer:
 
     def _report_epoch(self, metrics: dict[str, float], parameter_hash: str) -> None:
         state, progress = self.state, self.state.progress
+        self._step_reports.write()
         # every step has written an event of loss/train already
         events = {name: value for name, value in metrics.items() if name != "loss/train"}
         self.reporter.scalars(events, progress.examples)
@@ -388,6 +400,7 @@ class Trainer:
         )
 
     def _save(self, *, is_best: bool, is_last: bool = False) -> None:
+        self._step_reports.write()  # no event is older than the checkpoint
         self.state.position = self.batches["train"].position()
         facts = {"config": self.flat_config, "data": self._data_facts}
         self._saver.save(facts, is_best=is_best, is_last=is_last)

@@ -97,8 +97,11 @@ class Reporter:
             self._complain(error)
         self._events = Events(self._folder, first_example + 1, self._complain)
 
-    def scalars(self, values: Mapping[str, float], example: int) -> None:
-        self._events.scalars(values, example)
+    def scalars(
+        self, values: Mapping[str, float], example: int, wall_time: float | None = None
+    ) -> None:
+        """Write an event. wall_time: when that was, in seconds of time.time(); None: now."""
+        self._events.scalars(values, example, wall_time)
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -141,7 +144,9 @@ class SilentReporter:
     has_result = False
 
     def start(self, first_example: int, config: Mapping[str, Any]) -> None: ...
-    def scalars(self, values: Mapping[str, float], example: int) -> None: ...
+    def scalars(
+        self, values: Mapping[str, float], example: int, wall_time: float | None = None
+    ) -> None: ...
     def say(self, text: str) -> None: ...
     def result(self, result: Mapping[str, Any]) -> None: ...
     def flush(self) -> None: ...
