@@ -113,6 +113,28 @@ FN float scale_of(const float *x) {
     return scale_of_block(max_over_lanes(largest, LANES));
 }
 
+// In one go: a structure's copy the compiler may split.
+FN void write(float *out, const Wide<float> &p) {
+#if defined(__CUDACC__)
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(__cvta_generic_to_global(out)), "f"(p.x[0]), "f"(p.x[1]), "f"(p.x[2]), "f"(p.x[3])
+                 : "memory");
+#else
+    *(Wide<float> *)out = p;
+#endif
+}
+
+FN void write(bf16 *out, const Wide<bf16> &p) {
+    u64 low = p.x[0].bits | (u32)p.x[1].bits << 16, high = p.x[2].bits | (u32)p.x[3].bits << 16;
+    *(u64 *)out = high << 32 | low;
+}
+
+FN void write(signed char *out, const Wide<signed char> &p) {
+    u32 low = (u32)(unsigned char)p.x[0] | (u32)(unsigned char)p.x[1] << 8;
+    *(u32 *)out = low | (u32)(unsigned char)p.x[2] << 16 | (u32)(unsigned char)p.x[3] << 24;
+}
+
 FN void encode(float x, float, u32, float &code) { code = x; }
 FN void encode(float x, float, u32 random, bf16 &code) { code = stochastic_bf16(x, random); }
 FN void encode(float x, float scale, u32 random, signed char &code) {
@@ -135,7 +157,7 @@ FN void store_as(const Stored &to, const Span &at, i64 key, const float *x, u32 
     T *out = (T *)to.values;
     if (at.is_whole) {
 #pragma unroll
-        for (int p = 0; p < PARTS; p++) *(Wide<T> *)(out + element(at, p * WIDE)) = parts[p];
+        for (int p = 0; p < PARTS; p++) write(out + element(at, p * WIDE), parts[p]);
         return;
     }
 #pragma unroll
