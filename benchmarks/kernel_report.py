@@ -59,9 +59,10 @@ def _traffic() -> dict[str, Traffic]:
         found[f"accumulate_lagging_{grad}"] = Traffic(g + 8, 8, 8)
     for parameter in ("f32", "bf16", "f16"):
         p = _BYTES[parameter]
-        found[f"step_flat_{parameter}"] = Traffic(2 * p + 8, p + 8, 4)  # Adam
-        found[f"step_cover_{parameter}"] = Traffic(2 * p + 4, p + 4, 4)  # SM3 with a momentum
-        found[f"step_factored_{parameter}"] = Traffic(2 * p + 4, p + 4, 4)
+        for first, m in (("", 0), ("first_", 4)):
+            found[f"step_flat_{first}{parameter}"] = Traffic(2 * p + m + 4, p + m + 4, 4)
+            found[f"step_cover_{first}{parameter}"] = Traffic(2 * p + m, p + m, 4)
+            found[f"step_factored_{first}{parameter}"] = Traffic(2 * p + m, p + m, 4)
         found[f"factored_sums_{parameter}"] = Traffic(p, 0, 4)
         found[f"observe_flat_{parameter}"] = Traffic(p + 4, 4, 4)
     return found
@@ -132,7 +133,8 @@ def resources_in(log: str) -> dict[str, dict[str, int]]:
     return found
 
 
-_ACCESS = re.compile(r"\b(LDG|STG|ATOMG|REDG|ATOMS)\b([.\w]*)")
+# LD and ST: the compiler does not know that a pointer which was itself read is to global memory.
+_ACCESS = re.compile(r"\b(LDG?|STG?|ATOMG?|REDG?|ATOMS)\b(\.[.\w]*)")
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
@@ -148,8 +150,8 @@ def accesses_in(code: str) -> dict[str, dict[str, Any]]:
         kernel, kind = found[list(found)[-1]], access[1]
         parts = access[2].split(".")
         width = next((_WIDTHS[part] for part in parts if part in _WIDTHS), 4)
-        if kind in ("LDG", "STG"):
-            kernel["loads" if kind == "LDG" else "stores"][width] += 1
+        if kind[:2] in ("LD", "ST"):
+            kernel["loads" if kind[:2] == "LD" else "stores"][width] += 1
         else:
             kernel["atomics"]["shared" if kind == "ATOMS" else "global"] += 1
     return found
@@ -180,9 +182,7 @@ def expected_share(traffic: Traffic, occupancy: float) -> float:
     return BEST * min(1.0, under_way / (BANDWIDTH * LATENCY))
 
 
-def _row(
-    name: str, resources: dict[str, int], accesses: dict[str, Any] | None
-) -> dict[str, Any]:
+def _row(name: str, resources: dict[str, int], accesses: dict[str, Any] | None) -> dict[str, Any]:
     filled = occupancy(resources["registers"], resources["shared_bytes"])
     row: dict[str, Any] = {"kernel": name, **resources, "occupancy": filled}
     if accesses is not None:
@@ -230,8 +230,8 @@ COLUMNS: tables.Columns = {
     "occupancy": lambda row: f"{row['occupancy']:.0%}",
     "widest load": lambda row: _widest(row, "loads"),
     "widest store": lambda row: _widest(row, "stores"),
-    "atomics, global / shared": lambda row: (
-        "{} / {}".format(*(row.get("atomics", {}).get(k, 0) for k in ("global", "shared")))
+    "atomics, global / shared": lambda row: "{} / {}".format(
+        *(row.get("atomics", {}).get(k, 0) for k in ("global", "shared"))
     ),
     "bytes an element": _bytes,
     "share of copy expected": lambda row: (
@@ -245,13 +245,13 @@ COLUMNS: tables.Columns = {
 PREFACE = f"""# The CUDA kernels as compiled for an H100
 
 `python benchmarks/kernel_report.py --json benchmarks/results/kernels.json --markdown
-benchmarks/results/kernels.md`: nvcc {{nvcc}}, {ARCHITECTURE}, the options that NVRTC is given. A test
-compares registers and spills with this table. No GPU was used: bytes an element are what a kernel's code
-reads + writes (by hand; Adam for step_flat, with a first moment for step_cover and step_factored), widths
-are bytes a lane in the machine code, where narrower accesses serve tensors off boundaries of 16 bytes
-and what is left over. The share of a copy's bandwidth is what Little's law lets one expect if nothing
-but memory limits (reads under way, of {BANDWIDTH * LATENCY / 1024:.0f} KiB a multiprocessor; at most
-{BEST:.0%}); it has not been measured.
+benchmarks/results/kernels.md`: nvcc {{nvcc}}, {ARCHITECTURE}, the options that NVRTC is given. A
+test compares registers and spills with this table. No GPU was used. Bytes an element are what a
+kernel's code reads + writes (by hand; for step_flat with a second moment). Widths are bytes a lane in the machine code; narrower accesses are there too, for
+tensors off boundaries of 16 bytes and for what is left over. The share of a copy's bandwidth is
+what Little's law lets one expect if nothing but memory limits (reads under way, of
+{BANDWIDTH * LATENCY / 1024:.0f} KiB a multiprocessor; at most {BEST:.0%}); it is not measured.
+
 """
 
 
