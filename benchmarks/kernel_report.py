@@ -247,10 +247,11 @@ PREFACE = f"""# The CUDA kernels as compiled for an H100
 `python benchmarks/kernel_report.py --json benchmarks/results/kernels.json --markdown
 benchmarks/results/kernels.md`: nvcc {{nvcc}}, {ARCHITECTURE}, the options that NVRTC is given. A
 test compares registers and spills with this table. No GPU was used. Bytes an element are what a
-kernel's code reads + writes (by hand; for step_flat with a second moment). Widths are bytes a lane in the machine code; narrower accesses are there too, for
-tensors off boundaries of 16 bytes and for what is left over. The share of a copy's bandwidth is
-what Little's law lets one expect if nothing but memory limits (reads under way, of
-{BANDWIDTH * LATENCY / 1024:.0f} KiB a multiprocessor; at most {BEST:.0%}); it is not measured.
+kernel's code reads + writes (by hand; for step_flat with a second moment). Widths are bytes a lane
+in the machine code; narrower accesses are there too, for tensors off boundaries of 16 bytes and
+for what is left over. The share of a copy's bandwidth is what Little's law lets one expect if
+nothing but memory limits (reads under way, of {BANDWIDTH * LATENCY / 1024:.0f} KiB a
+multiprocessor; at most {BEST:.0%}); it is not measured.
 
 """
 
