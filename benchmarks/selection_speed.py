@@ -6,7 +6,9 @@ One tensor of 8.4 million elements, of which a thousandth is selected. In each r
 makes one step, in turn. Ratios are taken within a round, so that what else the machine does falls
 on all; their median over rounds is given.
 "Fused" is the pass of parsimony_kernels/buffers/ops.py with the right threshold. It writes new
-buffers and keeps the old ones, so that a step can be undone. "Torch operations" is the way of the
+buffers, here always the same, and keeps the old ones, so that a step can be undone. In a program
+the new velocity is "new memory each step"; "lagging" is what plain momentum in float32 does instead
+(dgc/worker/lagging.py), in the gradient's memory. "Torch operations" is the way of the
 predecessors, in float32 and in place: the threshold comes from a sample of 1% and is then adapted,
 indices come from `nonzero`. Before anything is timed, the fused pass is compared with plain torch,
 bit by bit.
@@ -96,6 +98,49 @@ class Fused:
             assert torch.equal(a, b), "the fused pass differs from plain torch"
 
 
+class InNewMemory(Fused):
+    """The same as a program does it: what is written anew is allocated in each step."""
+
+    def step(self) -> None:
+        grad_N = self.grad_N
+        n, device = grad_N.numel(), grad_N.device
+        # The residual takes the gradient's place.
+        self.new = [self.new[0], *(buffers.empty(n, "float32", device) for _ in self.old[1:])]
+        super().step()
+
+
+class Lagging:
+    """The pass that leaves a residual one velocity behind, in no memory but the gradient's."""
+
+    def __init__(self, like: Fused) -> None:
+        self.like, self.old = like, like.old
+        self.residual, self.velocity = (torch.empty_like(each) for each in self.old)
+        self.owed = like.old[0] - like.old[1]
+
+    def reset(self) -> None:
+        self.residual.copy_(self.owed)
+        self.velocity.copy_(self.like.grad_N)
+
+    def step(self) -> buffers.Found:
+        found = buffers.accumulate_lagging(
+            self.velocity, MOMENTUM, self.like.selection, residual=self.residual,
+            velocity=self.velocity, old_velocity=self.old[1], is_lagging=True,
+        )  # fmt: skip
+        (report,) = buffers.read_reports([found])
+        found.entries(report.count)
+        self.residual.index_fill_(0, found.indices[: report.count], 0.0)
+        return found
+
+    def check(self) -> None:
+        self.reset()
+        actual = [*self.step().entries(self.like.selection.capacity), self.residual.clone()]
+        self.reset()
+        with ops.use("reference"):
+            expected = [*self.step().entries(self.like.selection.capacity), self.residual]
+        for a, b in zip(actual, expected, strict=True):
+            assert torch.equal(a, b), "the lagging pass differs from plain torch"
+
+
 def filled(n: int, dtype: str, device: torch.device, seed: int) -> buffers.Buffer:
     buffer = buffers.empty(n, dtype, device)
     values_N = torch.randn(n, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -177,6 +222,12 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             fused = Fused(grad_N, dtype, with_velocity, k)
             fused.check()
             work[f"fused, {dtype}{velocity_name(with_velocity)}"] = fused.step
+            if dtype == "float32" and with_velocity:
+                anew, lagging = InNewMemory(grad_N, dtype, True, k), Lagging(fused)
+                lagging.check()
+                work["fused, float32, new memory each step, velocity"] = anew.step
+                name = "fused, float32, lagging, velocity"
+                work[name], prepare[name] = lagging.step, lagging.reset
     times = take_turns(work, options.rounds, device, prepare)
     return [row(name, times, options) for name in work]
 

@@ -2,7 +2,8 @@
 
 Owns: momentum correction, momentum factor masking, what is taken out and put back, and a step's
 way back: until `end_step`, what was there before the step is kept beside what it made, so that a
-step that is undone leaves no trace. The state is per rank and stays out of `optimizer.state`, which
+step that is undone leaves no trace; of a velocity and residual in full, just the old velocity (see
+lagging.py). The state is per rank and stays out of `optimizer.state`, which
 Horovod would overwrite with rank 0's.
 Source: Lin et al. 2018 (arXiv:1712.01887), momentum correction and momentum factor masking.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dgc.worker.elements import TensorSpec
+from dgc.worker.lagging import Lagging
 from dgc.worker.rounding import RoundingKeys
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers.operands import (
@@ -89,8 +91,10 @@ class Compensation:
         self.momentum_varies = momentum_varies
         self.momentum, self.nesterov, self.mask_velocity = momentum, nesterov, mask_velocity
         self.dtypes = {"residual": residual_dtype, "velocity": velocity_dtype}
-        self.velocity: dict[str, Buffer] = {}
-        self.residual: dict[str, Buffer] = {}
+        self._kept: dict[str, dict[str, Buffer]] = {kind: {} for kind in KINDS}
+        self._lagging = Lagging()
+        # Names of residuals that others may have read, and are not written in place.
+        self._shown: set[str] = set()
         self.num_steps = 0
         # Of the last step that stood. Nesterov's velocities are stored times the momentum.
         self._last_momentum = 0.0
@@ -98,6 +102,17 @@ class Compensation:
         self._before: dict[tuple[str, str], Buffer | None] = {}
         # Rounding keys of this step's last gradients: entries are put back with the same.
         self._keys: dict[str, int] = {}
+
+    @property
+    def velocity(self) -> dict[str, Buffer]:
+        return self._kept["velocity"]
+
+    @property
+    def residual(self) -> dict[str, Buffer]:
+        """What is not sent yet. The next step writes other buffers, not these."""
+        self._catch_up_all()
+        self._shown.update(self._kept["residual"])
+        return self._kept["residual"]
 
     def accumulate(
         self,
@@ -118,6 +133,9 @@ class Compensation:
         """
         is_first = ("residual", name) not in self._before
         room = grad_N if may_keep and grad_N.dtype in STATE_DTYPES else None
+        if is_first and selection is not None and self._may_lag(name, grad_N):
+            return self._accumulate_lagging(name, grad_N, scale, selection, room)
+        self._catch_up(name)
         old_residual, residual = self._renew("residual", name, grad_N, is_sent_whole, room)
         old_velocity, velocity = None, None
         if self.momentum:
@@ -130,10 +148,55 @@ class Compensation:
             scale=scale, key=self._keys[name], selection=self._masking(selection),
         )  # fmt: skip
 
+    def _may_lag(self, name: str, grad_N: Tensor) -> bool:
+        """Tell whether velocity and residual are there, in full, and follow the plain rule."""
+        exact = _exact(grad_N.dtype)
+        has_both = all(
+            name in kept and buffers.dtype_of(kept[name]) == exact for kept in self._kept.values()
+        )
+        is_stored = all(self._stored(kind, exact) == exact for kind in KINDS)
+        is_plain = self.momentum != 0 and not self.nesterov and self.mask_velocity
+        return is_plain and has_both and is_stored and name not in self._shown
+
+    def _accumulate_lagging(
+        self,
+        name: str,
+        grad_N: Tensor,
+        scale: Tensor | None,
+        selection: Selection,
+        room: Tensor | None,
+    ) -> Found:
+        old_velocity, velocity = self._renew("velocity", name, grad_N, room=room)
+        residual = self._before["residual", name] = self._kept["residual"][name]
+        self._keys[name] = self._rounding.key(name, self.num_steps)
+        found = buffers.accumulate_lagging(
+            grad_N, self.momentum, self._masking(selection),
+            residual=residual, velocity=velocity, old_velocity=old_velocity,
+            is_lagging=name in self._lagging, scale=scale,
+        )  # fmt: skip
+        self._lagging.open(name, found)
+        return found
+
+    def _catch_up_all(self) -> None:
+        for name in self._lagging.names():
+            self._catch_up(name)
+
+    def _catch_up(self, name: str) -> None:
+        """Let a residual not lag any more: in place, or in an open step beside the one before."""
+        kept, velocity = self._kept["residual"], self._kept["velocity"].get(name)
+        if self._lagging.is_open(name):
+            copy = kept[name].clone()
+            self._lagging.settle(name, copy)
+            kept[name] = copy.add_(velocity)
+        elif name in self._lagging:
+            kept[name].add_(velocity)
+        self._lagging.close(name, lags=False)
+
     def select_again(self, name: str, selection: Selection) -> Found:
         """Take more out of the residual after this step's last gradient, in a pass of its own."""
         self._key_of(name)
-        residual, velocity = self.residual[name], self.velocity.get(name)
+        self._catch_up(name)
+        residual, velocity = self._kept["residual"][name], self.velocity.get(name)
         return buffers.accumulate(
             None, Correction(), residual=residual, old_residual=residual,
             velocity=velocity, selection=self._masking(selection),
@@ -142,8 +205,10 @@ class Compensation:
     def take_exactly(self, name: str, indices_K: Tensor) -> Taken:
         """Take these entries out, as a selection would."""
         key, velocities_K = self._key_of(name), None
-        values_K = buffers.take(self.residual[name], indices_K)
-        buffers.put(self.residual[name], indices_K, 0.0, key)
+        self._catch_up(name)
+        residual = self._kept["residual"][name]
+        values_K = buffers.take(residual, indices_K)
+        buffers.put(residual, indices_K, 0.0, key)
         if self.mask_velocity and name in self.velocity:
             velocities_K = buffers.take(self.velocity[name], indices_K)
             buffers.put(self.velocity[name], indices_K, 0.0, key)
@@ -152,7 +217,11 @@ class Compensation:
     def put_back(self, name: str, taken: Taken) -> None:
         """Undo, to the bit, that entries were taken out in this step: any of them, by any pass."""
         key, indices_K = self._key_of(name), taken.indices_K
-        buffers.put(self.residual[name], indices_K, taken.values_K, key)
+        residual = self._kept["residual"][name]
+        if self._lagging.is_open(name):
+            self._lagging.write(name, indices_K, residual[indices_K])
+        else:
+            buffers.put(residual, indices_K, taken.values_K, key)
         if taken.velocities_K is not None:
             buffers.put(self.velocity[name], indices_K, taken.velocities_K, key ^ VELOCITY_KEY)
 
@@ -169,22 +238,28 @@ class Compensation:
     def keep_lost(self, name: str, indices_K: Tensor, lost_K: Tensor) -> None:
         """Leave in the residual what coding lost of entries that were taken out and sent."""
         key = self._rounding.key(name, self.num_steps)
-        buffers.put(self.residual[name], indices_K, lost_K, key)
+        if self._lagging.is_open(name):
+            return self._lagging.write(name, indices_K, lost_K)
+        self._catch_up(name)
+        buffers.put(self._kept["residual"][name], indices_K, lost_K, key)
 
     def add(self, name: str, indices_K: Tensor, values_K: Tensor) -> None:
         """Add to entries of the residual: what is to be sent another time. Indices are unique."""
         key = self._rounding.key(name, self.num_steps)
-        buffers.add(self.residual[name], indices_K, values_K, key)
+        self._catch_up(name)
+        buffers.add(self._kept["residual"][name], indices_K, values_K, key)
 
     def drain(self, name: str) -> Tensor:
         """Return all there is to send, (N,), leaving no residual. The velocity stays.
 
         Averaged over ranks, this is momentum SGD to the letter, with or without masking.
         """
-        return buffers.decode(self.residual.pop(name))
+        self._catch_up(name)
+        return buffers.decode(self._kept["residual"].pop(name))
 
     def start_velocity(self, name: str, momentum_N: Tensor) -> None:
         """Go on from the momentum buffer (N,) of a dense SGD, whatever the velocity was."""
+        self._catch_up(name)
         if self.nesterov:
             momentum_N = momentum_N * (self._last_momentum or self.momentum)
         numel, key = momentum_N.numel(), zlib.crc32(name.encode())
@@ -196,6 +271,9 @@ class Compensation:
     def end_step(self, stands: bool) -> None:
         """Make the step's changes final if it stands; else undo them, to the bit."""
         if stands:
+            for name in self._lagging.open_names():
+                self._lagging.settle(name, self._kept["residual"][name])
+                self._lagging.close(name, lags=True)
             self.num_steps += 1
             self._last_momentum = self.momentum or self._last_momentum
         else:
@@ -207,10 +285,11 @@ class Compensation:
         """Undo what a tensor's gradients did in this step, to the bit."""
         for kind in KINDS:
             if (kind, name) in self._before:
-                kept, buffer = getattr(self, kind), self._before.pop((kind, name))
+                kept, buffer = self._kept[kind], self._before.pop((kind, name))
                 kept.pop(name, None)
                 if buffer is not None:
                     kept[name] = buffer
+                self._lagging.close(name, lags=False)
         self._keys.pop(name, None)
         self._rounding.drop(name)
 
@@ -231,7 +310,7 @@ class Compensation:
 
         room: memory (N,) for it, if it is float32, or of a float64 tensor float64.
         """
-        kept = getattr(self, kind)
+        kept = self._kept[kind]
         old = kept.get(name)
         if (kind, name) in self._before:
             return old, old
@@ -241,6 +320,8 @@ class Compensation:
         if room is None or dtype != exact:
             room = buffers.empty(grad_N.numel(), dtype, grad_N.device)
         kept[name] = room
+        if kind == "residual":
+            self._shown.discard(name)
         return old, room
 
     def _stored(self, kind: str, exact: str) -> str:
@@ -271,7 +352,8 @@ class Compensation:
 
     def norm(self) -> float:
         """Return the 2-norm of the residual, of all tensors together."""
-        parts = (buffers.decode(buffer) for buffer in self.residual.values())
+        self._catch_up_all()
+        parts = (buffers.decode(buffer) for buffer in self._kept["residual"].values())
         return math.hypot(
             *(torch.linalg.vector_norm(part, dtype=torch.float64).item() for part in parts)
         )
@@ -279,8 +361,8 @@ class Compensation:
     def num_bytes(self) -> dict[str, int]:
         """Return the bytes kept, by kind: velocity, residual."""
         return {
-            kind: sum(t.nbytes for buffer in getattr(self, kind).values() for t in tensors(buffer))
-            for kind in KINDS
+            kind: sum(t.nbytes for buffer in kept.values() for t in tensors(buffer))
+            for kind, kept in self._kept.items()
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -316,7 +398,8 @@ class Compensation:
                         f"{stored}, by {kind}_dtype and the parameter's dtype here"
                     )
                 loaded[kind][name] = buffer
-        self.velocity, self.residual = loaded["velocity"], loaded["residual"]
+        self._kept = loaded
+        self._lagging.clear()
         self.num_steps = int(state.get("num_steps", 0))
         self._last_momentum = float(state.get("momentum", self.momentum))
         self._forget_before()
@@ -343,10 +426,9 @@ class Compensation:
         They are rounded stochastically to how this worker stores them, so that over workers nothing
         is lost in the mean. momentum: of the last step that stood.
         """
-        given = {"residual": residual, "velocity": velocity}
-        for kind in KINDS:
-            kept = {name: self._rounded(kind, v, specs[name]) for name, v in given[kind].items()}
-            setattr(self, kind, kept)
+        self._lagging.clear()
+        for kind, given in {"residual": residual, "velocity": velocity}.items():
+            self._kept[kind] = {n: self._rounded(kind, v, specs[n]) for n, v in given.items()}
         self.num_steps, self._last_momentum = num_steps, momentum
         self._forget_before()
 

@@ -38,7 +38,7 @@ class Accumulation(Argument):
         *((name, c_uint32) for name in ("sample_every", "sample_first")),
         ("threshold", c_float),
         ("correction", Correction),
-        ("threads", c_int),
+        *((name, c_int) for name in ("threads", "lagged", "lags")),
     )
 
 
@@ -50,8 +50,9 @@ def accumulation(given: Pass) -> Accumulation:
         given.grad_N, residual, given.old_residual, given.velocity, given.old_velocity
     ))  # fmt: skip
     work = Accumulation(
-        *stored, values.numel(), key, key ^ VELOCITY_KEY, correction=given.correction
-    )
+        *stored, values.numel(), key, key ^ VELOCITY_KEY, correction=given.correction,
+        lagged=given.lagged, lags=given.lags,
+    )  # fmt: skip
     if given.scale is not None:
         work.point(scale=given.scale)
     size = 2 if given.selection is None else 2 + BINS

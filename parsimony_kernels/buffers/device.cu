@@ -1,103 +1,55 @@
 // The passes of buffers/ops.py on a GPU; buffers/device.py launches these kernels. runtime/grid.h says on
 // what terms.
 //
-// Mapping of every kernel: one warp a block of the buffer, BLOCK elements, those that share a scale
-// in 8-bit storage; a lane has EACH of them, LANES apart, so that accesses coalesce whatever the
-// alignment, and all of a lane's reads of one buffer are under way together. A block's maximum
-// needs shuffles only; shared memory and barriers are for the histogram. Warps stride over the
-// blocks.
+// Mapping of every kernel: a thread block takes WARPS blocks of the buffer at a time, a warp one of them,
+// as device_blocks.h says, and strides over what there is. Shuffles make a block's maximum. Barriers and
+// shared memory are for the histogram, the count of what is taken out, and once for the largest gradient.
 //
 // A lane writes just the elements that it has read, and a scale is written after a shuffle of what
 // all lanes have made of the old one, so a buffer may take the place of the old one that is read.
-#include "buffers/entry.h"
-#include "runtime/grid.h"
-
-const int LANES = 32, EACH = BLOCK / LANES;
-
-// ---- a block's elements ------------------------------------------------------------------------
-
-FN i64 first_block() { return flat_start() / LANES; }
-FN i64 block_stride() { return flat_stride() / LANES; }
-FN int lane_of() { return threadIdx.x % LANES; }
-
-// Beyond the end elements are 0, which is no maximum and never selected.
-template <class T> FN void load_as(const Stored &from, i64 block, i64 numel, float *x) {
-#pragma unroll
-    for (int k = 0; k < EACH; k++) {
-        i64 i = block * BLOCK + lane_of() + k * LANES;
-        x[k] = i < numel ? widen(((const T *)from.values)[i]) : 0.0f;
-    }
-}
-
-FN void load(const Stored &from, i64 block, i64 numel, float *x) {
-    switch (from.storage) {
-        case STORAGE_FLOAT32: return load_as<float>(from, block, numel, x);
-        case STORAGE_BFLOAT16: return load_as<bf16>(from, block, numel, x);
-        case STORAGE_FLOAT16: return load_as<f16>(from, block, numel, x);
-        case STORAGE_BLOCKS: {
-            float scale = from.scales[block];
-            load_as<signed char>(from, block, numel, x);
-            for (int k = 0; k < EACH; k++) x[k] *= scale;
-            return;
-        }
-        default:
-            for (int k = 0; k < EACH; k++) x[k] = 0.0f;
-    }
-}
-
-// All of the warp must come here together.
-FN float scale_of(const float *x) {
-    u32 largest = 0;
-    for (int k = 0; k < EACH; k++) largest = larger_bits(largest, magnitude_bits(x[k]));
-    return scale_of_block(max_over_lanes(largest, LANES));
-}
-
-// Bit k of `zeroed`: the lane's k-th element becomes 0. The scale is that of the elements as they are.
-FN void store(const Stored &to, i64 block, i64 numel, i64 key, const float *x, u32 zeroed) {
-    const u32 random = folded(key);
-    bool is_blocks = to.storage == STORAGE_BLOCKS;
-    float scale = is_blocks ? scale_of(x) : 1.0f;
-    if (is_blocks && lane_of() == 0) to.scales[block] = scale;
-#pragma unroll
-    for (int k = 0; k < EACH; k++) {
-        i64 i = block * BLOCK + lane_of() + k * LANES;
-        if (i >= numel) continue;
-        float value = zeroed >> k & 1 ? 0.0f : x[k];
-        if (to.storage == STORAGE_FLOAT32) {
-            ((float *)to.values)[i] = value;
-        } else if (is_blocks) {
-            ((signed char *)to.values)[i] = stochastic_code(value, scale, random_bits(i, random));
-        } else {
-            ((bf16 *)to.values)[i] = stochastic_bf16(value, random_bits(i, random));
-        }
-    }
-}
+#include "buffers/device_blocks.h"
 
 // ---- selecting ---------------------------------------------------------------------------------
 
 const u32 MOST_COUNTED = 1u << 31;  // or little more: the count must not start again at 0
 
-// List which of a block's elements are above, as far as there is room; return this lane's, as bits.
-// One atomic for a block that has any: it counts, and says where to list. All of the warp must come
-// here together.
-FN u32 take(const Accumulation &s, i64 block, const float *u, const float *v) {
+// Count a warp's `total` in the report, with one atomic for the thread block if it has any; return where
+// the warp may list. turn: alternately 0 and 1, so that a warp may be ahead of one that still reads. All
+// threads of a thread block must come here together.
+FN u32 reserve(const Accumulation &s, u32 total, u32 turn) {
+    __shared__ u32 totals[2][WARPS], begin[2];
+    const u32 warp = threadIdx.x / LANES;
+    if (lane_of() == 0) totals[turn][warp] = total;
+    __syncthreads();
+    u32 before = 0, all = 0;
+    for (u32 w = 0; w < WARPS; w++) {
+        before += w < warp ? totals[turn][w] : 0;
+        all += totals[turn][w];
+    }
+    if (all == 0) return 0;
+    if (threadIdx.x == 0) {
+        u32 count = *(volatile u32 *)&s.report[1];
+        begin[turn] = count < MOST_COUNTED ? atomicAdd(&s.report[1], all) : count;
+    }
+    __syncthreads();
+    return begin[turn] + before;
+}
+
+// List which of a block's elements are above, as far as there is room; return this lane's, as bits. All
+// threads of a thread block must come here together.
+FN u32 take(const Accumulation &s, const Span &at, u32 turn, const float *u, const float *v) {
     u32 above[EACH], total = 0, taken = 0;
     for (int k = 0; k < EACH; k++) {
         above[k] = __ballot_sync(WHOLE_WARP, is_above(v[k], s.threshold));
         total += __popc(above[k]);
     }
+    u32 begin = reserve(s, total, turn), lane = lane_of();
     if (total == 0) return 0;
-    u32 at = 0, lane = lane_of();
-    if (lane == 0) {
-        at = *(volatile u32 *)&s.report[1];
-        at = at < MOST_COUNTED ? atomicAdd(&s.report[1], total) : at;
-    }
-    at = max_over_lanes(at, LANES);  // the other lanes' are 0
     for (int k = 0; k < EACH; k++) {
-        i64 slot = at + __popc(above[k] & ((1u << lane) - 1));
-        at += __popc(above[k]);
+        i64 slot = (i64)begin + __popc(above[k] & ((1u << lane) - 1));
+        begin += __popc(above[k]);
         if (!(above[k] >> lane & 1) || slot >= s.capacity) continue;
-        s.indices[slot] = block * BLOCK + lane + k * LANES;
+        s.indices[slot] = element(at, k);
         s.values[slot] = v[k];
         if (s.velocities) s.velocities[slot] = u[k];
         taken |= 1u << k;
@@ -105,14 +57,13 @@ FN u32 take(const Accumulation &s, i64 block, const float *u, const float *v) {
     return taken;
 }
 
-FN void sample(const Accumulation &s, i64 block, const float *v, u32 *bins) {
-    if ((u32)block % s.sample_every != s.sample_first) return;
+FN void sample(const Accumulation &s, const Span &at, const float *v, u32 *bins) {
+    if ((u32)at.block % s.sample_every != s.sample_first) return;
     for (int k = 0; k < EACH; k++)
-        if (block * BLOCK + lane_of() + k * LANES < s.numel)
-            atomicAdd(&bins[magnitude_bits(v[k]) >> BIN_SHIFT], 1u);
+        if (element(at, k) < s.numel) atomicAdd(&bins[magnitude_bits(v[k]) >> BIN_SHIFT], 1u);
 }
 
-// These two are for all threads of a thread block together. Returns shared memory.
+// These three are for all threads of a thread block together. Returns shared memory.
 FN u32 *begin_bins() {
     __shared__ u32 bins[BINS];
     for (int bin = threadIdx.x; bin < BINS; bin += THREADS) bins[bin] = 0;
@@ -126,77 +77,135 @@ FN void end_bins(const Accumulation &s, const u32 *bins) {
         if (bins[bin]) atomicAdd(&s.report[2 + bin], bins[bin]);
 }
 
+FN void report_largest(const Accumulation &s, u32 largest) {
+    __shared__ u32 maxima[WARPS];
+    largest = max_over_lanes(largest, LANES);
+    if (lane_of() == 0) maxima[threadIdx.x / LANES] = largest;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (int w = 1; w < WARPS; w++) largest = larger_bits(largest, maxima[w]);
+    if (largest > *(volatile u32 *)&s.report[0]) atomicMax(&s.report[0], largest);
+}
+
 // ---- the passes --------------------------------------------------------------------------------
 
-// Every buffer is read or written once. Atomics: for each warp a maximum of |x| as bits (infinity,
-// then NaN, is above all); where SELECTS, those of `take`, `sample` and `end_bins`, which add
-// integers. Thread order reaches nothing but the order of the list, and which entries are in it
-// where more are above than there is room for.
-template <bool SELECTS> FN void accumulate_blocks(const Accumulation &s, u32 *bins) {
+// Every buffer is read or written once. G, V and U are how gradient, residual and velocity are stored, the
+// old as the new; ANY for what the argument says. Atomics: for each thread block a maximum of |x| as bits
+// (infinity, then NaN, is above all); where SELECTS, those of `reserve`, `sample` and `end_bins`, which add
+// integers. Thread order reaches nothing but the order of the list, and which entries are in it where more
+// are above than there is room for.
+template <int G, int V, int U, bool SELECTS>
+FN void accumulate_blocks(const Accumulation &s, u32 *bins) {
     const Correction &c = s.correction;
-    bool has_velocity = s.velocity.storage != STORAGE_ABSENT;
-    float scale = s.scale ? *s.scale : 1.0f;
-    u32 largest = 0;
-    for (i64 block = first_block(); block * BLOCK < s.numel; block += block_stride()) {
-        float u[EACH], v[EACH], old[EACH];
-        load(s.grad, block, s.numel, u);
+    const bool has_velocity = U == ANY ? s.velocity.storage != STORAGE_ABSENT : U != STORAGE_ABSENT;
+    const bool is_wide = is_aligned(s);
+    const float scale = s.scale ? *s.scale : 1.0f;
+    u32 largest = 0, turn = 0;
+    for (i64 first = (i64)blockIdx.x * WARPS; first * BLOCK < s.numel; first += (i64)gridDim.x * WARPS) {
+        const Span at = span_of(first + threadIdx.x / LANES, s.numel, is_wide);
+        Held<G> grad;
+        Held<U> old_u;
+        Held<V> old_v;
+        grad.load(s.grad, at);
+        old_u.load(s.old_velocity, at);
+        old_v.load(s.old_residual, at);
+        float u[EACH], v[EACH];
         for (int k = 0; k < EACH; k++) {
-            u[k] *= scale;
-            v[k] = change(u[k], c);
-            largest = larger_bits(largest, magnitude_bits(u[k]));
+            float x = grad[k] * scale;
+            largest = larger_bits(largest, magnitude_bits(x));
+            u[k] = has_velocity ? new_velocity(old_u[k], x, c) : x;
+            v[k] = old_v[k] + (has_velocity ? change(u[k], x, c) : change(x, c));
         }
-        if (has_velocity) {
-            load(s.old_velocity, block, s.numel, old);
-            for (int k = 0; k < EACH; k++) {
-                float x = u[k];
-                u[k] = new_velocity(old[k], x, c);
-                v[k] = change(u[k], x, c);
-            }
-        }
-        load(s.old_residual, block, s.numel, old);
-        for (int k = 0; k < EACH; k++) v[k] = old[k] + v[k];
         u32 taken = 0;
         if (SELECTS) {
-            sample(s, block, v, bins);
-            taken = take(s, block, u, v);
+            sample(s, at, v, bins);
+            taken = take(s, at, turn, u, v);
         }
-        if (has_velocity) {
-            u32 masked = s.velocities ? taken : 0;
-            store(s.velocity, block, s.numel, s.velocity_key, u, masked);
-        }
-        store(s.residual, block, s.numel, s.residual_key, v, taken);
+        if (has_velocity) store<U>(s.velocity, at, s.velocity_key, u, s.velocities ? taken : 0);
+        store<V>(s.residual, at, s.residual_key, v, taken);
+        turn ^= 1;
     }
-    largest = max_over_lanes(largest, LANES);
-    if (lane_of() == 0) atomicMax(&s.report[0], largest);
+    report_largest(s, largest);
 }
 
-STREAMING_KERNEL(accumulate, Accumulation) { accumulate_blocks<false>(s, (u32 *)0); }
-
-STREAMING_KERNEL(accumulate_select, Accumulation) {
+// Entries are selected in the pass that accumulates.
+template <int G, int V, int U> FN void accumulate_and_select(const Accumulation &s) {
     u32 *bins = begin_bins();
-    accumulate_blocks<true>(s, bins);
+    accumulate_blocks<G, V, U, true>(s, bins);
     end_bins(s, bins);
 }
+
+#define SELECTING_KERNEL(SUFFIX, G, V, U) \
+    STREAMING_KERNEL(accumulate_select##SUFFIX, Accumulation) { (accumulate_and_select<G, V, U>)(s); }
+#define FOR_GRADIENTS_OF(SUFFIX, G)                                                 \
+    SELECTING_KERNEL(SUFFIX##_float32, G, STORAGE_FLOAT32, STORAGE_ABSENT)          \
+    SELECTING_KERNEL(SUFFIX##_bfloat16, G, STORAGE_BFLOAT16, STORAGE_ABSENT)        \
+    SELECTING_KERNEL(SUFFIX##_blocks, G, STORAGE_BLOCKS, STORAGE_ABSENT)            \
+    SELECTING_KERNEL(SUFFIX##_float32_velocity, G, STORAGE_FLOAT32, STORAGE_FLOAT32)    \
+    SELECTING_KERNEL(SUFFIX##_bfloat16_velocity, G, STORAGE_BFLOAT16, STORAGE_BFLOAT16) \
+    SELECTING_KERNEL(SUFFIX##_blocks_velocity, G, STORAGE_BLOCKS, STORAGE_BLOCKS)
+
+// What is common has kernels of its own, in which nothing depends on a kind of storage.
+STREAMING_KERNEL(accumulate, Accumulation) { (accumulate_blocks<ANY, ANY, ANY, false>)(s, (u32 *)0); }
+SELECTING_KERNEL(, ANY, ANY, ANY)
+FOR_GRADIENTS_OF(_float32, STORAGE_FLOAT32)
+FOR_GRADIENTS_OF(_bfloat16, STORAGE_BFLOAT16)
+
+// The residual is left as it was before the step. Atomics as above.
+template <int G> FN void accumulate_lagging(const Accumulation &s) {
+    u32 *bins = begin_bins();
+    const bool is_wide = is_aligned(s);
+    const float scale = s.scale ? *s.scale : 1.0f;
+    u32 largest = 0, turn = 0;
+    for (i64 first = (i64)blockIdx.x * WARPS; first * BLOCK < s.numel; first += (i64)gridDim.x * WARPS) {
+        const Span at = span_of(first + threadIdx.x / LANES, s.numel, is_wide);
+        Held<G> grad;
+        Held<STORAGE_FLOAT32> old_u, old;
+        grad.load(s.grad, at);
+        old_u.load(s.old_velocity, at);
+        old.load(s.old_residual, at);
+        float u[EACH], v[EACH], old_v[EACH];
+        for (int k = 0; k < EACH; k++) {
+            float x = grad[k] * scale;
+            largest = larger_bits(largest, magnitude_bits(x));
+            old_v[k] = s.lagged ? old[k] + old_u[k] : old[k];
+            u[k] = new_velocity(old_u[k], x, s.correction);
+            v[k] = old_v[k] + u[k];
+        }
+        sample(s, at, v, bins);
+        u32 taken = take(s, at, turn, u, v);
+        store<STORAGE_FLOAT32>(s.velocity, at, 0, u, taken);
+        store<STORAGE_FLOAT32>(s.residual, at, 0, old_v, 0);
+        turn ^= 1;
+    }
+    report_largest(s, largest);
+    end_bins(s, bins);
+}
+
+STREAMING_KERNEL(accumulate_lagging_float32, Accumulation) { accumulate_lagging<STORAGE_FLOAT32>(s); }
+STREAMING_KERNEL(accumulate_lagging_bfloat16, Accumulation) { accumulate_lagging<STORAGE_BFLOAT16>(s); }
+STREAMING_KERNEL(accumulate_lagging, Accumulation) { accumulate_lagging<ANY>(s); }
 
 // From what is stored: the residual is read, and what is taken out is written; velocities of blocks
 // without any are not read. Atomics as above.
 STREAMING_KERNEL(select_stored, Accumulation) {
-    u32 *bins = begin_bins();
-    for (i64 block = first_block(); block * BLOCK < s.numel; block += block_stride()) {
-        float u[EACH], v[EACH];
+    u32 *bins = begin_bins(), turn = 0;
+    const bool is_wide = is_aligned(s);
+    for (i64 first = (i64)blockIdx.x * WARPS; first * BLOCK < s.numel; first += (i64)gridDim.x * WARPS) {
+        const Span at = span_of(first + threadIdx.x / LANES, s.numel, is_wide);
+        Held<ANY> u, v;
         bool is_any = false;
-        load(s.residual, block, s.numel, v);
-        sample(s, block, v, bins);
+        v.load(s.residual, at);
+        sample(s, at, v.x, bins);
         for (int k = 0; k < EACH; k++) is_any = is_any || is_above(v[k], s.threshold);
-        if (!__ballot_sync(WHOLE_WARP, is_any)) continue;
-        if (s.velocities) load(s.velocity, block, s.numel, u);
-        u32 taken = take(s, block, u, v);
+        if (s.velocities && __ballot_sync(WHOLE_WARP, is_any)) u.load(s.velocity, at);
+        u32 taken = take(s, at, turn, u.x, v.x);
         for (int k = 0; k < EACH; k++) {
-            i64 i = block * BLOCK + lane_of() + k * LANES;
             if (!(taken >> k & 1)) continue;
-            clear(s.residual, i);
-            if (s.velocities) clear(s.velocity, i);
+            clear(s.residual, element(at, k));
+            if (s.velocities) clear(s.velocity, element(at, k));
         }
+        turn ^= 1;
     }
     end_bins(s, bins);
 }

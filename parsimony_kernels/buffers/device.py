@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import torch
 
-from parsimony_kernels.buffers.arguments import accumulation, make_room
+from parsimony_kernels.buffers.arguments import Accumulation, accumulation, make_room
 from parsimony_kernels.buffers.operands import BLOCK, Found, Pass
 from parsimony_kernels.runtime.launch import THREADS, launch
+from parsimony_kernels.runtime.operands import Storage
 
-# Enough to fill a GPU; few, because each of their warps ends in an atomic on one number.
-MAX_BLOCKS = 4096
+# Eight for each of a large GPU's multiprocessors, half of which run at a time.
+MAX_BLOCKS = 1056
 _LANES = 32
 
 
 def accumulate(given: Pass) -> Found:
     work = accumulation(given)
     device = work.kept["report"].device
-    kernel = "accumulate"
     if given.selection is not None:
         make_room(work, given, num_lists=1)
-        kernel = "select_stored" if given.grad_N is None else "accumulate_select"
     blocks = -(-work.numel // (THREADS // _LANES * BLOCK))  # a warp for each of the buffer's
-    launch(kernel, min(blocks, MAX_BLOCKS), work, device)
+    launch(_kernel(given, work), min(blocks, MAX_BLOCKS), work, device)
     nothing = torch.zeros(0, dtype=torch.int64, device=device)
     return Found(
         work.kept["report"],
@@ -34,3 +33,23 @@ def accumulate(given: Pass) -> Found:
         work.kept.get("velocities"),
         is_sorted=False,
     )
+
+
+_OWN = {Storage.FLOAT32: "_float32", Storage.BFLOAT16: "_bfloat16", Storage.BLOCKS: "_blocks"}
+_GRADIENTS = (Storage.FLOAT32, Storage.BFLOAT16)
+
+
+def _kernel(given: Pass, work: Accumulation) -> str:
+    """Return the kernel for such a pass; where storage is common, it has one of its own."""
+    if given.selection is None:
+        return "accumulate"
+    if given.grad_N is None:
+        return "select_stored"
+    grad = _OWN[work.grad.storage] if work.grad.storage in _GRADIENTS else ""
+    if given.lags:
+        return f"accumulate_lagging{grad}"
+    residual, velocity = work.residual.storage, work.velocity.storage
+    as_before = (work.old_residual.storage, work.old_velocity.storage) == (residual, velocity)
+    if not grad or not as_before or velocity not in (Storage.ABSENT, residual):
+        return "accumulate_select"
+    return f"accumulate_select{grad}{_OWN[residual]}" + ("_velocity" if velocity else "")

@@ -203,6 +203,36 @@ template <class T> void pass_over(const Accumulation &a, Part &part) {
     }
 }
 
+// Leave the residual as it was before the step, and velocities that are still to be added to it.
+template <class T> void pass_over_lagging(const Accumulation &a, Part &part) {
+    const float scale = a.scale ? *a.scale : 1.0f;
+    const bool is_streamed = a.numel >= STREAM_FROM && a.velocity.values != a.grad.values;
+    const Correction c = a.correction;
+    for (i64 block = part.begin; block < part.end; block++) {
+        const Span s(block, a.numel);
+        fetch(a.grad.values, s.begin, sizeof(T));
+        fetch(a.residual, s.begin);
+        fetch(a.old_velocity, s.begin);
+        float x[BLOCK], u[BLOCK], v[BLOCK];
+        int offsets[BLOCK];
+        const u32 largest = scaled((const T *)a.grad.values + s.begin, scale, s.length, x);
+        part.largest = larger_bits(part.largest, largest);
+        const float *old_u = (const float *)a.old_velocity.values + s.begin;
+        float *old_v = (float *)a.residual.values + s.begin;
+        if (a.lagged) {
+#pragma omp simd
+            for (int j = 0; j < s.length; j++) old_v[j] += old_u[j];
+        }
+#pragma omp simd
+        for (int j = 0; j < s.length; j++) {
+            u[j] = new_velocity(old_u[j], x[j], c);
+            v[j] = old_v[j] + u[j];
+        }
+        const int taken = list_in_block(a, part, block, s, u, v, offsets);
+        store(a.velocity, s, u, a.velocity_key, offsets, taken, is_streamed);
+    }
+}
+
 // Select from what is stored; only what is taken out is written.
 void pass_over_stored(const Accumulation &a, Part &part) {
     for (i64 block = part.begin; block < part.end; block++) {
@@ -219,11 +249,16 @@ void pass_over_stored(const Accumulation &a, Part &part) {
     }
 }
 
+template <class T> void pass_over_given(const Accumulation &a, Part &part) {
+    if (a.lags) return pass_over_lagging<T>(a, part);
+    pass_over<T>(a, part);
+}
+
 void pass_over_part(const Accumulation &a, Part &part) {
     if (a.grad.storage == STORAGE_ABSENT) return pass_over_stored(a, part);
-    if (a.grad.storage == STORAGE_BFLOAT16) return pass_over<bf16>(a, part);
-    if (a.grad.storage == STORAGE_FLOAT16) return pass_over<f16>(a, part);
-    pass_over<float>(a, part);
+    if (a.grad.storage == STORAGE_BFLOAT16) return pass_over_given<bf16>(a, part);
+    if (a.grad.storage == STORAGE_FLOAT16) return pass_over_given<f16>(a, part);
+    pass_over_given<float>(a, part);
 }
 
 // Add what was seen in a part to the report.

@@ -113,6 +113,8 @@ class Pass(NamedTuple):
     scale: Tensor | None
     key: int
     selection: Selection | None = None
+    lagged: bool = False
+    lags: bool = False
 
     @property
     def lists_velocities(self) -> bool:
@@ -136,7 +138,7 @@ class Report:
     histogram: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Found:
     """What a pass returns, on the buffers' device; the host has not waited for it.
 
@@ -146,6 +148,7 @@ class Found:
     indices, values, velocities: what was taken out, in the order in which it was listed. Unused
         room may follow.
     is_sorted: that order is ascending by index.
+    count: the report's, as soon as `read_reports` has read it.
     """
 
     report: Tensor
@@ -153,6 +156,7 @@ class Found:
     values: Tensor
     velocities: Tensor | None
     is_sorted: bool = True
+    count: int | None = None
 
     @property
     def largest(self) -> Tensor:
@@ -186,11 +190,13 @@ def join_reports(found: Sequence[Found]) -> Tensor:
 def split_reports(found: Sequence[Found], joined: Tensor) -> list[Report]:
     """Read what `join_reports` returned, and was copied to the CPU."""
     reports = joined.split([each.report.numel() for each in found])
+    for each, report in zip(found, reports, strict=True):
+        each.count = report[1].item() & 0xFFFFFFFF
     return [
         Report(
             largest=report[:1].view(torch.float32).item(),
-            count=report[1].item() & 0xFFFFFFFF,
+            count=each.count,
             histogram=report[2:] if report.numel() > 2 else None,
         )
-        for report in reports
+        for each, report in zip(found, reports, strict=True)
     ]

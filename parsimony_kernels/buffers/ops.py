@@ -182,6 +182,51 @@ def accumulate(
     )
 
 
+def accumulate_lagging(
+    grad_N: Tensor,
+    momentum: float,
+    selection: Selection,
+    *,
+    residual: Tensor,
+    velocity: Tensor,
+    old_velocity: Tensor,
+    is_lagging: bool,
+    scale: Tensor | None = None,
+) -> Found:
+    """Do as `accumulate` with velocities that are masked, but need no second residual.
+
+    A residual lags if the velocity beside it is still to be added to it; the two are stored without
+    loss. What is left lags: `velocity` is new, momentum old_velocity + scale * grad, and 0 where
+    entries are taken out; `residual` is as it was before the step, and does not lag behind
+    old_velocity any more. So old_velocity is all that undoing the step needs. If the step stands,
+    what was taken out is yet to be made 0 in `residual`, which then lags behind `velocity`.
+    Velocities, what is listed and the sum are to the bit `accumulate`'s, with
+    `Correction(momentum, 1, 1, 0)`, for finite gradients and a residual without -0.0.
+    Args: residual: (N,), changed in place: if is_lagging, old_velocity is added.
+        velocity: (N,), written; it may be the gradient's own memory.
+        Both, and old_velocity, are float32, or float64 for a float64 gradient.
+    Cost:    as `accumulate`.
+    Example: residual [1, -3], old_velocity [1, 0], lagging, grad [1, 1], momentum 1, threshold 3
+        -> listed {0: 4}, velocities {0: 2}; velocity [0, 1]; residual [2, -3].
+    """
+    n, device = grad_N.numel(), grad_N.device
+    check_tensor("grad", grad_N, device, STEP_DTYPES, 1)
+    exact = state_dtype(grad_N.dtype)
+    stored = {"residual": residual, "velocity": velocity, "old_velocity": old_velocity}
+    for name, buffer in stored.items():
+        _check_part(name, buffer, (exact,), n, device)
+    if scale is not None:
+        check_shape("scale", scale, (1,), device, (exact,))
+    if not selection.mask_velocity:
+        raise ValueError("selection.mask_velocity is False; allowed: True where a residual lags")
+    if n == 0:
+        return _nothing(exact, device, selection)
+    return implementing_module("buffers", device.type, exact).accumulate(
+        Pass(grad_N, Correction(momentum, 1, 1, 0), residual, residual, velocity, old_velocity,
+             scale, 0, selection, is_lagging, lags=True)
+    )  # fmt: skip
+
+
 _ALLOWED = {torch.float32: STORED_DTYPES, torch.float64: (torch.float64, *STORED_DTYPES[1:])}
 _STORED = ("residual", "old_residual", "velocity", "old_velocity")
 

@@ -93,6 +93,8 @@ def accumulate(given: Pass) -> Found:
     x = given.grad_N.to(state_dtype(given.grad_N.dtype))
     if given.scale is not None:
         x = x * given.scale
+    if given.lags:
+        return _accumulate_lagging(x, given)
     u_beta, u_gain, v_from_u, v_gain = given.correction.scalars(x.dtype)
     change, u = x * v_gain, None
     if velocity is not None:
@@ -103,6 +105,18 @@ def accumulate(given: Pass) -> Found:
     _store(v, residual, given.key)
     found = _find(x, v, u, given)
     _mask(found, residual, velocity)
+    return found
+
+
+def _accumulate_lagging(x: Tensor, given: Pass) -> Found:
+    old_u = given.old_velocity
+    u_beta, u_gain, _, _ = given.correction.scalars(x.dtype)
+    u = old_u * u_beta + x * u_gain
+    old_v = given.residual + old_u if given.lagged else given.residual
+    found = _find(x, old_v + u, u, given)
+    given.residual.copy_(old_v)
+    given.velocity.copy_(u)
+    given.velocity[found.indices] = 0
     return found
 
 

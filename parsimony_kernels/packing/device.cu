@@ -154,13 +154,35 @@ KERNEL(unpack_values, Packing) {
 
 // ---- the checksum ------------------------------------------------------------------------------
 
-// Flat over all words: their sum, less the one that the message has. One atomic for each warp.
-KERNEL(message_checksum, Packing) {
-    u32 sum = 0;
-    for (i64 i = flat_start(); i < s.parts.end; i += flat_stride())
-        sum += i == CHECKSUM_WORD ? 0u - s.words[i] : checked(s.words[i], i);
+// All threads of a thread block must come here together; the first one gets the sum.
+FN u32 sum_over_block(u32 sum) {
+    __shared__ u32 sums[THREADS / 32];
     for (int apart = 16; apart > 0; apart /= 2) sum += __shfl_xor_sync(WHOLE_WARP, sum, apart);
-    if (threadIdx.x % 32 == 0) atomicAdd(s.found, sum);
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = 0;
+    for (int warp = 0; warp < THREADS / 32; warp++) sum += sums[warp];
+    return sum;
+}
+
+FN u32 checksum_of(u32 word, i64 i) { return i == CHECKSUM_WORD ? 0u - word : checked(word, i); }
+
+// Flat over groups of four words, which are read in one go if the message lies on a boundary of 16 bytes:
+// their sum, less the one that the message has. One atomic for each thread block.
+KERNEL(message_checksum, Packing) {
+    const bool is_wide = ((u64)s.words & 15) == 0;
+    u32 sum = 0;
+    for (i64 i = 4 * flat_start(); i < s.parts.end; i += 4 * flat_stride()) {
+        if (is_wide && i + 4 <= s.parts.end) {
+            const uint4 four = *(const uint4 *)(s.words + i);
+            sum += checksum_of(four.x, i) + checksum_of(four.y, i + 1);
+            sum += checksum_of(four.z, i + 2) + checksum_of(four.w, i + 3);
+        } else {
+            for (i64 k = i; k < i + 4 && k < s.parts.end; k++) sum += checksum_of(s.words[k], k);
+        }
+    }
+    sum = sum_over_block(sum);
+    if (threadIdx.x == 0) atomicAdd(s.found, sum);
 }
 
 // ---- joined messages -----------------------------------------------------------------------------

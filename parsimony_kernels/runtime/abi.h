@@ -155,7 +155,8 @@ struct Accumulation {
     u32 sample_every, sample_first;
     float threshold;
     Correction correction;
-    int threads;  // on the host
+    int threads;       // on the host
+    int lagged, lags;  // whether the old residual lags, and whether the new one is to: ops.py
 };
 
 // ---- packing ---------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ extern Extent gridDim, blockDim, blockIdx, threadIdx;
 // lie in one section, which is filled with garbage before each block, as a GPU may find it.
 #define __shared__ static __attribute__((section("emulated_shared")))
 
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+
 // A kernel becomes a function of the address of its argument: what the driver below can call by
 // name.
 #define KERNEL(NAME, ARGUMENT)                                                                    \

@@ -68,6 +68,12 @@ def test_selecting_equals_the_reference(dtype, n):
     test_device_buffers.check_select(dtype, n, GPU)
 
 
+@pytest.mark.parametrize("n", (1500, 3_000_017))
+def test_kernels_for_what_is_common_and_lagging_ones_equal_the_reference(n):
+    test_device_buffers.check_own_kernels(n, GPU)
+    test_device_buffers.check_lagging(n, GPU)
+
+
 @pytest.mark.parametrize("dtype", buffers.DTYPES)
 def test_what_there_is_no_room_for_stays(dtype):
     test_device_buffers.check_overflow(dtype, 100_003, GPU)

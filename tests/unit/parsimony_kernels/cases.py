@@ -120,14 +120,15 @@ class Guarded:
     """Makes copies of tensors on a device, between sentinels."""
 
     device: torch.device
+    padding: int = PADDING  # of another multiple than 32, tensors begin off boundaries
     _made: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def copy(self, tensor: Tensor) -> Tensor:
         is_float = tensor.is_floating_point()
         sentinel = float("nan") if is_float else torch.iinfo(tensor.dtype).min
-        length = tensor.numel() + 2 * PADDING
+        length = tensor.numel() + 2 * self.padding
         buffer = torch.full((length,), sentinel, dtype=tensor.dtype, device=self.device)
-        inner = buffer[PADDING : PADDING + tensor.numel()].view(tensor.shape)
+        inner = buffer[self.padding : self.padding + tensor.numel()].view(tensor.shape)
         inner.copy_(tensor)
         self._made.append((buffer, buffer.clone()))
         return inner
@@ -139,7 +140,7 @@ class Guarded:
 
     def check(self) -> None:
         for buffer, before in self._made:
-            for part in (slice(0, PADDING), slice(-PADDING, None)):
+            for part in (slice(0, self.padding), slice(-self.padding, None)):
                 assert _same_bits(buffer[part], before[part]), "written outside a tensor"
 
 

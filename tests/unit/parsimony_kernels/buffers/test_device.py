@@ -1,6 +1,7 @@
 """The CUDA passes over residual and velocity, run on the CPU by tests/emulation, as specified."""
 
 import dataclasses
+import itertools
 from types import ModuleType
 
 import pytest
@@ -13,6 +14,7 @@ from parsimony_kernels.buffers import reference as reference_buffers
 from parsimony_kernels.buffers.operands import BLOCK, Correction, Pass, Selection
 from tests.emulation.emulator import BACKWARD, FORWARD
 from tests.unit.parsimony_kernels.buffers.test_buffers import (
+    GRAD_DTYPES,
     KEY,
     NESTEROV,
     SIZES,
@@ -24,9 +26,11 @@ from tests.unit.parsimony_kernels.buffers.test_buffers import (
     storage_cases,
     stored,
 )
-from tests.unit.parsimony_kernels.cases import CPU, Guarded
+from tests.unit.parsimony_kernels.cases import CPU, PADDING, Guarded
 
 SHUFFLED = 7
+ALIGNED = 32
+MOMENTUM = Correction(0.9, 1, 1, 0)
 THRESHOLDS = (0.0, 0.3, 2.5, 1e3, float("inf"))
 SIZE_CASES = [
     Case(dtype, "in place", dtype, "in place", n, torch.float32, True, 1)
@@ -44,9 +48,10 @@ def accumulated(
     where: torch.device,
     grad: Tensor | None = None,
     selection: Selection | None = None,
+    padding: int = PADDING,
 ) -> list[Tensor]:
     """Return all that one accumulation leaves: report, lists, buffers, and the old ones."""
-    guarded, kept = Guarded(where), []
+    guarded, kept = Guarded(where, padding), []
     for seed, dtype, old in (
         (1, case.residual, case.old_residual),
         (3, case.velocity, case.old_velocity),
@@ -68,10 +73,42 @@ def accumulated(
 def check_accumulate(
     case: Case, where: torch.device = CPU, selection: Selection | None = None
 ) -> None:
+    """Off boundaries of 16 bytes, and on them."""
     expected = accumulated(case, reference_buffers, CPU, None, selection)
-    actual = accumulated(case, device_buffers, where, None, selection)
-    for a, b in zip(actual, expected, strict=True):
-        assert_same_bits(a, b)
+    for padding in (PADDING, ALIGNED):
+        actual = accumulated(case, device_buffers, where, None, selection, padding)
+        for a, b in zip(actual, expected, strict=True):
+            assert_same_bits(a, b)
+
+
+def check_own_kernels(n: int, where: torch.device = CPU) -> None:
+    """The kernels for what is common select as the one for all storage does."""
+    selection = Selection(0.3, n, True, 2, 1)
+    kinds = itertools.product(GRAD_DTYPES, buffers.DTYPES, (True, False))
+    for grad, dtype, has_velocity in kinds:
+        velocity = (dtype, "in place") if has_velocity else (None, "none")
+        check_accumulate(Case(dtype, "in place", *velocity, n, grad, True, 1), where, selection)
+
+
+def check_lagging(n: int, where: torch.device = CPU, grads=GRAD_DTYPES) -> None:
+    """With a velocity of its own, and in the gradient's place."""
+    for grad_dtype, lagged, padding in itertools.product(grads, (False, True), (PADDING, ALIGNED)):
+        results = []
+        for implementation, device in ((reference_buffers, CPU), (device_buffers, where)):
+            guarded = Guarded(device, padding)
+            residual, old_velocity = (guarded.copy(numbers(n, seed)) for seed in (1, 3))
+            grad = guarded.copy(numbers(n, 5).clamp(-6e4, 6e4).to(grad_dtype))
+            velocity = grad if grad_dtype == torch.float32 else guarded.copy(numbers(n, 7))
+            given = (residual, residual, velocity, old_velocity)
+            scale, selection = guarded.copy(torch.tensor([0.37])), Selection(0.3, n, True, 2, 1)
+            found = implementation.accumulate(
+                Pass(grad, MOMENTUM, *given, scale, 0, selection, lagged, lags=True)
+            )
+            guarded.check()
+            parts = (residual, velocity, old_velocity)
+            results.append([*found_parts(found), *(part.cpu() for part in parts)])
+        for a, b in zip(*results, strict=True):
+            assert_same_bits(a, b)
 
 
 def check_select(dtype: str, n: int, where: torch.device = CPU) -> None:
@@ -147,7 +184,7 @@ def check_not_finite(dtype: str, bad: float, where: torch.device = CPU) -> None:
 def test_accumulate_equals_the_reference(emulated, case):
     emulator = emulated()
     check_accumulate(case)
-    assert emulator.launches == {"accumulate": 1}
+    assert emulator.launches == {"accumulate": 2}
 
 
 @pytest.mark.parametrize("n", SIZES[:-1])
@@ -155,7 +192,20 @@ def test_accumulate_equals_the_reference(emulated, case):
 def test_selecting_equals_the_reference(emulated, dtype, n):
     emulator = emulated()
     check_select(dtype, n)
-    assert emulator.launches == {"accumulate_select": 15, "select_stored": 10}
+    own = "blocks" if dtype == "int8" else dtype
+    assert emulator.launches == {
+        f"accumulate_select_float32_{own}_velocity": 20,
+        **{"accumulate_select": 10, "select_stored": 10},
+    }
+    check_lagging(n)
+
+
+def test_what_is_common_has_kernels_of_its_own(emulated):
+    emulator = emulated()
+    check_own_kernels(1500)
+    check_lagging(1500)
+    names = {name for name in emulator.launches if name.startswith("accumulate")}
+    assert len(names) == 1 + 2 * 6 + 3, names
 
 
 @pytest.mark.parametrize("order", [FORWARD, BACKWARD, SHUFFLED])
@@ -175,6 +225,7 @@ def test_warps_take_many_blocks_in_any_order(emulated, monkeypatch, dtype, order
     check_accumulate(dataclasses.replace(in_place, old_residual="int8", old_velocity="none"))
     check_accumulate(in_place, selection=Selection(0.3, 10_007, True, 2, 1))
     check_select_stored(dtype, 10_007, Selection(0.3, 10_007))
+    check_lagging(10_007, grads=(torch.bfloat16,))
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])

@@ -257,3 +257,46 @@ def test_what_cannot_be_selected_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+# ---- residuals that lag --------------------------------------------------------------------------
+
+
+def lag(implementation, n, grad_dtype, selection, lagged):
+    """Return what a lagging pass leaves, in the gradient's own memory where it can."""
+    guarded = Guarded(CPU)
+    residual, old_velocity = (guarded.copy(numbers(n, seed)) for seed in (1, 3))
+    grad = guarded.copy(numbers(n, 5).clamp(-6e4, 6e4).to(grad_dtype))
+    velocity = grad if grad_dtype == torch.float32 else guarded.copy(numbers(n, 7))
+    scale = guarded.copy(torch.tensor([0.37]))
+    given = (residual, residual, velocity, old_velocity, scale, 0, selection, lagged)
+    found = implementation.accumulate(Pass(grad, Correction(0.9, 1, 1, 0), *given, lags=True))
+    guarded.check()
+    return found_parts(found), residual, velocity
+
+
+@pytest.mark.parametrize("lagged", (True, False))
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("selection", SETTINGS[::2], ids=str)
+def test_a_residual_that_lags_has_the_bits_of_one_that_does_not(n, selection, lagged, threads):  # noqa: F811
+    for grad_dtype, num in ((torch.float32, 1), (torch.bfloat16, 2), (torch.float16, 1)):
+        threads(num)
+        given = (n, grad_dtype, selection, lagged)
+        found, residual, velocity = lag(host_buffers, *given)
+        expected = lag(reference_buffers, *given)
+        for a, b in zip((*found, residual, velocity), (*expected[0], *expected[1:]), strict=True):
+            assert_same_bits(a, b)
+        old_residual, old_velocity = (numbers(n, seed) for seed in (1, 3))
+        if lagged:
+            old_residual += old_velocity
+        assert_same_bits(residual, old_residual)
+        whole, u = old_residual.clone(), old_velocity.clone()
+        anew = host_buffers.accumulate(
+            Pass(numbers(n, 5).clamp(-6e4, 6e4).to(grad_dtype), Correction(0.9, 1, 1, 0), whole,
+                 old_residual, u, old_velocity, torch.tensor([0.37]), 0, selection)
+        )  # fmt: skip
+        for a, b in zip(found, found_parts(anew), strict=True):
+            assert_same_bits(a, b)
+        assert_same_bits(velocity, u)
+        residual[found[1]] = 0.0
+        assert torch.equal(residual + velocity, whole)
