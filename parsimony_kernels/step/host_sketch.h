@@ -125,7 +125,8 @@ struct Block {
         for (i64 j = 0; j < depth; j++) {
             const i64 slot = b.slot[i * depth + j];
             const float *cell = b.table.values + b.address[slot] + begin, *sum = &sums[slot * length];
-            for (i64 c = 0; c < head; c += 16) __builtin_prefetch(cell + c, 0, 2), __builtin_prefetch(sum + c, 0, 2);
+            for (i64 c = 0; c < head; c += 16)
+                __builtin_prefetch(cell + c, 0, 2), __builtin_prefetch(sum + c, 0, 2);
         }
     }
 
