@@ -81,7 +81,6 @@ def test_upkeep_is_that_of_the_sketch_by_itself(implementation, mode, rule):
     assert torch.equal(second.values, alone.values)
 
 
-@pytest.mark.one_in(7)
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_bucket_that_is_nan_is_not_hidden_by_the_others(implementation, depth, mode):
