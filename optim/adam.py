@@ -119,12 +119,13 @@ class SketchAdam(Adam):
     With first_moment="full" it is the paper's CS-V, with betas[0] = 0 its CMS.
     Source: Spring et al. 2019 (PMLR 97), algorithm 4, which names M in the queries of the second
         moment where it means V.
-    Differs: all rows of a step are queried before any is inserted. The paper updates by the median
-        of the first moment's estimates after the insertion, which is mostly noise where rows
-        collide. Here the estimates before the insertion count as far as they agree with each other:
-        to that extent the update takes the average that follows from their mean, and for the rest
-        the entry's own gradient, without bias correction. When all rows arrive in a step, the
-        sketch is exactly the sketch of the averages.
+    Differs: all rows of a step are queried before any is inserted. The paper updates by the
+        estimates after the insertion, which are mostly of other rows where rows collide. Here the
+        second moment is the average that follows from the estimate before the insertion and the
+        entry's own square. Of the first moment the estimates before the insertion count as far as
+        they agree with each other: to that extent the update takes the average that follows from
+        their mean, and for the rest the entry's own gradient, without bias correction. When all
+        rows arrive in a step, the sketch is exactly the sketch of the averages.
     """
 
     structures = {"first_moment": "sketch", "second_moment": "sketch"}  # noqa: RUF012

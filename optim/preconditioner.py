@@ -84,6 +84,9 @@ class Preconditioner:
     def root(self, indices_K: Tensor | None = None) -> Tensor:
         """Return what gradients are divided by: sqrt(bias-corrected moment) + eps, 0 or more.
 
+        The moment is the one after the last `observe`. Of a sketch too it is the query, other than
+        in an optimizer's step, which sets in the square of the gradient that it divides: what is
+        divided here is what several steps have left, or other workers sent.
         Args:    indices_K: (K,) int64, of elements; None: all N elements.
         Returns: (K,) or (N,), in the dtype of the state.
         """

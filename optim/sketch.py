@@ -105,7 +105,8 @@ class _RowSketch:
         Source: Spring et al. 2019, the query-then-insert of algorithms 2 to 4. For a sum, gain and
         decay have their defaults (3); for an average that forgets with beta, both are 1 - beta (4);
         for a momentum gamma, gain is 1 and decay 1 - gamma (2).
-        Differs: see parsimony_kernels.step.ops.sketch_update.
+        Differs: see parsimony_kernels.step.ops.sketch_update. An optimizer's step inserts the same,
+        but does not use the new estimates: see parsimony_kernels.step.ops.step.
         """
         ops.sketch_update(self.table, rows, values, gain=gain, forgetting=decay)
         return self.query(rows)

@@ -50,11 +50,12 @@ template <class T> void step_by_columns(const HostStep &a, const Buckets *first,
                                         const float *col, u32 *col_max, u32 *row_max) {
     const WalkRows walk_all = choose_walk<T>(a.first, source_of(a));
     const int threads = col_max || a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
-    Aligned scratch(threads * SCRATCH * PIECE);
+    const i64 each = SCRATCH * block_size(a.m, threads);
+    Aligned scratch(threads * each);
     by_blocks({first, second}, a.m, threads, [&](i64 begin, i64 length, Block *of_first, Block *of_second) {
         if (first && a.k == a.n) of_first->keep = a.rule.first_beta;
-        float *own = scratch + omp_get_thread_num() * SCRATCH * PIECE;
-        walk_all(a, 0, a.k, begin, length, col, Fed{of_first, of_second}, own, col_max, row_max);
+        walk_all(a, 0, a.k, begin, length, col, Fed{of_first, of_second},
+                 scratch + omp_get_thread_num() * each, col_max, row_max);
     });
 }
 
@@ -109,12 +110,13 @@ template <class T> void observe(const HostStep &a) {
     const Rows<T> rows{a};
     const int threads = a.k * a.m < PARALLEL_FROM ? 1 : a.threads;
     const Buckets second(a.second_sketch, nullptr, a.k, false, a.rule.second_forgetting);
-    Aligned scratch(threads * 2 * a.m);
+    const i64 each = 2 * block_size(a.m, threads);
+    Aligned scratch(threads * each);
     by_blocks({nullptr, &second}, a.m, threads, [&](i64 begin, i64 length, Block *, Block *block) {
-        float *x = scratch + omp_get_thread_num() * 2 * a.m;
+        float *x = scratch + omp_get_thread_num() * each;
         for (i64 i = 0; i < a.k; i++) {
             rows.read(i, begin, length, x);
-            block->take_second(i, x, 0, length, a.rule, x + length);
+            block->take_second(i, x, a.rule, x + length);
         }
     });
 }
@@ -183,7 +185,7 @@ int parsimony_sketch_update(const Sketch *table, const i64 *rows, const float *x
     const Buckets buckets(*table, rows, k, false, forgetting);
     if (k * dim < PARALLEL_FROM) threads = 1;
     by_blocks({nullptr, &buckets}, dim, threads, [&](i64 begin, i64 length, Block *, Block *block) {
-        for (i64 i = 0; i < k; i++) block->feed_item(i, x + i * dim + begin, 0, length, gain);
+        for (i64 i = 0; i < k; i++) block->feed_item(i, x + i * dim + begin, gain);
     });
     return 0;
 } catch (const std::bad_alloc &) {

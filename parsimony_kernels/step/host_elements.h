@@ -16,14 +16,14 @@ Floats taken_from_sketch(const HostStep &a, bool is_first, const Floats &x) {
     const bool is_scaled = is_first && a.k == a.n * a.m;
     const float forgetting = is_scaled ? 0.0f : is_first ? r.first_forgetting : r.second_forgetting;
     const Buckets buckets(is_first ? a.first_sketch : a.second_sketch, a.at, a.k, true, forgetting);
-    Block block(buckets, Cut(1, buckets.num_slots(), 1));
+    Block block(buckets, 1);
+    block.length = 1;
     if (is_scaled) block.keep = r.first_beta;
-    block.load(0, 1);
     Floats taken(a.k);
     float doubt;
     for (i64 i = 0; i < a.k; i++)
-        if (is_first) block.take_first(i, &x[i], 0, 1, r, &taken[i], &doubt);
-        else block.take_second(i, &x[i], 0, 1, r, &taken[i]);
+        if (is_first) block.take_first(i, &x[i], r, &taken[i], &doubt);
+        else block.take_second(i, &x[i], r, &taken[i]);
     return taken;
 }
 

@@ -1,7 +1,7 @@
 // Sketches on the host: the buckets of a step's items, and a block of their columns.
 //
-// Every item is walked once: it reads its buckets as they were before the step and adds what it inserts to
-// sums beside them. The last item that has a bucket brings that up to date.
+// Every item is walked once. It reads its buckets in the table as they were before the step, and adds what it
+// inserts to sums beside them; the last item that has a bucket brings that up to date.
 #pragma once
 
 #include <omp.h>
@@ -10,10 +10,6 @@
 #include <cstring>
 #include <optional>
 #include <vector>
-
-#if defined(__linux__)
-#include <unistd.h>
-#endif
 
 #include "runtime/float_mode.h"
 #include "step/host_cells.h"
@@ -87,113 +83,87 @@ struct Buckets {
 
 // ---- blocks of columns -----------------------------------------------------------------------------------
 
-// Bytes of a core's second cache. Where the system does not say, there is none to speak of.
-inline i64 second_cache() {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    const long size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    return size > 0 ? size : 0;
-#else
-    return 0;
-#endif
+const i64 LONGEST = 2048;  // columns of a block: memory is read as fast as in whole rows
+const i64 HEAD = 256;      // columns of the next item's buckets that are asked for
+
+// How many of m columns to take at once: whole rows, if they are not too long and each thread has a block.
+// Parts of rows that stay in the second cache with their buckets are slower, see benchmarks/results.
+inline i64 block_size(i64 m, int threads) {
+    const i64 each = (m + 16 * threads - 1) / (16 * threads) * 16, most = each < m ? each : m;
+    return LONGEST < most ? LONGEST : most;
 }
-
-const i64 LONG = 2048;  // columns that are read as fast as longer rows
-const i64 SHORT = 96;   // parts of rows that are shorter are read too slowly
-
-// How many of m columns to take at once, and whether to copy their part of the buckets together. If a block
-// that is not too narrow can stay in the second cache with its sums, it is copied, as columns a power of
-// two apart would displace each other there. Else rows are walked as they lie in memory, and their buckets
-// come from the third cache.
-struct Cut {
-    i64 size;
-    bool is_copied;
-
-    Cut(i64 m, i64 num_slots, int threads) {
-        const i64 each = (m + 16 * threads - 1) / (16 * threads) * 16, most = each < m ? each : m;
-        const i64 bytes = 2 * sizeof(float) * (num_slots > 0 ? num_slots : 1);
-        const i64 fitting = second_cache() * 6 / 10 / bytes / 16 * 16;
-        is_copied = fitting >= SHORT && fitting < m;
-        const i64 wanted = is_copied ? fitting : LONG;
-        size = wanted < most ? wanted : most;
-    }
-};
 
 // A block of columns of the buckets, and what the items have inserted there so far.
 struct Block {
     const Buckets &b;
-    const bool is_copied;
     i64 begin = 0, length = 0;
     float keep = 1.0f;  // what the cells are scaled by as the sums are added
-    Aligned cells, sums, zeros;
+    Aligned sums, zeros;
 
-    Block(const Buckets &buckets, const Cut &cut)
-        : b(buckets), is_copied(cut.is_copied), cells(is_copied ? b.num_slots() * cut.size : 0),
-          sums(b.num_slots() * cut.size), zeros(cut.size) {
-        memset(zeros, 0, cut.size * sizeof(float));
+    Block(const Buckets &buckets, i64 size) : b(buckets), sums(b.num_slots() * size), zeros(size) {
+        memset(zeros, 0, size * sizeof(float));
     }
 
-    void load(i64 begin_, i64 length_) {
-        begin = begin_, length = length_;
-        for (i64 s = 0; is_copied && s < b.num_slots(); s++)
-            memcpy(&cells[s * length], b.table.values + b.address[s] + begin, length * sizeof(float));
-    }
-
-    const float *cell(i64 slot) const {
-        return is_copied ? &cells[slot * length] : b.table.values + b.address[slot] + begin;
-    }
-
-    // Where item i's buckets are, from the block's column `offset` on.
-    Places find(i64 i, i64 offset) const {
+    // Where item i's buckets are.
+    Places find(i64 i) const {
         Places at;
         const i64 depth = b.table.depth, first = i * depth;
         for (i64 j = 0; j < depth; j++) {
             const i64 slot = b.slot[first + j];
-            at.cells[j] = cell(slot) + offset;
-            at.to[j] = &sums[slot * length + offset];
-            at.from[j] = b.turn[first + j] & Buckets::FIRST ? &zeros[offset] : at.to[j];
+            at.cells[j] = b.table.values + b.address[slot] + begin;
+            at.to[j] = &sums[slot * length];
+            at.from[j] = b.turn[first + j] & Buckets::FIRST ? zeros : at.to[j];
         }
         at.sign = b.table.is_signed ? &b.sign[first] : nullptr;
         at.rate = &b.rate[b.forgetting == UNEVENLY ? first : 0];
         return at;
     }
 
+    // Ask for the beginning of item i's buckets; the processor foresees the rest.
+    void fetch(i64 i) const {
+        const i64 depth = b.table.depth, head = length < HEAD ? length : HEAD;
+        for (i64 j = 0; j < depth; j++) {
+            const i64 slot = b.slot[i * depth + j];
+            const float *cell = b.table.values + b.address[slot] + begin, *sum = &sums[slot * length];
+            for (i64 c = 0; c < head; c += 16)
+                __builtin_prefetch(cell + c, 0, 2), __builtin_prefetch(sum + c, 0, 2);
+        }
+    }
+
     // Give the table what all items have inserted, of the buckets that no later item has.
-    void finish(i64 i, const Places &at, i64 offset, i64 count) {
+    void finish(i64 i, const Places &at) {
         for (i64 j = 0; j < b.table.depth; j++) {
-            const i64 entry = i * b.table.depth + j;
-            if (!(b.turn[entry] & Buckets::LAST)) continue;
-            float *kept = b.table.values + b.address[b.slot[entry]] + begin + offset;
-            const float *cell = at.cells[j], *sum = at.to[j];
+            if (!(b.turn[i * b.table.depth + j] & Buckets::LAST)) continue;
+            float *__restrict cell = b.table.values + b.address[b.slot[i * b.table.depth + j]] + begin;
+            const float *__restrict sum = at.to[j];
             if (b.table.is_signed)
-#pragma GCC ivdep
-                for (i64 c = 0; c < count; c++) kept[c] = keep * cell[c] + sum[c];
+                for (i64 c = 0; c < length; c++) cell[c] = keep * cell[c] + sum[c];
             else
-#pragma GCC ivdep
-                for (i64 c = 0; c < count; c++) kept[c] = not_negative(cell[c] + sum[c]);
+                for (i64 c = 0; c < length; c++) cell[c] = not_negative(cell[c] + sum[c]);
         }
     }
 
     // Insert gain x, or gain x - rate estimate.
-    void feed_item(i64 i, const float *x, i64 offset, i64 count, float gain) {
+    void feed_item(i64 i, const float *x, float gain) {
         const i64 depth = b.table.depth;
-        const Places at = find(i, offset);
+        const Places at = find(i);
         const Feed feed = b.forgetting == NEVER ? inserts[depth - 1]
                                                 : feeds[depth - 1][b.table.is_signed];
-        feed(at, x, count, gain);
-        finish(i, at, offset, count);
+        feed(at, x, length, gain);
+        finish(i, at);
     }
 
     // Feed x, gradients; m becomes what the update takes for their first moment. `spare` is scratch.
-    void take_first(i64 i, const float *x, i64 offset, i64 count, const Rule &rule, float *m, float *spare) {
-        takes[b.table.depth - 1](find(i, offset), x, count, rule, m, spare);
-        feed_item(i, x, offset, count, rule.first_gain);
+    void take_first(i64 i, const float *x, const Rule &rule, float *m, float *spare) {
+        takes[b.table.depth - 1](find(i), x, length, rule, m, spare);
+        feed_item(i, x, rule.first_gain);
     }
 
     // Feed the squares of x, gradients; nu becomes what the update takes for their second moment.
-    void take_second(i64 i, const float *x, i64 offset, i64 count, const Rule &rule, float *nu) {
-        const Places at = find(i, offset);
-        follows[b.table.depth - 1][b.forgetting](at, x, count, rule, nu);
-        finish(i, at, offset, count);
+    void take_second(i64 i, const float *x, const Rule &rule, float *nu) {
+        const Places at = find(i);
+        follows[b.table.depth - 1][b.forgetting](at, x, length, rule, nu);
+        finish(i, at);
     }
 };
 
@@ -201,24 +171,21 @@ struct Block {
 // first sketch, of the second) for its own; a block is null where its sketch is.
 template <class Work>
 void by_blocks(std::array<const Buckets *, 2> sketches, i64 m, int threads, const Work &work) {
-    i64 num_slots = 0;
-    for (const Buckets *b : sketches) num_slots += b ? b->num_slots() : 0;
-    const Cut cut(m, num_slots, threads);
-    const i64 blocks = (m + cut.size - 1) / cut.size;
+    const i64 size = block_size(m, threads), blocks = (m + size - 1) / size;
     std::vector<std::array<std::optional<Block>, 2>> all(threads);
     for (auto &own : all)
         for (int s = 0; s < 2; s++)
-            if (sketches[s]) own[s].emplace(*sketches[s], cut);
+            if (sketches[s]) own[s].emplace(*sketches[s], size);
     const ModeBits callers = current_mode();
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (i64 block = 0; block < blocks; block++) {
         const InMode mode(callers);
-        auto &own = all[omp_get_thread_num()];
-        const i64 begin = block * cut.size, length = begin + cut.size < m ? cut.size : m - begin;
-        Block *at[2];
+        const i64 begin = block * size, length = begin + size < m ? size : m - begin;
+        Block *at[2] = {};
         for (int s = 0; s < 2; s++) {
-            at[s] = own[s] ? &*own[s] : nullptr;
-            if (at[s]) at[s]->load(begin, length);
+            if (!sketches[s]) continue;
+            at[s] = &*all[omp_get_thread_num()][s];
+            at[s]->begin = begin, at[s]->length = length;
         }
         work(begin, length, at[0], at[1]);
     }

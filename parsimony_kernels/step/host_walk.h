@@ -10,8 +10,7 @@
 namespace {
 
 const i64 AHEAD = 768;  // elements
-const i64 PIECE = 512;  // columns that sketches hand on to the update at once, through the first cache
-const i64 SCRATCH = 6;
+const i64 SCRATCH = 6;  // stretches
 
 // ---- the innermost loop: one stretch of one row ------------------------------------------------------
 
@@ -103,66 +102,56 @@ template <> void widen_all(const f16 *__restrict x, i64 length, float *__restric
     for (; j < length; j++) out[j] = widen(x[j]);
 }
 
-// Read what the update takes from sketches for a piece of an item, from the block's column `offset` on,
-// having fed them. Returns the oriented gradient. `scratch` has room for `length` numbers 4 times.
+// Feed an item's stretch to its sketches and read what the update takes from them. Returns the oriented
+// gradient. `scratch` has room for `length` numbers 4 times.
 template <class T, int F, int S>
-const float *take_from_sketches(const Rows<T> &rows, i64 i, i64 begin, i64 offset, i64 length, const Fed &fed,
+const float *take_from_sketches(const Rows<T> &rows, i64 i, i64 begin, i64 length, const Fed &fed,
                                 float *scratch, Stretch &s) {
     float *first = scratch + length, *second = scratch + 2 * length, *spare = scratch + 3 * length;
-    const float *x = rows.oriented_in(i, begin + offset, length, scratch);
+    const float *x = rows.oriented_in(i, begin, length, scratch);
     const Rule &rule = rows.a.rule;
-    if (F == FIRST_SKETCH) fed.first->take_first(i, x, offset, length, rule, s.m = first, spare);
-    if (S == SKETCH) fed.second->take_second(i, x, offset, length, rule, s.v = second);
+    if (F == FIRST_SKETCH) fed.first->take_first(i, x, rule, s.m = first, spare);
+    if (S == SKETCH) fed.second->take_second(i, x, rule, s.v = second);
     return x;
 }
 
-// Walk one item in `length` columns from `begin + offset` on. 16-bit parameters are widened and narrowed a
-// stretch at a time. `scratch` has room for `length` numbers twice, with a sketch SCRATCH times.
-template <class T, int F, int S>
-void walk_stretch(const HostStep &a, i64 i, i64 begin, i64 offset, i64 length, i64 ahead, const float *col,
-                  const Fed &fed, float *scratch, u32 *col_max, u32 *row_max) {
-    constexpr bool IS_SKETCHED = F == FIRST_SKETCH || S == SKETCH, IS_WIDE = sizeof(T) == 4;
-    const Rows<T> rows{a};
-    const i64 row = rows.row(i), start = begin + offset, at = row * a.m + start;
-    T *p = rows.param(i) + start;
-    const T *g = rows.grad(i) + start;
-    float *wide = scratch, *wide_p = IS_WIDE ? (float *)p : wide;
-    const float *wide_g = IS_WIDE ? (const float *)g : wide + length;
-    Stretch s = {};
-    s.ahead = IS_WIDE ? ahead : 0;
-    if (!IS_WIDE) widen_all(p, length, wide);
-    if (!IS_WIDE && !IS_SKETCHED) widen_all(g, length, wide + length);
-    if (IS_SKETCHED)
-        wide_g = take_from_sketches<T, F, S>(rows, i, begin, offset, length, fed, scratch + 2 * length, s);
-    if (F == FIRST_OF_GRADIENTS || F == FIRST_OF_UPDATES) s.m = a.first_values + at;
-    if (S == FULL) s.v = a.second_values + at;
-    if (S >= COVER && S <= OUTER) s.row = a.row[row], s.col = col + start;
-    if (S == COVER || S == COVER_ROW) s.col_max = col_max + start;
-    walk<F, S>(wide_p, wide_g, length, s, a.rule);
-    if (S == COVER || S == COVER_ROW) row_max[i] = larger_bits(row_max[i], s.row_max);
-    if (!IS_WIDE)
-        for (i64 j = 0; j < length; j++) p[j] = narrow<T>(wide_p[j]);
-}
-
 // Walk items i0..i1 in columns begin..begin+length. A cover's new accumulators are collected: the columns'
-// in col_max, the rows' in row_max, which has one for each item.
+// in col_max, the rows' in row_max, which has one for each item. 16-bit parameters are widened and narrowed
+// a row at a time. `scratch` has room for `length` numbers twice, with a sketch SCRATCH times.
 template <class T, int F, int S>
 void walk_rows(const HostStep &a, i64 i0, i64 i1, i64 begin, i64 length, const float *col, const Fed &fed,
                float *scratch, u32 *col_max, u32 *row_max) {
+    constexpr bool IS_SKETCHED = F == FIRST_SKETCH || S == SKETCH, IS_WIDE = sizeof(T) == 4;
     const Rows<T> rows{a};
-    const i64 piece = F == FIRST_SKETCH || S == SKETCH ? PIECE : length;
-    const bool is_part = length < a.m && length < LONG / 2, is_scattered = a.at || is_part;  // in memory
+    float *wide = scratch;
     for (i64 i = i0; i < i1; i++) {
-        if (is_scattered && i + 2 < i1) {
-            const i64 next = rows.row(i + 2) * a.m + begin;
+        const i64 row = rows.row(i), offset = row * a.m + begin;
+        if (a.at && i + 2 < i1) {  // rows that do not follow each other in memory
+            const i64 next = a.at[i + 2] * a.m + begin;
             fetch((const T *)a.param + next, length);
-            if (!a.at) fetch((const T *)a.grad + next, length);
             if (F == FIRST_OF_GRADIENTS || F == FIRST_OF_UPDATES) fetch(a.first_values + next, length);
             if (S == FULL) fetch(a.second_values + next, length);
         }
-        for (i64 offset = 0; offset < length; offset += piece)
-            walk_stretch<T, F, S>(a, i, begin, offset, piece < length - offset ? piece : length - offset,
-                                  is_part ? 0 : AHEAD, col, fed, scratch, col_max, row_max);
+        if (F == FIRST_SKETCH && i + 1 < i1) fed.first->fetch(i + 1);
+        if (S == SKETCH && i + 1 < i1) fed.second->fetch(i + 1);
+        T *p = rows.param(i) + begin;
+        const T *g = rows.grad(i) + begin;
+        float *wide_p = IS_WIDE ? (float *)p : wide;
+        const float *wide_g = IS_WIDE ? (const float *)g : wide + length;
+        Stretch s = {};
+        s.ahead = !IS_WIDE ? 0 : length == a.m ? AHEAD : a.m;
+        if (!IS_WIDE) widen_all(p, length, wide);
+        if (!IS_WIDE && !IS_SKETCHED) widen_all(g, length, wide + length);
+        if (IS_SKETCHED)
+            wide_g = take_from_sketches<T, F, S>(rows, i, begin, length, fed, scratch + 2 * length, s);
+        if (F == FIRST_OF_GRADIENTS || F == FIRST_OF_UPDATES) s.m = a.first_values + offset;
+        if (S == FULL) s.v = a.second_values + offset;
+        if (S >= COVER && S <= OUTER) s.row = a.row[row], s.col = col + begin;
+        if (S == COVER || S == COVER_ROW) s.col_max = col_max + begin;
+        walk<F, S>(wide_p, wide_g, length, s, a.rule);
+        if (S == COVER || S == COVER_ROW) row_max[i] = larger_bits(row_max[i], s.row_max);
+        if (!IS_WIDE)
+            for (i64 j = 0; j < length; j++) p[j] = narrow<T>(wide_p[j]);
     }
 }
 

@@ -105,9 +105,12 @@ def step(
     Factored: the columns change by what the arriving rows change, (1/n) sum (gain g^2 - forgetting
     nu). Sketches: all rows are queried, then inserted.
 
-    The update does not take the median for a first moment in a sketch: where rows collide, that
-    would be mostly the other rows' gradients. Rule says what it takes. If all rows arrive, the
-    sketch is scaled before they are inserted, and then is exactly the sketch of the moment.
+    The update does not query a sketch after the insertion: where rows collide, it would find mostly
+    the other rows' gradients of this step. It takes the moment that follows from the estimate
+    before the step and the entry's own gradient: second_beta query + second_gain g^2 for a second
+    moment; for a first one Rule says what, as the median is not taken either. If all rows arrive,
+    a first moment's sketch is scaled before they are inserted, and then is exactly the sketch of
+    the moment. So parameter, gradient and sketch are read once, and together.
     """
     check_parameter(param, grad, rows)
     if grad.dtype != param.dtype:
@@ -182,7 +185,8 @@ def step_elements(
     `indices` (k,) int64 into the flattened parameter, ascending and unique; `values` (k,) in the
     state's dtype.
     A Cover's accumulators can only rise. Factored rows and columns change by what the arriving
-    elements change. Of a sketch, only the elements' own columns are queried and inserted.
+    elements change. Of a sketch, only the elements' own columns are queried and inserted, and the
+    update takes what follows from those queries, as in `step`.
     """
     check_tensor("param", param, param.device, STEP_DTYPES, 2)
     check_num_rows(param)

@@ -67,13 +67,11 @@ FN float own_weight(const Rule &r) {
 // are taken as they are.
 template <int DEPTH> FN float mean_of(const float *x, const Rule &r, float &doubt) {
     const float PER_MEAN = 1.0f / DEPTH, PER_ERROR = DEPTH > 1 ? 1.0f / (DEPTH * (DEPTH - 1)) : 0.0f;
-    float mean = 0.0f, squares = 0.0f;
-    for (int j = 1; j < DEPTH; j++) mean += x[j] - x[0];
+    float mean = DEPTH > 1 ? x[DEPTH > 1 ? 1 : 0] - x[0] : 0.0f;
+    for (int j = 2; j < DEPTH; j++) mean += x[j] - x[0];
     mean = x[0] + mean * PER_MEAN;
-    for (int j = 0; j < DEPTH; j++) {
-        float off = x[j] - mean;
-        squares += off * off;
-    }
+    float squares = (x[0] - mean) * (x[0] - mean);
+    for (int j = 1; j < DEPTH; j++) squares += (x[j] - mean) * (x[j] - mean);
     doubt = squares * PER_ERROR * r.first_doubt;
     return mean;
 }
