@@ -21,7 +21,6 @@ from optim.moments import Moment, count_of_steps
 from optim.preconditioner import Preconditioner
 from optim.state import SECOND, Group, StatefulOptimizer
 from optim.update import refuse_capture, update
-from parsimony_kernels.runtime.checks import CheckedElements
 from parsimony_kernels.step import ops
 
 __all__ = ["Group", "MomentOptimizer"]
@@ -83,7 +82,7 @@ class MomentOptimizer(StatefulOptimizer):
                     indices are int64 into the flattened parameter, ascending and unique; the values
                     are float64 for a float64 parameter, else float32. Decoupled weight decay acts
                     on the whole parameter. Whether the indices are so is checked, for which a GPU
-                    is waited for, unless they are CheckedElements.
+                    is waited for, unless they are trusted (runtime.checks.trusted_positions).
         Raises: RuntimeError, while a CUDA graph is captured.
         """
         refuse_capture()
@@ -93,7 +92,6 @@ class MomentOptimizer(StatefulOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        is_checked = isinstance(elements, CheckedElements)
         elements = dict(elements or {})
         planned, others = self._planned(elements)
         arrived = [(one, read_gradient(one[2], elements.pop(one[2], None))) for one in others]
@@ -103,7 +101,7 @@ class MomentOptimizer(StatefulOptimizer):
                              "this optimizer")  # fmt: skip
         ready = [(one, gradient, self._moments(*one))
                  for one, gradient in arrived if gradient is not None]  # fmt: skip
-        plans.run(planned, self._rule, is_checked=is_checked)  # only these can be refused yet
+        plans.run(planned, self._rule)  # only these can be refused yet
         for (_, group, p), gradient, moments in ready:
             self._step_parameter(group, p, gradient, moments)
         return loss

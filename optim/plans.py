@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optim.moments import SEEDS, Moment
 from optim.update import matrices
-from parsimony_kernels.runtime.checks import check_elements, check_parameter
+from parsimony_kernels.runtime.checks import are_trusted, check_elements, check_parameter
 from parsimony_kernels.step import ops
 
 Group = Mapping[str, Any]  # a parameter group's options
@@ -152,19 +152,17 @@ class Arrived(NamedTuple):
     indices: Tensor | None = None
 
 
-def run(
-    arrived: Sequence[Arrived], rule_of: Callable[[Group, int], ops.Rule], *, is_checked: bool
-) -> None:
+def run(arrived: Sequence[Arrived], rule_of: Callable[[Group, int], ops.Rule]) -> None:
     """Make these steps.
 
-    Args:   rule_of: group, number of the step -> its rule. is_checked: rows and indices are known
-                to be ascending, unique and in range. To find out, a GPU is waited for.
-    Raises: ValueError if they are not; no step has been made.
+    Args:   rule_of: group, number of the step -> its rule.
+    Raises: ValueError if rows or indices are not ascending, unique and in range; no step has been
+            made. Unless they are trusted, a GPU is waited for to find that out.
     """
     by_device: dict[torch.device, list[Arrived]] = {}
     for one in arrived:
         by_device.setdefault(one.plan.p.device, []).append(one)
-    if not is_checked:
+    if not are_trusted():
         for on_device in by_device.values():
             _check([one for one in on_device if one.rows is not None or one.indices is not None])
     ending = _set(arrived, rule_of)

@@ -17,7 +17,7 @@ from torch.optim import SGD, Optimizer
 from dgc.exchange.update import Update
 from dgc.wire.entries import Entries
 from dgc.worker.elements import gradient_of, num_elements, row_gradient_of
-from parsimony_kernels.runtime.checks import CheckedElements, trusted_positions
+from parsimony_kernels.runtime.checks import trusted_positions
 from parsimony_kernels.runtime.operands import STEP_DTYPES
 from parsimony_kernels.step import ops
 
@@ -26,7 +26,7 @@ def hand_over(
     optimizer: Optimizer, named: Mapping[str, Tensor], update: Update
 ) -> dict[Tensor, tuple[Tensor, Tensor]]:
     """Put what must be dense into `p.grad`; return parameter -> (indices, values) of the rest."""
-    elements = CheckedElements()  # the exchange has checked its messages
+    elements = {}
     wants_entries = _wants_entries(optimizer)
     for name in named.keys() - update.dense.keys() - update.rows.keys():
         named[name].grad = None  # of an earlier step, if it was not set to none

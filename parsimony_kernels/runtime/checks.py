@@ -27,14 +27,6 @@ from parsimony_kernels.runtime.operands import (
 _STATE = {dtype: (state_dtype(dtype),) for dtype in STEP_DTYPES}  # what a parameter's state may be
 
 
-class CheckedElements(dict[Tensor, tuple[Tensor, Tensor]]):
-    """Parameter -> (indices, values) whose indices are known to be ascending, unique and in range.
-
-    Whoever makes it vouches for that, and for the rows of sparse gradients that are stepped
-    together with it: kernels write wherever these lead.
-    """
-
-
 def check_tensor(
     name: str, tensor: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...], dim: int
 ) -> None:
@@ -101,6 +93,11 @@ def trusted_positions() -> Iterator[None]:
         yield
     finally:
         _is_trusted.reset(token)
+
+
+def are_trusted() -> bool:
+    """Tell whether this is in a block of `trusted_positions`."""
+    return _is_trusted.get()
 
 
 def _check_positions(
