@@ -285,9 +285,12 @@ class Sketch(Moment):
         return self.sketch.table
 
     def end_step(self, step: int, options: Mapping[str, Any]) -> None:
-        interval = options.get("clean_interval")
-        if interval and step % interval == 0:
+        if self.is_to_clean(step, options):
             self.sketch.clean(options["clean_factor"])
+
+    def is_to_clean(self, step: int, options: Mapping[str, Any]) -> bool:
+        interval = options.get("clean_interval")
+        return bool(interval) and step % interval == 0
 
     def estimate(self) -> Tensor:
         rows = torch.arange(self.spec.shape[0], device=self.spec.device)

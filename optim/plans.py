@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from optim import options
 from optim.moments import SEEDS, Moment
 from optim.update import matrices
 from parsimony_kernels.runtime.checks import are_trusted, check_elements, check_parameter
@@ -170,8 +171,18 @@ def run(arrived: Sequence[Arrived], rule_of: Callable[[Group, int], ops.Rule]) -
         ops.step_planned([one.plan.args for one in on_device])
     if arrived:
         torch.autograd.graph.increment_version([one.plan.p for one in arrived])
-    for plan, number in ending:
-        plan.second.end_step(number, plan.group)
+    _clean([plan for plan, number in ending if plan.second.is_to_clean(number, plan.group)])
+
+
+def _clean(due: Sequence[Plan]) -> None:
+    """Do what Sketch.end_step does, for many sketches in one call."""
+    by_factor: dict[float, list[Tensor]] = {}
+    for one in due:
+        factor = one.group["clean_factor"]
+        by_factor.setdefault(factor, []).append(one.second.sketch.values)
+    for factor, tables in by_factor.items():
+        options.check({"clean_factor": factor})
+        torch._foreach_mul_(tables, factor)
 
 
 def _check(sparse: Sequence[Arrived]) -> None:

@@ -120,8 +120,7 @@ def _run_planned(steps: Sequence[PlannedStep]) -> None:
         return
     _take(steps)
     program = _run([(step.work, *step.moments) for step in steps], steps[0].device)
-    is_plain = is_dense and not any(step.work.is_sketched for step in steps)
-    steps[0].last = (list(steps), program) if is_plain else None
+    steps[0].last = (list(steps), program) if is_dense and program else None
 
 
 def _take(steps: Sequence[PlannedStep]) -> None:
@@ -159,9 +158,14 @@ def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> N
         run_observation(work, grad.device)
 
 
-def _run(steps: list[tuple[DeviceStep, First, Second]], device: torch.device) -> Program:
-    """Make these steps; return the program of those without a sketch."""
+def _run(steps: list[tuple[DeviceStep, First, Second]], device: torch.device) -> Program | None:
+    """Make these steps; return the program that did, if it can be run again."""
     steps = [each for each in steps if each[0].num_items]
-    for works, feedings in feeding.together([each for each in steps if each[0].is_sketched]):
-        run_steps(works, device, feedings)
-    return run_steps([work for work, *_ in steps if not work.is_sketched], device)
+    plain = [work for work, *_ in steps if not work.is_sketched]
+    sketched = [each for each in steps if each[0].is_sketched]
+    if not sketched:
+        return run_steps(plain, device)
+    for works, feedings in feeding.together(sketched):
+        run_steps([*plain, *works], device, feedings)
+        plain = []
+    return None

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parsimony_kernels.runtime import choice
-from parsimony_kernels.runtime.checks import CheckedElements
+from parsimony_kernels.runtime.checks import trusted_positions
 from parsimony_kernels.step import device
 from tests.tolerances import assert_close
 from tests.unit.optim.helpers import EVERY_OPTIMIZER, gradients, parameter, row_sparse
@@ -46,7 +46,7 @@ class Operations(TorchDispatchMode):
 
 def arrive(parameters, step):
     """Give each parameter a gradient, dense, of rows or of elements, by the step's number."""
-    elements = CheckedElements()
+    elements = {}
     for number, p in enumerate(parameters):
         (grad,) = gradients(1, *p.shape, dtype=p.dtype, seed=step + number)
         p.grad = grad
@@ -104,7 +104,7 @@ def test_a_step_is_a_dozen_launches_however_many_tensors(name, on_a_gpu):
         for step in range(3, 6):
             elements = arrive(parameters, step)
             before = dict(on_a_gpu.launches)
-            with Operations() as operations:
+            with Operations() as operations, trusted_positions():
                 optimizer.step(elements=elements)
             launches = [kernel for kernel, count in on_a_gpu.launches.items()
                         for _ in range(count - before.get(kernel, 0))]  # fmt: skip
@@ -165,3 +165,24 @@ def test_no_gradient_is_kept_after_its_step(on_a_gpu):
     optimizer.zero_grad(set_to_none=True)
     gc.collect()
     assert kept() is None
+
+
+@pytest.mark.parametrize("wrong", [[3, 2], [2, 2], [-1, 2], [2, 240]])
+def test_wrong_positions_are_refused_before_any_parameter_is_stepped(wrong, on_a_gpu):
+    parameters = [parameter(12, 20), parameter(12, 20)]
+    optimizer = trained("Adam", parameters, num_steps=3)
+    before = [p.detach().clone() for p in parameters]
+    for p in parameters:
+        p.grad = None
+    given = {p: (torch.tensor(at), torch.ones(2))
+             for p, at in zip(parameters, ([1, 5], wrong), strict=True)}  # fmt: skip
+    with pytest.raises(ValueError, match="indices (lie in|are not ascending)"):
+        optimizer.step(elements=given)
+    parameters[1].grad = torch.sparse_coo_tensor(
+        torch.tensor([wrong]) % 240, torch.ones(2, 20), (12, 20),
+        is_coalesced=True, check_invariants=False,
+    )  # fmt: skip
+    if wrong != [-1, 2]:
+        with pytest.raises(ValueError, match="rows (lie in|are not ascending)"):
+            optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(parameters, before, strict=True))
