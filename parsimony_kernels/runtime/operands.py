@@ -57,7 +57,7 @@ class Rule(ctypes.Structure):
     of the estimates by the entry's buckets before this step. g' is the gradient with the weight
     that it gets in the long run, g first_gain / first_forgetting (first_gain g, if that is 0).
     w = max(0, 1 - first_doubt (standard error of the mean / mean)^2).
-    For a sketched nu it takes second_beta q + second_gain g^2, q being the estimate before this step.
+    For a sketched nu it takes second_beta q + second_gain g^2; q is the estimate before this step.
 
     The values that a rule is made from are kept for float64 parameters (1 - 0.999 in float32 is
     wrong in the eighth digit). So `replace` a scalar; do not set the field.
