@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parsimony_kernels.runtime import choice
 from parsimony_kernels.runtime.checks import trusted_positions
-from parsimony_kernels.step import device
+from parsimony_kernels.step import device, feeding
 from tests.tolerances import assert_close
 from tests.unit.optim.helpers import EVERY_OPTIMIZER, gradients, parameter, row_sparse
 
@@ -80,7 +80,8 @@ def on_a_gpu(emulated, monkeypatch):
 
 
 @pytest.mark.parametrize("name", EVERY_OPTIMIZER)
-def test_steps_on_a_gpu_have_the_numbers_of_those_on_a_cpu(name, request):
+def test_steps_on_a_gpu_have_the_numbers_of_those_on_a_cpu(name, request, monkeypatch):
+    monkeypatch.setattr(feeding, "MOST_WAITING_BYTES", 2**14)  # several groups of sketches
     expected = made(1)
     expected_state = trained(name, expected).state_dict()["state"]
     request.getfixturevalue("on_a_gpu")
