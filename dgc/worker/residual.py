@@ -188,6 +188,7 @@ class Compensation:
             copy = kept[name].clone()
             self._lagging.settle(name, copy)
             kept[name] = copy.add_(velocity)
+            self._lagging.undo(name, self._before["residual", name])
         elif name in self._lagging:
             kept[name].add_(velocity)
         self._lagging.close(name, lags=False)
@@ -195,6 +196,12 @@ class Compensation:
     def select_again(self, name: str, selection: Selection) -> Found:
         """Take more out of the residual after this step's last gradient, in a pass of its own."""
         self._key_of(name)
+        if self._lagging.is_open(name):
+            residual, velocity = (self._kept[kind][name] for kind in ("residual", "velocity"))
+            self._lagging.settle(name, residual, may_undo=True)
+            found = buffers.select_lagging(residual, velocity, self._masking(selection))
+            self._lagging.open(name, found)
+            return found
         self._catch_up(name)
         residual, velocity = self._kept["residual"][name], self.velocity.get(name)
         return buffers.accumulate(
@@ -217,6 +224,8 @@ class Compensation:
     def put_back(self, name: str, taken: Taken) -> None:
         """Undo, to the bit, that entries were taken out in this step: any of them, by any pass."""
         key, indices_K = self._key_of(name), taken.indices_K
+        if self._lagging.is_written(name):  # what was there is not there any more
+            self._catch_up(name)
         residual = self._kept["residual"][name]
         if self._lagging.is_open(name):
             self._lagging.write(name, indices_K, residual[indices_K])
@@ -283,6 +292,8 @@ class Compensation:
 
     def drop(self, name: str) -> None:
         """Undo what a tensor's gradients did in this step, to the bit."""
+        if self._lagging.is_open(name):
+            self._lagging.undo(name, self._before["residual", name])
         for kind in KINDS:
             if (kind, name) in self._before:
                 kept, buffer = self._kept[kind], self._before.pop((kind, name))
