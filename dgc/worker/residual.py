@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,31 @@ class Taken:
         """Return some of the entries."""
         velocities_K = None if self.velocities_K is None else self.velocities_K[mask_K]
         return Taken(self.indices_K[mask_K], self.values_K[mask_K], velocities_K)
+
+
+class _Residuals(MutableMapping[str, Buffer]):
+    """The residuals by name; calls `show` with a name before that one is read."""
+
+    def __init__(self, kept: dict[str, Buffer], show: Callable[[str], None]) -> None:
+        self._kept, self._show = kept, show
+
+    def __getitem__(self, name: str) -> Buffer:
+        if name in self._kept:
+            self._show(name)
+        return self._kept[name]
+
+    def __setitem__(self, name: str, buffer: Buffer) -> None:
+        self._kept[name] = buffer
+
+    def __delitem__(self, name: str) -> None:
+        self._show(name)
+        del self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
 
 class Compensation:
@@ -108,11 +133,13 @@ class Compensation:
         return self._kept["velocity"]
 
     @property
-    def residual(self) -> dict[str, Buffer]:
-        """What is not sent yet. The next step writes other buffers, not these."""
-        self._catch_up_all()
-        self._shown.update(self._kept["residual"])
-        return self._kept["residual"]
+    def residual(self) -> MutableMapping[str, Buffer]:
+        """What is not sent yet. The next step writes other buffers, not those that are read."""
+        return _Residuals(self._kept["residual"], self._show)
+
+    def _show(self, name: str) -> None:
+        self._catch_up(name)
+        self._shown.add(name)
 
     def accumulate(
         self,

@@ -132,7 +132,7 @@ def test_a_lagging_residual_is_to_the_bit_what_one_that_is_written_anew_is(way, 
     ways = [send, send, send_rounded, way, send, way, rest, send, way]
     for now, grad_N in zip(ways, gradients(len(ways)), strict=True):
         ends = stands or now is not way
-        dict(anew.residual)
+        dict(anew.residual.items())
         one, other = now(lagging, grad_N), now(anew, grad_N)
         for mine, theirs in zip(one, other, strict=True):
             assert torch.equal(mine.indices_K, theirs.indices_K)
