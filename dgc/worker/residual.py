@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,31 @@ class Taken:
         """Return some of the entries."""
         velocities_K = None if self.velocities_K is None else self.velocities_K[mask_K]
         return Taken(self.indices_K[mask_K], self.values_K[mask_K], velocities_K)
+
+
+class _Residuals(MutableMapping[str, Buffer]):
+    """The residuals by name; calls `show` with a name before that one is read."""
+
+    def __init__(self, kept: dict[str, Buffer], show: Callable[[str], None]) -> None:
+        self._kept, self._show = kept, show
+
+    def __getitem__(self, name: str) -> Buffer:
+        if name in self._kept:
+            self._show(name)
+        return self._kept[name]
+
+    def __setitem__(self, name: str, buffer: Buffer) -> None:
+        self._kept[name] = buffer
+
+    def __delitem__(self, name: str) -> None:
+        self._show(name)
+        del self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
 
 class Compensation:
@@ -108,11 +133,13 @@ class Compensation:
         return self._kept["velocity"]
 
     @property
-    def residual(self) -> dict[str, Buffer]:
-        """What is not sent yet. The next step writes other buffers, not these."""
-        self._catch_up_all()
-        self._shown.update(self._kept["residual"])
-        return self._kept["residual"]
+    def residual(self) -> MutableMapping[str, Buffer]:
+        """What is not sent yet. The next step writes other buffers, not those that are read."""
+        return _Residuals(self._kept["residual"], self._show)
+
+    def _show(self, name: str) -> None:
+        self._catch_up(name)
+        self._shown.add(name)
 
     def accumulate(
         self,
@@ -188,6 +215,7 @@ class Compensation:
             copy = kept[name].clone()
             self._lagging.settle(name, copy)
             kept[name] = copy.add_(velocity)
+            self._lagging.undo(name, self._before["residual", name])
         elif name in self._lagging:
             kept[name].add_(velocity)
         self._lagging.close(name, lags=False)
@@ -195,6 +223,12 @@ class Compensation:
     def select_again(self, name: str, selection: Selection) -> Found:
         """Take more out of the residual after this step's last gradient, in a pass of its own."""
         self._key_of(name)
+        if self._lagging.is_open(name):
+            residual, velocity = (self._kept[kind][name] for kind in ("residual", "velocity"))
+            self._lagging.settle(name, residual, may_undo=True)
+            found = buffers.select_lagging(residual, velocity, self._masking(selection))
+            self._lagging.open(name, found)
+            return found
         self._catch_up(name)
         residual, velocity = self._kept["residual"][name], self.velocity.get(name)
         return buffers.accumulate(
@@ -217,6 +251,8 @@ class Compensation:
     def put_back(self, name: str, taken: Taken) -> None:
         """Undo, to the bit, that entries were taken out in this step: any of them, by any pass."""
         key, indices_K = self._key_of(name), taken.indices_K
+        if self._lagging.is_written(name):  # what was there is not there any more
+            self._catch_up(name)
         residual = self._kept["residual"][name]
         if self._lagging.is_open(name):
             self._lagging.write(name, indices_K, residual[indices_K])
@@ -283,6 +319,8 @@ class Compensation:
 
     def drop(self, name: str) -> None:
         """Undo what a tensor's gradients did in this step, to the bit."""
+        if self._lagging.is_open(name):
+            self._lagging.undo(name, self._before["residual", name])
         for kind in KINDS:
             if (kind, name) in self._before:
                 kept, buffer = self._kept[kind], self._before.pop((kind, name))

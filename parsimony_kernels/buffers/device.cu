@@ -196,13 +196,17 @@ STREAMING_KERNEL(select_stored, Accumulation) {
         Held<ANY> u, v;
         bool is_any = false;
         v.load(s.residual, at);
+        if (s.lags) {
+            u.load(s.velocity, at);
+            for (int k = 0; k < EACH; k++) v.x[k] += u[k];
+        }
         sample(s, at, v.x, bins);
         for (int k = 0; k < EACH; k++) is_any = is_any || is_above(v[k], s.threshold);
-        if (s.velocities && __ballot_sync(WHOLE_WARP, is_any)) u.load(s.velocity, at);
+        if (!s.lags && s.velocities && __ballot_sync(WHOLE_WARP, is_any)) u.load(s.velocity, at);
         u32 taken = take(s, at, turn, u.x, v.x);
         for (int k = 0; k < EACH; k++) {
             if (!(taken >> k & 1)) continue;
-            clear(s.residual, element(at, k));
+            if (!s.lags) clear(s.residual, element(at, k));
             if (s.velocities) clear(s.velocity, element(at, k));
         }
         turn ^= 1;

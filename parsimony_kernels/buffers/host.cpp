@@ -241,9 +241,13 @@ void pass_over_stored(const Accumulation &a, Part &part) {
         int offsets[BLOCK];
         const float *v = decode(a.residual, s, v_room);
         const float *u = a.velocities ? decode(a.velocity, s, u_room) : zeros;
+        if (a.lags) {
+            for (int j = 0; j < s.length; j++) v_room[j] = v[j] + u[j];
+            v = v_room;
+        }
         const int taken = list_in_block(a, part, block, s, u, v, offsets);
         for (int i = 0; i < taken; i++) {
-            clear(a.residual, s.begin + offsets[i]);
+            if (!a.lags) clear(a.residual, s.begin + offsets[i]);
             if (a.velocities) clear(a.velocity, s.begin + offsets[i]);
         }
     }

@@ -227,6 +227,18 @@ def accumulate_lagging(
     )  # fmt: skip
 
 
+def select_lagging(residual: Tensor, velocity: Tensor, selection: Selection) -> Found:
+    """Select from a residual (N,) that lags; what is taken out is made 0 in the velocity alone."""
+    n, device, dtype = residual.numel(), residual.device, residual.dtype
+    _check_part("residual", residual, tuple(_ALLOWED), n, device)
+    _check_part("velocity", velocity, (dtype,), n, device)
+    if n == 0:
+        return _nothing(dtype, device, selection)
+    return implementing_module("buffers", device.type, dtype).accumulate(
+        Pass(None, Correction(), residual, residual, velocity, None, None, 0, selection, lags=True)
+    )
+
+
 _ALLOWED = {torch.float32: STORED_DTYPES, torch.float64: (torch.float64, *STORED_DTYPES[1:])}
 _STORED = ("residual", "old_residual", "velocity", "old_velocity")
 

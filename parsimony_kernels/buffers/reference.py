@@ -86,9 +86,9 @@ def accumulate(given: Pass) -> Found:
     residual, velocity = given.residual, given.velocity
     if given.grad_N is None:
         u = None if velocity is None else decode(velocity)
-        v = decode(residual)
+        v = residual + u if given.lags else decode(residual)
         found = _find(v.new_zeros(1), v, u, given)
-        _mask(found, residual, velocity)
+        _mask(found, None if given.lags else residual, velocity)
         return found
     x = given.grad_N.to(state_dtype(given.grad_N.dtype))
     if given.scale is not None:
@@ -147,9 +147,9 @@ def _find(x: Tensor, v: Tensor, u: Tensor | None, given: Pass) -> Found:
     return Found(torch.cat([largest, count, bins.int()]), indices, v[indices], velocities)
 
 
-def _mask(found: Found, residual: Buffer, velocity: Buffer | None) -> None:
+def _mask(found: Found, residual: Buffer | None, velocity: Buffer | None) -> None:
     """Write zeros where entries were taken out; scales stay, so that these can be put back."""
     for buffer, taken in ((residual, found.values), (velocity, found.velocities)):
-        if taken is not None:
+        if taken is not None and buffer is not None:
             values = buffer.codes if isinstance(buffer, Blocks) else buffer
             values[found.indices] = 0

@@ -45,10 +45,29 @@ def send_what_there_is_room_for(compensation, grad_N):
     return [taken]
 
 
+def look_again(compensation, threshold=2.0):
+    found = compensation.select_again("w", Selection(threshold, NUMEL))
+    return Taken(*found.entries(read_reports([found])[0].count))
+
+
+def send_in_three_passes(compensation, grad_N):
+    taken = [select(compensation, grad_N)]
+    compensation.keep_lost("w", taken[0].indices_K, taken[0].values_K / 100)
+    taken += [look_again(compensation), look_again(compensation, 1.5)]
+    compensation.keep_lost("w", taken[1].indices_K, taken[1].values_K / 100)
+    return taken
+
+
+def put_back_after_two_passes(compensation, grad_N):
+    taken = [select(compensation, grad_N), look_again(compensation)]
+    for part in taken:
+        compensation.put_back("w", part.where(part.indices_K % 2 == 0))
+    return taken
+
+
 def send_more(compensation, grad_N):
     taken = select(compensation, grad_N)
-    found = compensation.select_again("w", Selection(2.0, NUMEL))
-    more = Taken(*found.entries(read_reports([found])[0].count))
+    more = look_again(compensation)
     exactly = compensation.take_exactly("w", torch.arange(0, NUMEL, 7))
     compensation.put_back("w", taken)
     return [taken, more, exactly]
@@ -88,6 +107,7 @@ def drain(compensation, grad_N):
 
 WAYS = (
     *(send, send_rounded, send_half, send_what_there_is_room_for, send_more, keep_for_later),
+    *(send_in_three_passes, put_back_after_two_passes),
     *(send_micro_batches, rest, without_momentum, start_anew, drain),
 )
 
@@ -112,7 +132,7 @@ def test_a_lagging_residual_is_to_the_bit_what_one_that_is_written_anew_is(way, 
     ways = [send, send, send_rounded, way, send, way, rest, send, way]
     for now, grad_N in zip(ways, gradients(len(ways)), strict=True):
         ends = stands or now is not way
-        dict(anew.residual)
+        dict(anew.residual.items())
         one, other = now(lagging, grad_N), now(anew, grad_N)
         for mine, theirs in zip(one, other, strict=True):
             assert torch.equal(mine.indices_K, theirs.indices_K)
@@ -124,7 +144,9 @@ def test_a_lagging_residual_is_to_the_bit_what_one_that_is_written_anew_is(way, 
 
 
 @pytest.mark.parametrize("undo", (lambda c: c.end_step(False), lambda c: c.drop("w")))
-@pytest.mark.parametrize("way", (send, send_half, send_more, keep_for_later))
+@pytest.mark.parametrize(
+    "way", (send, send_half, send_in_three_passes, put_back_after_two_passes, keep_for_later)
+)
 def test_a_step_that_does_not_stand_leaves_no_trace(way, undo):
     undone, never = Compensation(0.9), Compensation(0.9)
     first, second, bad, last = gradients(4)
@@ -150,6 +172,7 @@ def test_a_step_needs_just_gradient_velocity_and_residual():
     for grad_N in gradients(3, seed=1):
         selection = Selection(2.5, NUMEL)
         compensation.accumulate("w", grad_N, selection=selection, may_keep=True)
+        look_again(compensation)
         compensation.end_step(True)
         assert compensation.velocity["w"].data_ptr() == grad_N.data_ptr()
         assert compensation._kept["residual"]["w"] is residual

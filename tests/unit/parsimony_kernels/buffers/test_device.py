@@ -105,7 +105,11 @@ def check_lagging(n: int, where: torch.device = CPU, grads=GRAD_DTYPES) -> None:
                 Pass(grad, MOMENTUM, *given, scale, 0, selection, lagged, lags=True)
             )
             guarded.check()
-            parts = (residual, velocity, old_velocity)
+            again = Selection(0.05, n, True, 2, 1)
+            given = (None, Correction(), residual, residual, velocity, None, None, 0, again)
+            more = implementation.accumulate(Pass(*given, lags=True))
+            guarded.check()
+            parts = (*found_parts(more), residual, velocity, old_velocity)
             results.append([*found_parts(found), *(part.cpu() for part in parts)])
         for a, b in zip(*results, strict=True):
             assert_same_bits(a, b)

@@ -300,3 +300,16 @@ def test_a_residual_that_lags_has_the_bits_of_one_that_does_not(n, selection, la
         assert_same_bits(velocity, u)
         residual[found[1]] = 0.0
         assert torch.equal(residual + velocity, whole)
+        again = Selection(0.01, n)
+        results = []
+        for implementation in (host_buffers, reference_buffers):
+            left, kept = velocity.clone(), residual.clone()
+            given = (None, Correction(), kept, kept, left, None, None, 0, again)
+            more = implementation.accumulate(Pass(*given, lags=True))
+            results.append([*found_parts(more), left])
+            assert_same_bits(kept, residual)
+        for a, b in zip(*results, strict=True):
+            assert_same_bits(a, b)
+        _, indices, values, velocities = found_parts(more)
+        assert torch.equal(values, whole[indices]) and torch.equal(velocities, velocity[indices])
+        assert (left[indices] == 0).all()
