@@ -118,8 +118,11 @@ _MODULES = {
         sketch_query=lambda table, rows: rows.new_empty(
             len(rows), table.values.shape[2], dtype=table.values.dtype
         ),
+        sketch_query_elements=lambda table, indices: torch.empty_like(
+            indices, dtype=table.values.dtype
+        ),
     ),
-    "buffers": SimpleNamespace(accumulate=_accumulate),
+    "buffers": SimpleNamespace(accumulate=_accumulate, put=lambda *_: None),
     "packing": SimpleNamespace(
         round_values=lambda values_M, coding: torch.empty_like(values_M),
         pack=lambda *_: 0,

@@ -111,9 +111,10 @@ class Rehearsal:
     def _make_optimizer(self) -> Any:
         job, contender = self.job, self.contender
         optimizer = contender.optimizer(job.param_groups(self.model))
-        for group in optimizer.param_groups:  # torch's default is foreach, but not for fake tensors
-            if job.device.type == "cuda" and "foreach" in group and not group.get("fused"):
-                group["foreach"] = group["foreach"] is not False
+        if type(optimizer).__module__.startswith("torch.optim"):
+            for group in optimizer.param_groups:  # foreach by default, but not for fake tensors
+                if job.device.type == "cuda" and "foreach" in group and not group.get("fused"):
+                    group["foreach"] = group["foreach"] is not False
         if not contender.exchanges:
             return optimizer
         distributed = DistributedOptimizer(

@@ -242,10 +242,10 @@ class Compensation:
         self._catch_up(name)
         residual = self._kept["residual"][name]
         values_K = buffers.take(residual, indices_K)
-        buffers.put(residual, indices_K, 0.0, key)
+        buffers.put(residual, indices_K, None, key)
         if self.mask_velocity and name in self.velocity:
             velocities_K = buffers.take(self.velocity[name], indices_K)
-            buffers.put(self.velocity[name], indices_K, 0.0, key)
+            buffers.put(self.velocity[name], indices_K, None, key)
         return Taken(indices_K, values_K, velocities_K)
 
     def put_back(self, name: str, taken: Taken) -> None:

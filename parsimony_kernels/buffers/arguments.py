@@ -5,6 +5,7 @@ from __future__ import annotations
 from ctypes import Structure, c_float, c_int, c_int64, c_uint32, c_void_p
 
 import torch
+from torch import Tensor
 
 from parsimony_kernels.buffers.operands import (
     BINS,
@@ -26,6 +27,20 @@ class Stored(Structure):
             super().__init__(buffer.codes.data_ptr(), buffer.scales.data_ptr(), Storage.BLOCKS)
         elif buffer is not None:
             super().__init__(buffer.data_ptr(), None, Storage.of(buffer.dtype))
+
+
+class Putting(Argument):
+    _fields_ = (
+        ("buffer", Stored),
+        *((name, c_void_p) for name in ("indices", "values")),
+        *((name, c_int64) for name in ("count", "key")),
+    )
+
+    def __init__(
+        self, buffer: Buffer, indices_K: Tensor, values_K: Tensor | None, key: int
+    ) -> None:
+        values = None if values_K is None else values_K.data_ptr()
+        super().__init__(Stored(buffer), indices_K.data_ptr(), values, len(indices_K), key)
 
 
 class Accumulation(Argument):

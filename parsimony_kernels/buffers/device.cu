@@ -213,3 +213,10 @@ STREAMING_KERNEL(select_stored, Accumulation) {
     }
     end_bins(s, bins);
 }
+
+// Flat over the values. No atomics.
+KERNEL(put_values, Putting) {
+    const u32 random = folded(s.key);
+    for (i64 j = (i64)blockIdx.x * blockDim.x + threadIdx.x; j < s.count; j += (i64)gridDim.x * blockDim.x)
+        put(s, j, random);
+}

@@ -7,9 +7,10 @@ are no temporaries but the lists, of a selection's capacity, and the report.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from parsimony_kernels.buffers.arguments import Accumulation, accumulation, make_room
-from parsimony_kernels.buffers.operands import BLOCK, Found, Pass
+from parsimony_kernels.buffers.arguments import Accumulation, Putting, accumulation, make_room
+from parsimony_kernels.buffers.operands import BLOCK, Buffer, Found, Pass
 from parsimony_kernels.runtime.launch import THREADS, launch
 from parsimony_kernels.runtime.operands import Storage
 
@@ -53,3 +54,8 @@ def _kernel(given: Pass, work: Accumulation) -> str:
     if not grad or not as_before or velocity not in (Storage.ABSENT, residual):
         return "accumulate_select"
     return f"accumulate_select{grad}{_OWN[residual]}" + ("_velocity" if velocity else "")
+
+
+def put(buffer: Buffer, indices_K: Tensor, values_K: Tensor | None, key: int) -> None:
+    num_blocks = min(-(-len(indices_K) // THREADS), MAX_BLOCKS)
+    launch("put_values", num_blocks, Putting(buffer, indices_K, values_K, key), indices_K.device)

@@ -49,6 +49,16 @@ FN signed char stochastic_code(float x, float scale, u32 random) {
     return (signed char)(int)lesser(greater(code, -127.0f), 127.0f);
 }
 
+// Write the j-th value of a Putting.
+FN void put(const Putting &p, i64 j, u32 folded_key) {
+    i64 i = p.indices[j];
+    float x = p.values ? p.values[j] : 0.0f;
+    u32 random = random_bits(i, folded_key);
+    if (p.buffer.storage == STORAGE_BFLOAT16) ((bf16 *)p.buffer.values)[i] = stochastic_bf16(x, random);
+    if (p.buffer.storage == STORAGE_BLOCKS)
+        ((signed char *)p.buffer.values)[i] = stochastic_code(x, p.buffer.scales[i / BLOCK], random);
+}
+
 FN void clear(const Stored &of, i64 i) {
     if (of.storage == STORAGE_FLOAT32) ((float *)of.values)[i] = 0.0f;
     if (of.storage == STORAGE_BFLOAT16) ((bf16 *)of.values)[i].bits = 0;

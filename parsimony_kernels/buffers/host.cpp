@@ -280,6 +280,11 @@ void join(const Accumulation &a, const Part &part) {
 
 extern "C" {
 
+void parsimony_put(const Putting *p) {
+    const u32 random = folded(p->key);
+    for (i64 j = 0; j < p->count; j++) put(*p, j, random);
+}
+
 // Each of `threads` takes one part of the tensor and lists entries in room of its own for `capacity`, in
 // order; `listed` (threads,) becomes how many each has listed.
 void parsimony_accumulate(const Accumulation *args, i64 *listed) {

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from parsimony_kernels.buffers.arguments import accumulation, make_room
-from parsimony_kernels.buffers.operands import Found, Pass
+from parsimony_kernels.buffers.arguments import Putting, accumulation, make_room
+from parsimony_kernels.buffers.operands import Blocks, Buffer, Found, Pass
 from parsimony_kernels.runtime.build import host_library
 
 PARALLEL_FROM = 1 << 15  # elements; below, starting threads costs more than it saves
@@ -27,6 +27,14 @@ def accumulate(given: Pass) -> Found:
         return Found(work.kept["report"], nothing, nothing.float(), None)
     lists = (work.kept.get(name) for name in ("indices", "values", "velocities"))
     return Found(work.kept["report"], *(_join(each, work.capacity, listed) for each in lists))
+
+
+def put(buffer: Buffer, indices_K: Tensor, values_K: Tensor | None, key: int) -> None:
+    numel = (buffer.codes if isinstance(buffer, Blocks) else buffer).numel()
+    low, high = map(int, torch.aminmax(indices_K))
+    if low < 0 or high >= numel:
+        raise IndexError(f"indices lie in {low}..{high}; allowed: 0..{numel - 1}")
+    host_library().parsimony_put(ctypes.byref(Putting(buffer, indices_K, values_K, key)))
 
 
 def _join(lists: Tensor | None, capacity: int, listed: Sequence[int]) -> Tensor | None:

@@ -8,8 +8,8 @@ For a float64 tensor, a float64 buffer takes the place of a float32 one, and the
 float64; values are converted to float32 before they are rounded further. float64 tensors always
 run in plain torch.
 
-`accumulate` passes over whole tensors and has three implementations. The rest is plain torch:
-`take`, `put` and `add` are for few elements, `decode` for tests and for what is sent whole.
+`accumulate`, which passes over whole tensors, and `put` have three implementations. The rest is
+plain torch: `take` and `add` are for few elements, `decode` for tests and for what is sent whole.
 Shapes: N elements of a flattened tensor, K selected of them.
 """
 
@@ -37,7 +37,7 @@ from parsimony_kernels.buffers.operands import join_reports as join_reports
 from parsimony_kernels.buffers.operands import read_reports as read_reports
 from parsimony_kernels.buffers.operands import split_reports as split_reports
 from parsimony_kernels.buffers.reference import decode as decode
-from parsimony_kernels.buffers.reference import round_bfloat16, round_codes
+from parsimony_kernels.buffers.reference import round_codes
 from parsimony_kernels.runtime.checks import check_shape, check_tensor
 from parsimony_kernels.runtime.choice import implementing_module
 from parsimony_kernels.runtime.operands import STEP_DTYPES, state_dtype
@@ -84,22 +84,21 @@ def take(buffer: Buffer, indices_K: Tensor) -> Tensor:
     return buffer.codes[indices_K] * buffer.scales[indices_K // BLOCK]
 
 
-def put(buffer: Buffer, indices_K: Tensor, values_K: Tensor | float, key: int) -> None:
-    """Write values (K,) float32 or float64, or one number, at indices; 0 is written exactly.
+def put(buffer: Buffer, indices_K: Tensor, values_K: Tensor | None, key: int) -> None:
+    """Write values (K,) float32 or float64, or 0 (None), at unique indices; 0 is written exactly.
 
     Values that `take` returned become what they were, whatever the key. The scales of 8-bit blocks
     do not change, so no value may exceed the largest that its block can hold.
+    Raises: IndexError for indices outside of the buffer, on a CPU.
     """
-    if not isinstance(values_K, Tensor):
-        where = {"dtype": torch.float32, "device": indices_K.device}
-        values_K = torch.full(indices_K.shape, values_K, **where)
-    if isinstance(buffer, Blocks):
-        scales_K = buffer.scales[indices_K // BLOCK]
-        buffer.codes[indices_K] = round_codes(values_K.float(), scales_K, indices_K, key)
-    elif buffer.dtype == torch.bfloat16:
-        buffer[indices_K] = round_bfloat16(values_K.float(), indices_K, key)
-    else:
-        buffer[indices_K] = values_K.to(buffer.dtype)
+    if indices_K.numel() == 0:
+        return
+    if not isinstance(buffer, Blocks) and buffer.dtype != torch.bfloat16:
+        buffer[indices_K] = 0.0 if values_K is None else values_K.to(buffer.dtype)
+        return
+    values_K = None if values_K is None else values_K.float().contiguous()
+    module = implementing_module("buffers", indices_K.device.type)
+    module.put(buffer, indices_K.contiguous(), values_K, key)
 
 
 def add(buffer: Buffer, indices_K: Tensor, values_K: Tensor, key: int) -> None:

@@ -55,6 +55,16 @@ def round_codes(values: Tensor, scales: Tensor, indices: Tensor, key: int) -> Te
     return (values / scales + random).floor().clamp(-LEVELS, LEVELS).to(torch.int8)
 
 
+def put(buffer: Buffer, indices_K: Tensor, values_K: Tensor | None, key: int) -> None:
+    if values_K is None:
+        values_K = torch.zeros_like(indices_K, dtype=torch.float32)
+    if isinstance(buffer, Blocks):
+        scales_K = buffer.scales[indices_K // BLOCK]
+        buffer.codes[indices_K] = round_codes(values_K, scales_K, indices_K, key)
+    else:
+        buffer[indices_K] = round_bfloat16(values_K, indices_K, key)
+
+
 def decode(buffer: Buffer) -> Tensor:
     """Return all values (N,) float32, or float64 as stored; of such a buffer, the buffer itself."""
     if not isinstance(buffer, Blocks):

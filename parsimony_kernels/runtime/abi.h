@@ -159,6 +159,14 @@ struct Accumulation {
     int lagged, lags;  // whether the old residual lags, and whether the new one is to: ops.py
 };
 
+// Writing values at elements of a buffer.
+struct Putting {
+    Stored buffer;
+    const i64 *indices;   // (count,), unique
+    const float *values;  // null: 0
+    i64 count, key;
+};
+
 // ---- packing ---------------------------------------------------------------------------------------
 
 constexpr int GROUP = 32;  // values that share a scale

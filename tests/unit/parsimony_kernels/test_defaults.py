@@ -83,7 +83,7 @@ def test_buffers(implementation, dtype):
                                     old_velocity=kept[1], selection=again)  # fmt: skip
         none = buffers.accumulate(grad[:0], Correction(), residual=buffers.empty(0, dtype, CPU),
                                   old_residual=None, selection=selection)  # fmt: skip
-        buffers.put(kept[0], indices[:2], 0.0, 5)
+        buffers.put(kept[0], indices[:2], None, 5)
         buffers.add(kept[0], indices, values, 5)
         parts = [part for buffer in kept for part in buffers.tensors(buffer)]
         reports = [dataclasses.astuple(r) for r in read_reports([found, stored, none])]

@@ -84,9 +84,7 @@ def numbers(n: int, seed: int = 0) -> Tensor:
 
 def stored(values: Tensor, dtype: str, key: int = 0) -> Buffer:
     buffer = buffers.empty(values.numel(), dtype, CPU)
-    reference_buffers.accumulate(
-        Pass(values, Correction(), buffer, None, None, None, None, key)
-    )
+    reference_buffers.accumulate(Pass(values, Correction(), buffer, None, None, None, None, key))
     return buffer
 
 
@@ -255,7 +253,7 @@ def test_put_and_take_agree_with_decode(dtype):
     indices = torch.arange(3, 1000, 7)
     before = buffers.decode(buffer).clone()
     assert torch.equal(buffers.take(buffer, indices), before[indices])
-    buffers.put(buffer, indices, 0.0, KEY)
+    buffers.put(buffer, indices, None, KEY)
     after = buffers.decode(buffer)
     assert (after[indices] == 0).all()
     before[indices] = 0.0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from parsimony_kernels.buffers import device as device_buffers
+from parsimony_kernels.buffers import host as host_buffers
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers import reference as reference_buffers
 from parsimony_kernels.buffers.operands import BLOCK, Correction, Pass, Selection
@@ -246,3 +247,27 @@ def test_nan_is_above_infinity(emulated):
         Pass(grad, Correction(), residual, None, None, None, None, KEY)
     )
     assert found.largest.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_values_that_are_put_equal_the_reference(emulated, dtype):
+    emulated()
+    indices = torch.randperm(5000, generator=torch.Generator().manual_seed(1))[:1700]
+    values = torch.randn(1700, generator=torch.Generator().manual_seed(2)) * 0.7
+    values[:6] = torch.tensor([0.0, -0.0, 1e-40, -1e-38, 3.3e38, 0.5])
+    for given in (values, None):
+        results = []
+        for module in (reference_buffers, host_buffers, device_buffers):
+            buffer = buffers.empty(5000, dtype, CPU)
+            start = torch.randn(5000, generator=torch.Generator().manual_seed(3))
+            buffers.accumulate(start, Correction(), residual=buffer, old_residual=None, key=5)
+            module.put(buffer, indices, given, key=2**40 + 12345)
+            results.append(buffers.tensors(buffer))
+        for found in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
+
+
+def test_indices_outside_of_a_buffer_are_refused():
+    for wrong in ([-1, 2], [2, 300]):
+        with pytest.raises(IndexError, match=r"allowed: 0\.\.299"):
+            buffers.put(buffers.empty(300, "int8", CPU), torch.tensor(wrong), None, 0)

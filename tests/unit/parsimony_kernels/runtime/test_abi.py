@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from parsimony_kernels.buffers import operands as buffers
-from parsimony_kernels.buffers.arguments import Accumulation, Stored
+from parsimony_kernels.buffers.arguments import Accumulation, Putting, Stored
 from parsimony_kernels.packing import message
 from parsimony_kernels.packing.device import Joined, Merging, Message, Packing
 from parsimony_kernels.packing.host import EntryList
@@ -30,7 +30,7 @@ from parsimony_kernels.step.arguments import (
 
 STRUCTURES = (
     *(operands.Rule, operands.Sketch, HostStep, Batch, DeviceStep, Feeding, Query, Items, Tiling),
-    *(buffers.Correction, Stored, Accumulation),
+    *(buffers.Correction, Stored, Accumulation, Putting),
     *(message.Sections, EntryList, Packing, Message, Joined, Merging),
 )
 ENUMS = {
