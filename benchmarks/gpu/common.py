@@ -1,4 +1,4 @@
-"""What the stages of the proof share: where they run, the figures they leave, what a step launches."""
+"""What the proof's stages share: where they run, the figures they leave, what a step launches."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@
 
 Leaves in OUT, after each stage: table.md, figures.jsonl (a line for each figure, as it was found),
 log.txt, and what single stages draw. A stage that fails, hangs or is killed does not stop others.
+Stage 4, Horovod with two ranks on one GPU, is not written yet.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 class Stage(NamedTuple):
     module: str
     title: str
-    seconds: int  # its limit
+    seconds: int  # its limit; twice that in a rehearsal, on few cores
 
 
 STAGES = {
@@ -37,7 +38,6 @@ STAGES = {
     2: Stage("speed", "speed, launches and waits", 150),
     3: Stage("workers", "four workers in one process", 90),
     5: Stage("large", "BERT-Large's shapes", 150),
-    4: Stage("ranks", "Horovod, two ranks on one GPU", 470),  # last, as it takes longest
 }
 
 
@@ -66,6 +66,7 @@ def main() -> None:
 def run(number: int, options: argparse.Namespace) -> tuple[str, float]:
     """Run a stage; return how it ended and its seconds."""
     stage, start = STAGES[number], time.monotonic()
+    limit = stage.seconds * (2 if options.rehearse else 1)
     words = [sys.executable, "-m", f"benchmarks.gpu.{stage.module}", str(options.out)]
     words += ["--rehearse"] if options.rehearse else []
     print(f"\n== stage {number}: {stage.title}", flush=True)
@@ -75,10 +76,10 @@ def run(number: int, options: argparse.Namespace) -> tuple[str, float]:
             words, cwd=ROOT, start_new_session=True, stdout=log, stderr=subprocess.STDOUT
         )
         try:
-            status = process.wait(stage.seconds)
+            status = process.wait(limit)
             end = {0: "passed", SKIPPED: "skipped"}.get(status, f"failed, status {status}")
         except subprocess.TimeoutExpired:
-            end = f"timed out after {stage.seconds} s"
+            end = f"timed out after {limit} s"
         finally:  # also what it started and left
             try:
                 os.killpg(process.pid, signal.SIGKILL)

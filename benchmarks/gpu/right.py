@@ -92,7 +92,7 @@ def run_tests(proof: Proof) -> bool:
     words = [sys.executable, "-m", "pytest", "-c", os.devnull, "--rootdir=.", "-q", "-rf",
              "--import-mode=importlib", "-p", "no:cacheprovider", "--durations=5"]  # fmt: skip
     if importlib.util.find_spec("xdist"):
-        words += ["-n", "1" if proof.is_rehearsal else "7"]
+        words += ["-n", "1" if proof.is_rehearsal else "12"]
     which = [REHEARSED, "-k", "one_pass"] if proof.is_rehearsal else [
         "tests/gpu", "--deselect", "tests/gpu/test_kernels.py::test_compute_sanitizer_finds_nothing"
     ]  # fmt: skip

@@ -7,6 +7,7 @@ computed for backward and what for the exchange.
 
 from __future__ import annotations
 
+import copy
 import gzip
 import shutil
 import sys
@@ -35,39 +36,38 @@ METHODS = {
 def main() -> None:
     proof = begin(3, __doc__)
     width, num_steps = proof.size((1024, 12), (64, 4))
-    is_right = True
+    initial, is_right = model_of(width), True  # made here: workers share torch's random state
     for name in METHODS:
-        there = train(proof.device, name, width, num_steps)
-        here = train(torch.device("cpu"), name, width, num_steps)
-        is_right &= compare(proof, name, there, here, start(width))
-    trace(proof, width)
+        there = train(proof.device, name, initial, num_steps)
+        here = train(torch.device("cpu"), name, initial, num_steps)
+        is_right &= compare(proof, name, there, here, flat(initial))
+    trace(proof, initial)
     sys.exit(not is_right)
 
 
 def model_of(width: int) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        layers = [layer for _ in range(6) for layer in (nn.Linear(width, width), nn.Tanh())]
-        return nn.Sequential(*layers, nn.Linear(width, 10))
+    torch.manual_seed(0)
+    layers = [layer for _ in range(6) for layer in (nn.Linear(width, width), nn.Tanh())]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
 
 
-def start(width: int) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model_of(width).parameters()])
+def flat(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().cpu() for p in model.parameters()])
 
 
 class Worker:
     """One worker's model, optimizer and data."""
 
-    def __init__(self, comm: Any, device: torch.device, name: str, width: int) -> None:
+    def __init__(self, comm: Any, device: torch.device, name: str, initial: nn.Module) -> None:
         make, compression = METHODS[name]
-        self.model, self.device = model_of(width).to(device), device
+        self.model, self.device = copy.deepcopy(initial).to(device), device
         self.optimizer = DistributedOptimizer(
             make(self.model.parameters()), self.model.named_parameters(), comm=comm,
-            compression=compression, bucket_bytes=8 * width * width,
+            compression=compression, bucket_bytes=8 * initial[0].weight.numel(),
         )  # fmt: skip
         self.optimizer.set_density(0.01)
         self.generator = torch.Generator().manual_seed(comm.rank)
-        self.width = width
+        self.width = initial[0].in_features
 
     def step(self) -> float:
         inputs = torch.randn(32, self.width, generator=self.generator)
@@ -82,13 +82,13 @@ class Worker:
         return loss.item()
 
 
-def train(device: torch.device, name: str, width: int, num_steps: int) -> list[Any]:
+def train(device: torch.device, name: str, initial: nn.Module, num_steps: int) -> list[Any]:
     """Return each worker's losses and parameters."""
 
     def work(comm: Any) -> tuple[list[float], torch.Tensor]:
-        worker = Worker(comm, device, name, width)
+        worker = Worker(comm, device, name, initial)
         losses = [worker.step() for _ in range(num_steps)]
-        return losses, torch.cat([p.detach().flatten().cpu() for p in worker.model.parameters()])
+        return losses, flat(worker.model)
 
     return run_local(NUM_WORKERS, work)
 
@@ -109,13 +109,13 @@ def compare(proof: Proof, name: str, there: Any, here: Any, first: torch.Tensor)
 # ---- the timeline --------------------------------------------------------------------------------
 
 
-def trace(proof: Proof, width: int) -> None:
+def trace(proof: Proof, initial: nn.Module) -> None:
     """Profile two steps of all workers, after some that are not."""
     activities = [ProfilerActivity.CPU]
     activities += [] if proof.is_rehearsal else [ProfilerActivity.CUDA]
 
     def work(comm: Any) -> Any:
-        worker = Worker(comm, proof.device, "recommended", width)
+        worker = Worker(comm, proof.device, "recommended", initial)
         for _ in range(3):
             worker.step()
         comm.barrier()
