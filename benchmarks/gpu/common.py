@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import json
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -68,11 +69,21 @@ def begin(stage: int, description: str | None) -> Proof:
 
 @contextlib.contextmanager
 def emulated() -> Iterator[Any]:
-    """Run the CUDA source on the CPU; yields the emulator, which counts launches."""
+    """Run the CUDA source on the CPU; yields the emulator, which counts launches.
+
+    It runs one kernel at a time: those of workers in several threads wait for each other.
+    """
     from tests.emulation.emulator import Emulator
 
+    class OneAtATime(Emulator):
+        lock = threading.Lock()
+
+        def launch(self, *arguments: Any) -> None:
+            with self.lock:
+                super().launch(*arguments)
+
     before = launch.launcher, choice._module
-    launch.launcher = Emulator()
+    launch.launcher = OneAtATime()
     choice._module = lambda chosen, folder, device_type: importlib.import_module(
         f"parsimony_kernels.{folder}.{'device' if chosen == 'native' else chosen}"
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks.gpu.common import Proof, begin
 
 ROOT = Path(__file__).parents[2]
+MOST_SECONDS = 150  # that a tool of the sanitizer may take
 TOOLS = ("memcheck", "racecheck", "synccheck")
 REHEARSED = "tests/unit/parsimony_kernels/step/test_device.py"
 
@@ -29,10 +30,15 @@ def main() -> None:
         watched = watch(proof, Path(folder))
         is_right = run_tests(proof)
         for tool, process, start, log in watched:
-            status, text = process.wait(), log.read_text()
-            print(text[-4000:])
             seconds = time.monotonic() - start
-            ended = "nothing found" if status == 0 else f"status {status}"
+            try:
+                status = process.wait(max(1, MOST_SECONDS - seconds))
+                ended = "nothing found" if status == 0 else f"status {status}"
+            except subprocess.TimeoutExpired:
+                process.kill()
+                status, ended = 1, "stopped before its end"
+            print(log.read_text()[-4000:])
+            seconds = time.monotonic() - start
             proof.add(tool, f"{ended}, within {seconds:.0f} s", (f"{tool} clean", status == 0))
             is_right &= status == 0
     sys.exit(not is_right)
