@@ -168,24 +168,9 @@ def test_compute_sanitizer_finds_nothing():
         pytest.skip("no compute-sanitizer on PATH")
     for tool in ("memcheck", "racecheck", "synccheck"):
         words = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
-        words += [sys.executable, __file__]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=280)
+        words += [sys.executable, "-m", "tests.gpu.few_cases"]
+        environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        result = subprocess.run(
+            words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+        )
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-
-
-def run_a_few() -> None:
-    """What compute-sanitizer watches: one case of each kernel."""
-    kinds = [("velocity", "cover"), ("full", "cover I"), ("none", "factored"), ("table", "table 3")]
-    for (first, second), mode in ((kind, mode) for kind in kinds for mode in cases.MODES):
-        cases.check_steps(Case(first, second, mode, (65, 150)), device, GPU)
-    for second in ("full", "cover", "cover I", "factored", "table 3"):
-        test_device_observe.check_observe(Case("none", second, "dense", (65, 150)), 0.5, GPU)
-    for case in test_device_buffers.SIZE_CASES:
-        test_device_buffers.check_accumulate(case, GPU)
-    for dtype in buffers.DTYPES:
-        test_device_buffers.check_select(dtype, 1000, GPU)
-
-
-if __name__ == "__main__":
-    run_a_few()
