@@ -117,6 +117,8 @@ def counts(profiler: Any) -> dict[str, Any]:
     busy = 0.0
     for event in profiler.events():
         name = event.name
+        if getattr(event, "is_user_annotation", False) or name.startswith("Optimizer."):
+            continue  # the host's ranges, as the device sees them
         if event.device_type == torch.autograd.DeviceType.CUDA:
             is_copy = name.startswith(("Memcpy", "Memset"))
             (copies if is_copy else kernels)[name[:80]] += 1

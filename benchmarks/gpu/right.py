@@ -104,7 +104,8 @@ def run_tests(proof: Proof) -> bool:
     ]  # fmt: skip
     done = subprocess.run(
         [*words, *which], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "REQUIRE_GPU": "" if proof.is_rehearsal else "1"},
+        env={**os.environ, "REQUIRE_GPU": "" if proof.is_rehearsal else "1",
+             "OMP_NUM_THREADS": "1"},  # a dozen processes would otherwise take all cores each
     )  # fmt: skip
     print(done.stdout[-12000:])
     last = (re.findall(r"^.*\d+ (?:passed|failed|error|skipped).*$", done.stdout, re.M) or ["?"])[
