@@ -78,8 +78,8 @@ NEUTRAL: dict[str, str] = {
     "dampening": "0: torch.optim.SGD dampens",
     "lr_decay": "0: let a scheduler do it, LambdaLR(optimizer, lambda t: 1 / (1 + lr_decay * t))",
     "initial_accumulator_value": "0: set eps, or add it to the sums in the optimizer's state",
-    "foreach": "None, False: a step is one kernel for each tensor already",
-    "fused": "None, False: a step is one kernel for each tensor already",
+    "foreach": "None, False: all tensors are stepped together already",
+    "fused": "None, False: all tensors are stepped together already",
     "capturable": "False: a CUDA graph would repeat one step's rate and bias correction",
     "differentiable": "False: gradients do not flow through a step; torch.optim's do",
 }

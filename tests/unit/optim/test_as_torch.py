@@ -48,8 +48,8 @@ REFUSED = {
     "dampening": (0.5, "torch.optim.SGD dampens"),
     "lr_decay": (0.5, "let a scheduler do it"),
     "initial_accumulator_value": (0.1, "set eps"),
-    "foreach": (True, "one kernel for each tensor already"),
-    "fused": (True, "one kernel for each tensor already"),
+    "foreach": (True, "all tensors are stepped together"),
+    "fused": (True, "all tensors are stepped together"),
     "capturable": (True, "CUDA graph would repeat"),
     "differentiable": (True, "do not flow through a step"),
 }

@@ -108,13 +108,13 @@ def follow(make, mode, dtype, bad):
     return seen, optimizer
 
 
-def reached(optimizer, state, mode, dtype, bad):
+def reached(optimizer, mode, dtype, bad):
     """Return the entries that must not be finite after the step in which `bad` arrives."""
     here, only = arrivals(mode, BAD_STEP), torch.zeros(N, M, dtype=torch.bool)
     only[ROW, COLUMN] = True
     group, g = optimizer.param_groups[0], torch.tensor(bad).to(dtype).float()
     gain = optimizer._scalars(group, BAD_STEP + 1).get("second_gain", 1.0)
-    name, kind = optimizer._second(group) or (None, None)
+    _, kind = optimizer._second(group) or (None, None)
     if kind == "factored" and not (gain * g * g).isfinite():
         return here
     if g.isinf():
@@ -125,9 +125,7 @@ def reached(optimizer, state, mode, dtype, bad):
     if kind == "cover" and group.get("variant") == "I":  # accumulators are raised before the step
         in_row = here & only.any(1, keepdim=True)
         return in_row if mode == "rows" else in_row | in_column
-    if kind == "sketch":
-        return in_column & shares_bucket(state, name)
-    return only
+    return only  # of a sketch too, whose estimates are of before the step
 
 
 def shares_bucket(state, name):
