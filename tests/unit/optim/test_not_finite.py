@@ -175,7 +175,7 @@ def test_every_implementation_lets_it_reach_what_it_touches(implementations, mod
             check_same(runs, "actored" in name, what)
             with ops.use("reference"):
                 undisturbed, _ = follow(make, mode, dtype, None)
-            wanted = reached(optimizer, runs["reference"][BAD_STEP], mode, dtype, bad)
+            wanted = reached(optimizer, mode, dtype, bad)
             following = may_follow(optimizer, undisturbed[-1])
             check_reach(runs["reference"], undisturbed, wanted, following, what)
 
