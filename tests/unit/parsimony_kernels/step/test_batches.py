@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from parsimony_kernels.runtime import choice
 from parsimony_kernels.runtime.checks import trusted_positions
-from parsimony_kernels.step import device, feeding
+from parsimony_kernels.step import arguments, device, feeding
 from tests.tolerances import assert_close
 from tests.unit.optim.helpers import EVERY_OPTIMIZER, gradients, parameter, row_sparse
 
@@ -147,7 +147,10 @@ def change_what_plans_keep(step, parameters, optimizer):
 
 @pytest.mark.parametrize("shift", [0, 1, 2])
 @pytest.mark.parametrize("name", ["SM3", "SM3 with momentum and beta", "FactoredAdam", "Adam"])
-def test_steps_that_are_repeated_and_memory_on_and_off_boundaries(name, shift, request):
+def test_steps_that_are_repeated_and_memory_on_and_off_boundaries(
+    name, shift, request, monkeypatch
+):
+    monkeypatch.setattr(arguments, "WANTED_TILES", 6)  # so that threads take several rows
     expected = stepped(name, 0, change_what_plans_keep)
     request.getfixturevalue("on_a_gpu")
     for p, q in zip(stepped(name, shift, change_what_plans_keep), expected, strict=True):
