@@ -32,7 +32,7 @@ from dgc.optimizer.replicas import Replicas
 from dgc.selection.selector import Selector, Settling
 from dgc.wire.codec import Codec
 from dgc.wire.entries import Entries
-from dgc.worker.residual import Taken
+from dgc.worker.taken import Taken
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers.operands import BINS, Blocks, Found, Pass, Report, Selection
 from parsimony_kernels.packing import ops as packing
@@ -61,6 +61,8 @@ def without_data() -> Iterator[None]:
         (dgc.exchange.question, "Download", _Download),
         (Selector, "selection", _selection),
         (Selector, "settling", _settling),
+        (Selector, "num_leaving", lambda self, report: None if self.plan.is_exact else report.count),
+        (Selector, "note", lambda *_: None),
         (Codec, "decode_one", _decode_one),
         (Codec, "decode_any", _decode_one),
         (Codec, "split_messages", _split_messages),
@@ -178,6 +180,7 @@ def _settling(
     report: Report,
     compensation: Any,
     name: str,
+    first: int = 0,
     num_nonzero: int | None = None,
 ) -> Settling:
     if selector.plan.is_exact:

@@ -22,10 +22,10 @@ from dgc.exchange.handover import take_over
 from dgc.exchange.kept import Kept
 from dgc.exchange.lanes import Lanes
 from dgc.exchange.progress import Travelling
-from dgc.exchange.question import Question, answer_together, of_float, to_float
+from dgc.exchange.question import Question, answer_together, of_floats, to_floats
 from dgc.exchange.route import Route
 from dgc.exchange.sharing import Sharing
-from dgc.exchange.step import Step
+from dgc.exchange.step import Given, Step
 from dgc.exchange.update import Update
 from dgc.wire.buckets import Bucket, make_buckets, move_to_rows
 from dgc.worker.elements import TensorSpec
@@ -155,18 +155,12 @@ class Exchange:
         may_keep: the gradient's memory is ours from now on.
         """
         self._begin(name)
-        step = self._step
+        step, given = self._step, Given(name, grad_N, scale, num_parts, is_last, may_keep)
         with step.stats.timed("compensate"), self._lanes.on(grad_N.device, grad_N, scale):
-            given_N = grad_N
-            grad_N, scale = step.observe(name, grad_N, scale, num_parts)
-            may_keep = may_keep and grad_N is given_N
             if self.route.island is None:
-                step.accumulate(
-                    name, grad_N, is_sparse=self._bucket_of[name].is_sparse, scale=scale,
-                    is_last=is_last, may_keep=may_keep,
-                )  # fmt: skip
+                step.add(self._bucket_of[name], given)
             else:
-                step.hold(name, grad_N, scale, may_keep)
+                step.hold(given)
 
     def add_rows(self, name: str, grad: Tensor, scale: Tensor | None = None) -> None:
         """Take a row-sparse gradient, a sparse tensor, times scale (1,); rows may repeat."""
@@ -188,7 +182,8 @@ class Exchange:
             if rests:
                 self._step.resting.add(name)
         elif name not in self._seen:
-            self.add(name, torch.zeros(spec.whole, dtype=spec.dtype, device=spec.device))
+            zeros = torch.zeros(spec.whole, dtype=spec.dtype, device=spec.device)
+            self.add(name, zeros, may_keep=True)
         self._completed.add(name)
         self._start_ready_buckets(len(self.buckets) - 1)
 
@@ -271,10 +266,16 @@ class Exchange:
     def _answer(self, questions: Sequence[Question]) -> None:
         """Answer the buckets' last questions, and with them what thresholds are to know."""
         thresholds = self.kept.thresholds
-        cuts = thresholds.open_cuts()
-        of_cuts = Question([of_float(cut) for cut in cuts.values()], is_last=True)
-        answer_together([*questions, of_cuts])
-        thresholds.tell_cuts(dict(zip(cuts, map(to_float, of_cuts.wait()), strict=True)))
+        by_kind: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+        for name, cut in thresholds.open_cuts().items():
+            by_kind.setdefault((cut.device, cut.dtype), {})[name] = cut
+        of_cuts = [
+            Question([of_floats(torch.stack(list(cuts.values())))], is_last=True)
+            for cuts in by_kind.values()
+        ]
+        answer_together([*questions, *of_cuts])
+        for cuts, question in zip(by_kind.values(), of_cuts, strict=True):
+            thresholds.tell_cuts(dict(zip(cuts, to_floats(*question.wait()), strict=True)))
 
     def end_step(self, stands: bool) -> None:
         """Make the finished step final if it stands; else undo it, to the bit. On all ranks alike.

@@ -14,7 +14,7 @@ from torch import Tensor
 from dgc.comm.interface import Handle
 from dgc.exchange.question import Question
 from dgc.exchange.route import Route
-from dgc.exchange.step import Step
+from dgc.exchange.step import Given, Step
 from dgc.wire.buckets import Bucket
 
 
@@ -61,11 +61,11 @@ def sum_within(route: Route, step: Step, bucket: Bucket) -> Generator[Handle | Q
     step.wake([s for s in bucket.specs if s.name in step.resting and s.name not in resting])
     yield from _average_statistics(route, step, bucket)
     with step.stats.timed("compensate"):
-        for spec, slice_N in zip(bucket.specs, slices, strict=True):
-            if spec.name not in step.resting:
-                step.accumulate(
-                    spec.name, slice_N.clone(), is_sparse=bucket.is_sparse, may_keep=True
-                )
+        step.accumulate(bucket, [
+            Given(spec.name, slice_N.clone(), None, 1, is_last=True, may_keep=True)
+            for spec, slice_N in zip(bucket.specs, slices, strict=True)
+            if spec.name not in step.resting
+        ])  # fmt: skip
 
 
 def _slices(route: Route, step: Step, bucket: Bucket, sizes: list[int]) -> Tensor:

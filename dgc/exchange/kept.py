@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from dgc.selection.thresholds import Thresholds
 from dgc.worker.elements import TensorSpec
 from dgc.worker.residual import Compensation
 from dgc.worker.statistics import Statistics
+from dgc.worker.taken import Place
 from dgc.worker.undoable import Undoable
 
 
@@ -45,6 +46,16 @@ class Kept:
         None if they are sent as they are: see Compression.preconditioning.
         """
         return self.root(spec, indices_K) if self.compression.preconditioning == "late" else None
+
+    def late_roots(
+        self, specs: Sequence[TensorSpec], places: Sequence[Place], positions_K: Tensor
+    ) -> Tensor | None:
+        """Return what entries of these tensors are divided by as they leave, (K,); None for 1."""
+        if self.compression.preconditioning != "late":
+            return None
+        begins = {spec.name: self._slice_index * spec.numel for spec in specs}
+        asked = [(name, count, first - begins[name]) for name, count, first in places if count]
+        return self.statistics.roots_together(asked, positions_K)
 
     def root(self, spec: TensorSpec, indices_K: Tensor | None = None) -> Tensor | None:
         """Return the root of the second moment, at entries of this slice or of all of it."""

@@ -44,6 +44,8 @@ def run(route: Route, step: Step, bucket: Bucket) -> Way:
     """Exchange one bucket, all of whose gradients have come."""
     if bucket.protocol == "rows":
         return (yield from gather_rows(route, step, bucket))
+    with step.stats.timed("compensate"):
+        step.take_in_waiting(bucket)
     if route.island is not None:
         yield from sum_within(route, step, bucket)
     if bucket.protocol == "dense":

@@ -69,10 +69,10 @@ def _split(joined: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(old.shape) for part, old in zip(parts, like, strict=True)]
 
 
-def of_float(number: Tensor) -> Tensor:
-    """Return a float as an int64, so that it can be asked together with others; see `to_float`."""
-    return number.to(torch.float64).view(torch.int64)
+def of_floats(numbers: Tensor) -> Tensor:
+    """Return floats as int64, so that they can be asked together with others; see `to_floats`."""
+    return numbers.to(torch.float64).view(torch.int64)
 
 
-def to_float(answer: Tensor) -> float:
-    return answer.view(torch.float64).item()
+def to_floats(answer: Tensor) -> list[float]:
+    return answer.view(torch.float64).tolist()

@@ -18,23 +18,40 @@ from dgc.exchange.question import Question
 from dgc.wire.buckets import Bucket
 from dgc.worker.elements import TensorSpec
 from dgc.worker.magnitudes import Magnitudes, overflown
+from dgc.worker.residual import Gradient
 from dgc.worker.rows import RowGradients
 from dgc.worker.scaling import scaled
 from dgc.worker.statistics import divide
 from dgc.worker.stats import StepStats
 from parsimony_kernels.buffers import ops as buffers
-from parsimony_kernels.buffers.operands import Found, Report
+from parsimony_kernels.buffers.operands import Found, Report, Selection
+
+# Bytes of gradients that wait for others of their bucket, so that all are taken in together.
+TOGETHER_BYTES = 32 * 2**20
 
 
 class Seen(NamedTuple):
     """What the passes over a bucket's tensors saw, by number; None for those that rest.
 
-    counts: of the residual, how many elements are not 0; None where that was not counted.
+    firsts: from what the indices that they have listed count. counts: of the residual, how many
+    elements are not 0; None where that was not counted.
     """
 
     founds: list[Found | None]
     reports: list[Report | None]
+    firsts: list[int]
     counts: list[int | None]
+
+
+class Given(NamedTuple):
+    """A gradient that was given to the exchange; see Exchange.add."""
+
+    name: str
+    grad_N: Tensor
+    scale: Tensor | None
+    num_parts: int
+    is_last: bool
+    may_keep: bool
 
 
 class Step:
@@ -52,26 +69,56 @@ class Step:
         self.spoilt: set[str] = set()
         self._is_selected: set[str] = set()
         self._founds: dict[str, Found] = {}
+        self._firsts: dict[str, int] = {}
         self._held: dict[str, Tensor] = {}
+        self._waiting: dict[str, list[Given]] = {}  # by bucket
+        self._waiting_bytes = 0
 
-    def observe(
-        self, name: str, grad_N: Tensor, scale: Tensor | None, num_parts: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Feed a gradient to the tensor's statistic; return what is accumulated, and its scale.
+    # ---- gradients -------------------------------------------------------------------------------
 
-        That is the gradient itself, or, if preconditioning is early, the gradient as divided.
+    def add(self, bucket: Bucket, given: Given) -> None:
+        """Take a gradient in: with others of its bucket, if nobody else can change it meanwhile."""
+        is_early = self.kept.compression.preconditioning == "early"
+        if is_early or not (given.may_keep and given.is_last):
+            return self._take_in(bucket, [given])
+        self._waiting.setdefault(bucket.name, []).append(given)
+        self._waiting_bytes += given.grad_N.nbytes
+        if self._waiting_bytes >= TOGETHER_BYTES:
+            self.take_in_waiting(bucket)
+
+    def take_in_waiting(self, bucket: Bucket) -> None:
+        """Take in what `add` has left waiting."""
+        waiting = self._waiting.pop(bucket.name, [])
+        if waiting:
+            self._waiting_bytes -= sum(given.grad_N.nbytes for given in waiting)
+            self._take_in(bucket, waiting)
+
+    def _take_in(self, bucket: Bucket, given: Sequence[Given]) -> None:
+        self.accumulate(bucket, self._observed(given))
+
+    def _observed(self, given: Sequence[Given]) -> Sequence[Given]:
+        """Feed gradients to the tensors' statistics; return what is accumulated.
+
+        That is the gradients themselves, or, if preconditioning is early, as divided.
         """
-        self.kept.statistics.observe(name, grad_N, scale, num_parts)
+        fed = [(each.name, each.grad_N, each.scale, each.num_parts) for each in given]
+        self.kept.statistics.observe_together(fed)
         if self.kept.compression.preconditioning != "early":
-            return grad_N, scale
-        grad_N = scaled(grad_N, scale)
-        # Check the gradient itself: after the division an infinite entry may look finite.
-        self.magnitudes.note_gradient(name, grad_N)
-        root_N = self.kept.statistics.root(name)
-        return (grad_N if root_N is None else divide(grad_N, root_N)), None
+            return given
+        return [self._divided(each) for each in given]
 
-    def hold(self, name: str, grad_N: Tensor, scale: Tensor | None, may_keep: bool) -> None:
+    def _divided(self, given: Given) -> Given:
+        grad_N = scaled(given.grad_N, given.scale)
+        # Check the gradient itself: after the division an infinite entry may look finite.
+        self.magnitudes.note_gradient(given.name, grad_N)
+        root_N = self.kept.statistics.root(given.name)
+        divided_N = grad_N if root_N is None else divide(grad_N, root_N)
+        may_keep = given.may_keep and divided_N is given.grad_N
+        return given._replace(grad_N=divided_N, scale=None, may_keep=may_keep)
+
+    def hold(self, given: Given) -> None:
         """Add a gradient to what is summed within the island when the bucket is complete."""
+        ((name, grad_N, scale, _, _, may_keep),) = self._observed([given])
         mine_N = scaled(grad_N, scale)
         if mine_N is grad_N and not may_keep:
             mine_N = grad_N.clone()
@@ -85,31 +132,30 @@ class Step:
         """Return, and forget, what `hold` summed."""
         return self._held.pop(name)
 
-    def accumulate(
-        self,
-        name: str,
-        grad_N: Tensor,
-        *,
-        is_sparse: bool,
-        scale: Tensor | None = None,
-        is_last: bool = True,
-        may_keep: bool = False,
-    ) -> None:
-        """Add a gradient, or a slice of an island's sum, to the residual.
+    def accumulate(self, bucket: Bucket, given: Sequence[Given]) -> None:
+        """Add gradients, or slices of an island's sums, to the residuals.
 
-        is_sparse: the tensor is sent sparsely: with the step's last gradient (is_last) its entries
-            are selected in the same pass.
+        Of a bucket that is sent sparsely, with a tensor's last gradient in the step its entries are
+        selected in the same pass.
         """
-        compensation, selection = self.kept.compensation, None
-        if is_sparse and is_last and self.kept.compression.select_by == "raw":
-            selection = self.kept.thresholds[name].begin(compensation.num_steps)
-            self._is_selected.add(name)
-        found = compensation.accumulate(
-            name, grad_N, scale=scale, is_sent_whole=not is_sparse, selection=selection,
-            may_keep=may_keep,
-        )  # fmt: skip
-        self._founds[name] = found
-        self.magnitudes.note(name, found.report[:1])
+        gradients = []
+        for name, grad_N, scale, _, is_last, may_keep in given:
+            selects = bucket.is_sparse and is_last and self.kept.compression.select_by == "raw"
+            gradients.append(Gradient(
+                name, grad_N, scale, is_sent_whole=not bucket.is_sparse, may_keep=may_keep,
+                first=bucket.firsts[name], selection=self._selection(name) if selects else None,
+            ))  # fmt: skip
+            if selects:
+                self._is_selected.add(name)
+        founds = self.kept.compensation.accumulate_together(gradients)
+        for gradient, found in zip(gradients, founds, strict=True):
+            self._founds[gradient.name], self._firsts[gradient.name] = found, gradient.first
+            self.magnitudes.note(gradient.name, found.report[:1])
+
+    def _selection(self, name: str) -> Selection | None:
+        return self.kept.thresholds[name].begin(self.kept.compensation.num_steps)
+
+    # ---- what they came to -----------------------------------------------------------------------
 
     def read(self, bucket: Bucket) -> Generator[Question, Any, Seen]:
         """Return what the passes over a bucket's tensors saw. Asks once."""
@@ -117,13 +163,17 @@ class Step:
         compensation = self.kept.compensation
         for spec in awake:
             if spec.name not in self._is_selected and self.kept.compression.select_by == "raw":
-                selection = self.kept.thresholds[spec.name].begin(compensation.num_steps)
+                selection = self._selection(spec.name)
                 if selection is not None:  # the last micro-batch had no gradient for this tensor
-                    self._founds[spec.name] = compensation.select_again(spec.name, selection)
-            self._founds[spec.name].report[:1] = self.magnitudes[spec.name]
+                    first = self._firsts[spec.name] = bucket.firsts[spec.name]
+                    found = compensation.select_again(spec.name, selection, first)
+                    self._founds[spec.name] = found
+            largest = self.magnitudes[spec.name]
+            if largest.data_ptr() != self._founds[spec.name].report.data_ptr():
+                self._founds[spec.name].report[:1] = largest
         founds = [self._founds.pop(spec.name, None) for spec in bucket.specs]
         if not awake:
-            return Seen(founds, founds, founds)
+            return Seen(founds, founds, [], founds)
         there, counted = [f for f in founds if f is not None], self._to_count(bucket, founds)
         counts = [buffers.count_nonzero(compensation.residual[name]) for name in counted]
         parts = [buffers.join_reports(there)]
@@ -138,6 +188,7 @@ class Step:
         return Seen(
             founds,
             [None if found is None else next(reports) for found in founds],
+            [self._firsts.get(spec.name, 0) for spec in bucket.specs],
             [numbers.get(spec.name) for spec in bucket.specs],
         )
 
@@ -177,4 +228,6 @@ class Step:
             part.drop(name)
         self._founds.pop(name, None)
         self._held.pop(name, None)
+        for bucket, waiting in self._waiting.items():
+            self._waiting[bucket] = [given for given in waiting if given.name != name]
         self._is_selected.discard(name)

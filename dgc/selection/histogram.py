@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -24,8 +25,8 @@ class Tail:
 
     def __init__(self, histogram: Tensor, sample_every: int) -> None:
         # how many entries the n highest bins hold together
-        self._from_top = torch.zeros(BINS + 1, dtype=torch.int64, device="cpu")
-        torch.cumsum(histogram.flip(0), 0, out=self._from_top[1:])
+        self._from_top = numpy.zeros(BINS + 1, numpy.int64)
+        numpy.cumsum(histogram.numpy()[::-1], out=self._from_top[1:])
         self._every = sample_every
 
     def threshold(self, wanted: float, known: float, count: float) -> float:
@@ -62,7 +63,7 @@ class Tail:
     def _reached_by(self, number: float) -> float:
         """Return the threshold that this many of the sample reach: above all of them for 0."""
         number = max(number, 0.5)
-        index = BINS - int(torch.searchsorted(self._from_top, number))
+        index = BINS - int(self._from_top.searchsorted(number))
         if index <= 0:
             return 0.0
         index = min(index, _LAST_FINITE)

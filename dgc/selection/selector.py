@@ -11,6 +11,7 @@ Shapes: N elements of one flattened tensor, K selected of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Generator, Sequence
 from typing import NamedTuple
@@ -21,9 +22,11 @@ from torch import Tensor
 from dgc.selection.histogram import Tail
 from dgc.selection.plan import SparsityPlan
 from dgc.selection.steering import Steering
-from dgc.worker.residual import Compensation, Taken
+from dgc.worker.residual import Compensation
+from dgc.worker.taken import Taken
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers.operands import Found, Report, Selection
+from parsimony_kernels.runtime.transfer import upload
 
 MAX_TRIES = 5  # passes over a residual in a step, before it is ranked
 
@@ -77,6 +80,26 @@ class Selector:
             threshold, self.plan.capacity, sample_every=every, sample_first=step * _STRIDE % every
         )
 
+    def num_leaving(self, report: Report) -> int | None:
+        """Return how many of the entries that a pass has listed leave: all, or the largest so many.
+
+        None where that takes more than the list: see `settling`.
+        """
+        if self.plan.is_exact or report.histogram is None:
+            return None
+        fewest, reduced, most = self.steering.bounds(self.plan)
+        is_enough = report.count >= fewest or self.threshold == 0
+        if not is_enough or report.count > self.plan.capacity:
+            return None
+        return report.count if report.count <= most else reduced
+
+    def note(self, report: Report, num_taken: int, cut: float | Tensor) -> None:
+        """Take in that so many leave, all above `cut`, which may be on a device."""
+        tail = Tail(report.histogram, self.plan.sample_every)
+        self._ending = _Ending(tail, report.count, cut, num_taken)
+        if not isinstance(cut, Tensor) or cut.device.type == "cpu":
+            self.tell_cut(float(cut))
+
     def settle(self, found: Found, report: Report, compensation: Compensation, name: str) -> Taken:
         """Do what `settling` says, waiting by itself for each further pass."""
         way = self.settling(found, report, compensation, name)
@@ -93,6 +116,7 @@ class Selector:
         report: Report,
         compensation: Compensation,
         name: str,
+        first: int = 0,
         num_nonzero: int | None = None,
     ) -> Settling:
         """Return the step's entries, which are then out of the residual, given what a pass found.
@@ -102,6 +126,7 @@ class Selector:
         looked through again; if MAX_TRIES passes do not do, it is ranked. Too few are left only if
         no more are other than 0.
         Args: found, report: of the pass with `begin`'s selection, the step's last over this tensor.
+            first: from what the indices that it has listed count.
             num_nonzero: entries of the residual that are not 0, where the tensor is ranked and that
             is known: then a GPU is not waited for.
         Yields: what another pass has found; it is to be sent the pass's report.
@@ -111,10 +136,9 @@ class Selector:
         if self.plan.is_exact or report.histogram is None:
             return self.take_largest(compensation, name, num_nonzero)
         tail = Tail(report.histogram, self.plan.sample_every)
-        taken, cut = yield from _Search(self, compensation, name, tail).run(found, report.count)
-        self._ending = _Ending(tail, report.count, cut, taken.indices_K.numel())
-        if not isinstance(cut, Tensor) or cut.device.type == "cpu":
-            self.tell_cut(float(cut))
+        search = _Search(self, compensation, name, tail)
+        taken, cut = yield from search.run(found, report.count, first)
+        self.note(report, taken.indices_K.numel(), cut)
         return taken
 
     def take_largest(
@@ -189,14 +213,14 @@ class _Search:
         self.too_low, self.too_high = 0.0, math.inf
 
     def run(
-        self, found: Found, count: int
+        self, found: Found, count: int, first: int
     ) -> Generator[Found, Report, tuple[Taken, float | Tensor]]:
         """Return what is taken out, and the threshold above which that is all there was, which may
         be on a device. Yields what further passes found, and is sent their reports."""
         fewest, _, most = self.bounds
         threshold, taken = self.selector.threshold, None
         for _ in range(MAX_TRIES):
-            new = Taken(*found.entries(count))
+            new = _entries(found, count, first)
             if count > self.plan.capacity:
                 # The list overflowed: which entries are in it depends on threads.
                 self._put_back(new)
@@ -213,9 +237,9 @@ class _Search:
             threshold = self._next_threshold(0 if taken is None else taken.indices_K.numel())
             selection = self.selector.selection(threshold, 0)
             found = self.compensation.select_again(self.name, selection)
-            count = (yield found).count
+            count, first = (yield found).count, 0
         else:
-            self._put_back(Taken(*found.entries(count)))
+            self._put_back(_entries(found, count, first))
         if taken is not None:
             self._put_back(taken)
         taken = self.selector.take_largest(self.compensation, self.name)
@@ -238,6 +262,11 @@ class _Search:
 
     def _put_back(self, taken: Taken) -> None:
         self.compensation.put_back(self.name, taken)
+
+
+def _entries(found: Found, count: int, first: int) -> Taken:
+    indices_K, values_K, velocities_K = found.entries(count)
+    return Taken(indices_K - first if first else indices_K, values_K, velocities_K)
 
 
 def _least(taken: Taken) -> Tensor:
@@ -283,6 +312,26 @@ def split_largest(magnitude_N: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return is_chosen.nonzero().view(-1), (~is_chosen).nonzero().view(-1)
     order = magnitude_N.sort(descending=True, stable=True).indices
     return order[:k].sort().values, order[k:].sort().values
+
+
+def mark_largest(
+    magnitudes_K: Tensor, counts: Sequence[int], wanted: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Mark the largest of each of T tensors, ties by position; waits for no GPU.
+
+    Args: magnitudes_K: `counts` of each tensor, one after the other. wanted: how many of each.
+    Returns: (K,) whether it is among them; and the least magnitude that is, (T,).
+    """
+    device, ends = magnitudes_K.device, list(itertools.accumulate(counts))
+    limits = [end - count + want for end, count, want in zip(ends, counts, wanted, strict=True)]
+    ends_T, limits_T = upload(torch.tensor([ends, limits], device="cpu"), device)
+    numbers_K = torch.arange(magnitudes_K.numel(), device=device)
+    tensor_K = torch.bucketize(numbers_K, ends_T, right=True)
+    order_K = magnitudes_K.sort(descending=True, stable=True).indices
+    order_K = order_K[tensor_K[order_K].sort(stable=True).indices]
+    is_largest_K = torch.empty_like(order_K, dtype=torch.bool)
+    is_largest_K[order_K] = numbers_K < limits_T[tensor_K]
+    return is_largest_K, magnitudes_K[order_K[limits_T - 1]]
 
 
 def _known_number_of_largest(magnitude_N: Tensor, k: int) -> Tensor:

@@ -5,6 +5,7 @@ Depends on nothing but shapes and settings, so that all ranks make the same buck
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,12 @@ class Bucket:
     def dtype(self) -> torch.dtype:
         """Of all its elements."""
         return self.specs[0].dtype
+
+    @functools.cached_property
+    def firsts(self) -> dict[str, int]:
+        """Where each tensor's positions begin in a bucket that is sent sparsely."""
+        offsets = self.codec.offsets if self.is_sparse else (0,) * len(self.specs)
+        return {spec.name: first for spec, first in zip(self.specs, offsets, strict=True)}
 
     @property
     def num_entries(self) -> int:

@@ -8,10 +8,26 @@ velocity and residual, and moves no more bytes than one that writes residuals an
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from parsimony_kernels.buffers import ops as buffers
-from parsimony_kernels.buffers.operands import Found
+from parsimony_kernels.buffers.operands import Found, Put
+
+
+class _Write(NamedTuple):
+    """What becomes of some entries of a residual, at positions that count from `first`.
+
+    values_K: None for 0.
+    """
+
+    positions_K: Tensor
+    values_K: Tensor | None
+    first: int
 
 
 class Lagging:
@@ -23,8 +39,8 @@ class Lagging:
 
     def __init__(self) -> None:
         self._names: set[str] = set()
-        self._found: dict[str, Found] = {}
-        self._writes: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._opened: dict[str, tuple[Found, int]] = {}
+        self._writes: dict[str, list[_Write]] = {}
         # What was where `settle` has written into the residual itself, in order.
         self._undo: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
@@ -32,7 +48,7 @@ class Lagging:
         return name in self._names
 
     def is_open(self, name: str) -> bool:
-        return name in self._found
+        return name in self._opened
 
     def is_written(self, name: str) -> bool:
         """Tell whether an open residual has been written to, so that undoing the step is more."""
@@ -40,29 +56,45 @@ class Lagging:
 
     def names(self) -> list[str]:
         """Return those that lag, open or not."""
-        return [*self._names, *self._found]
+        return [*self._names, *self._opened]
 
-    def open(self, name: str, found: Found) -> None:
-        """Take in what a pass found; its residual does not lag behind the old velocity any more."""
+    def open(self, name: str, found: Found, first: int) -> None:
+        """Take in what a pass found, whose indices count from `first`; its residual does not lag
+        behind the old velocity any more."""
         self._names.discard(name)
-        self._found[name], self._writes[name] = found, []
+        self._opened[name], self._writes[name] = (found, first), []
         self._undo.setdefault(name, [])
 
-    def write(self, name: str, indices_K: Tensor, values_K: Tensor) -> None:
-        """Let these entries of an open residual be values_K where the step ends."""
-        self._writes[name].append((indices_K, values_K))
+    def write(self, name: str, positions_K: Tensor, values_K: Tensor, first: int) -> None:
+        """Let these entries of an open residual, whose positions count from `first`, be values_K
+        where the step ends."""
+        self._writes[name].append(_Write(positions_K, values_K, first))
 
-    def settle(self, name: str, residual: Tensor, *, may_undo: bool = False) -> None:
-        """Make an open residual, or a copy of it, what lags behind the new velocity."""
-        found = self._found[name]
-        if found.count is None:
-            buffers.read_reports([found])
-        taken_K = found.indices[: found.count]
-        writes = [(taken_K, residual.new_zeros(taken_K.shape)), *self._writes[name]]
-        for indices_K, values_K in writes:
+    def settle(self, residuals: Mapping[str, Tensor], *, may_undo: bool = False) -> None:
+        """Make open residuals, or copies of them, what lags behind the new velocities."""
+        unread = [found for found, _ in map(self._opened.get, residuals) if found.count is None]
+        if unread:
+            buffers.read_reports(unread)
+        rounds = itertools.zip_longest(*map(self._writes_of, residuals))
+        for each in rounds:  # the later write the same entries anew
+            writes = [
+                (residual, write)
+                for residual, write in zip(residuals.values(), each, strict=True)
+                if write is not None and write.positions_K.numel()
+            ]
             if may_undo:
+                self._note_undo(residuals, each)
+            _put(writes)
+
+    def _writes_of(self, name: str) -> list[_Write]:
+        found, first = self._opened[name]
+        return [_Write(found.indices[: found.count], None, first), *self._writes[name]]
+
+    def _note_undo(self, residuals: Mapping[str, Tensor], writes: Sequence[_Write | None]) -> None:
+        for (name, residual), write in zip(residuals.items(), writes, strict=True):
+            if write is not None:
+                indices_K = write.positions_K - write.first
                 self._undo[name].append((indices_K, residual[indices_K]))
-            residual[indices_K] = values_K.to(residual.dtype)
 
     def undo(self, name: str, residual: Tensor) -> None:
         """Take back what `settle` has written."""
@@ -71,14 +103,24 @@ class Lagging:
 
     def close(self, name: str, lags: bool) -> None:
         """Note that a residual is not open any more, and whether it lags from now on."""
-        self._found.pop(name, None)
+        self._opened.pop(name, None)
         self._writes.pop(name, None)
         self._undo.pop(name, None)
         (self._names.add if lags else self._names.discard)(name)
 
     def open_names(self) -> list[str]:
-        return list(self._found)
+        return list(self._opened)
 
     def clear(self) -> None:
-        for part in (self._names, self._found, self._writes, self._undo):
+        for part in (self._names, self._opened, self._writes, self._undo):
             part.clear()
+
+
+def _put(writes: Sequence[tuple[Tensor, _Write]]) -> None:
+    """Write to these residuals: either all zeros, or none of them."""
+    if not writes:
+        return
+    puts = [Put(residual, w.positions_K.numel(), w.first, 0) for residual, w in writes]
+    values = [w.values_K for _, w in writes if w.values_K is not None]
+    positions_K = torch.cat([w.positions_K for _, w in writes])
+    buffers.put_together(puts, positions_K, torch.cat(values) if values else None)

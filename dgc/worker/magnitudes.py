@@ -28,9 +28,9 @@ class Magnitudes:
         self._bits: dict[str, Tensor] = {}
 
     def note(self, name: str, bits: Tensor) -> None:
-        """Take in a largest magnitude."""
+        """Take in a largest magnitude, of which the memory is ours from now on."""
         before = self._bits.get(name)
-        self._bits[name] = bits.clone() if before is None else torch.maximum(before, bits)
+        self._bits[name] = bits if before is None else torch.maximum(before, bits)
 
     def note_gradient(self, name: str, grad_N: Tensor) -> None:
         """Take in a gradient's, float32 or float64."""

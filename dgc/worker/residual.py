@@ -13,9 +13,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch import Tensor
 from dgc.worker.elements import TensorSpec
 from dgc.worker.lagging import Lagging
 from dgc.worker.rounding import RoundingKeys
+from dgc.worker.taken import Place, Taken, TakenTogether, spans
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers.operands import (
     VELOCITY_KEY,
@@ -30,6 +30,8 @@ from parsimony_kernels.buffers.operands import (
     Buffer,
     Correction,
     Found,
+    Pass,
+    Put,
     Selection,
 )
 from parsimony_kernels.buffers.ops import tensors
@@ -38,26 +40,16 @@ from parsimony_kernels.runtime.operands import STATE_DTYPES
 KINDS = ("velocity", "residual")
 
 
-@dataclass(frozen=True)
-class Taken:
-    """Entries that are out of a residual, and of the velocity if that is masked.
+class Gradient(NamedTuple):
+    """A gradient on its way to its tensor's residual; see Compensation.accumulate."""
 
-    indices_K (K,) int64, ascending and unique; values_K, velocities_K (K,) float32 or float64.
-    """
-
-    indices_K: Tensor
-    values_K: Tensor
-    velocities_K: Tensor | None
-
-    @classmethod
-    def nothing(cls, dtype: torch.dtype, device: torch.device) -> Taken:
-        indices_K = torch.zeros(0, dtype=torch.int64, device=device)
-        return cls(indices_K, indices_K.to(dtype), None)
-
-    def where(self, mask_K: Tensor) -> Taken:
-        """Return some of the entries."""
-        velocities_K = None if self.velocities_K is None else self.velocities_K[mask_K]
-        return Taken(self.indices_K[mask_K], self.values_K[mask_K], velocities_K)
+    name: str
+    grad_N: Tensor
+    scale: Tensor | None = None
+    is_sent_whole: bool = False
+    selection: Selection | None = None
+    may_keep: bool = False
+    first: int = 0
 
 
 class _Residuals(MutableMapping[str, Buffer]):
@@ -141,68 +133,62 @@ class Compensation:
         self._catch_up(name)
         self._shown.add(name)
 
-    def accumulate(
-        self,
-        name: str,
-        grad_N: Tensor,
-        *,
-        scale: Tensor | None = None,
-        is_sent_whole: bool = False,
-        selection: Selection | None = None,
-        may_keep: bool = False,
-    ) -> Found:
-        """Add a gradient, times scale (1,), to velocity and residual; take large entries out.
+    def accumulate(self, name: str, grad_N: Tensor, **more: Any) -> Found:
+        """Do what `accumulate_together` does, with one gradient; more: the fields of Gradient."""
+        return self.accumulate_together([Gradient(name, grad_N, **more)])[0]
 
-        Args: may_keep: nobody else needs the gradient's memory, so that a residual of its dtype may
-                take its place.
-            selection: of the residual, in the same pass, and with a step's last gradient only;
-                whether velocities are masked is this compensation's `mask_velocity`.
+    def accumulate_together(self, gradients: Sequence[Gradient]) -> list[Found]:
+        """Add gradients, of several tensors, each times its scale (1,), to velocities and
+        residuals; take large entries out.
+
+        Of a gradient: may_keep: nobody else needs its memory, so that a residual of its dtype may
+        take its place. selection: of the residual, in the same pass, and with a step's last
+        gradient only; whether velocities are masked is this compensation's `mask_velocity`. first:
+        what is added to the indices that are listed.
         """
+        if not gradients:
+            return []
+        passes = [self._pass(gradient) for gradient in gradients]
+        founds, _ = buffers.accumulate_together(passes)
+        for gradient, each, found in zip(gradients, passes, founds, strict=True):
+            if each.lags:
+                self._lagging.open(gradient.name, found, gradient.first)
+        return founds
+
+    def _pass(self, gradient: Gradient) -> Pass:
+        name, grad_N, scale, is_sent_whole, selection, may_keep, first = gradient
         is_first = ("residual", name) not in self._before
         room = grad_N if may_keep and grad_N.dtype in STATE_DTYPES else None
+        key = self._keys[name] = self._rounding.key(name, self.num_steps)
         if is_first and selection is not None and self._may_lag(name, grad_N):
-            return self._accumulate_lagging(name, grad_N, scale, selection, room)
+            old_velocity, velocity = self._renew("velocity", name, grad_N, room=room)
+            residual = self._before["residual", name] = self._kept["residual"][name]
+            return buffers.lagging_pass_of(
+                grad_N, self.momentum, self._masking(selection),
+                residual=residual, velocity=velocity, old_velocity=old_velocity,
+                is_lagging=name in self._lagging, scale=scale, first=first,
+            )  # fmt: skip
         self._catch_up(name)
         old_residual, residual = self._renew("residual", name, grad_N, is_sent_whole, room)
         old_velocity, velocity = None, None
         if self.momentum:
             old_velocity, velocity = self._renew("velocity", name, grad_N)
-        self._keys[name] = self._rounding.key(name, self.num_steps)
-        return buffers.accumulate(
+        return buffers.pass_of(
             grad_N, self._correction(is_first),
             residual=residual, old_residual=old_residual,
             velocity=velocity, old_velocity=old_velocity,
-            scale=scale, key=self._keys[name], selection=self._masking(selection),
+            scale=scale, key=key, selection=self._masking(selection), first=first,
         )  # fmt: skip
 
     def _may_lag(self, name: str, grad_N: Tensor) -> bool:
         """Tell whether velocity and residual are there, in full, and follow the plain rule."""
+        if not self.momentum or self.nesterov or not self.mask_velocity or name in self._shown:
+            return False
         exact = _exact(grad_N.dtype)
         has_both = all(
             name in kept and buffers.dtype_of(kept[name]) == exact for kept in self._kept.values()
         )
-        is_stored = all(self._stored(kind, exact) == exact for kind in KINDS)
-        is_plain = self.momentum != 0 and not self.nesterov and self.mask_velocity
-        return is_plain and has_both and is_stored and name not in self._shown
-
-    def _accumulate_lagging(
-        self,
-        name: str,
-        grad_N: Tensor,
-        scale: Tensor | None,
-        selection: Selection,
-        room: Tensor | None,
-    ) -> Found:
-        old_velocity, velocity = self._renew("velocity", name, grad_N, room=room)
-        residual = self._before["residual", name] = self._kept["residual"][name]
-        self._keys[name] = self._rounding.key(name, self.num_steps)
-        found = buffers.accumulate_lagging(
-            grad_N, self.momentum, self._masking(selection),
-            residual=residual, velocity=velocity, old_velocity=old_velocity,
-            is_lagging=name in self._lagging, scale=scale,
-        )  # fmt: skip
-        self._lagging.open(name, found)
-        return found
+        return has_both and all(self._stored(kind, exact) == exact for kind in KINDS)
 
     def _catch_up_all(self) -> None:
         for name in self._lagging.names():
@@ -213,28 +199,39 @@ class Compensation:
         kept, velocity = self._kept["residual"], self._kept["velocity"].get(name)
         if self._lagging.is_open(name):
             copy = kept[name].clone()
-            self._lagging.settle(name, copy)
+            self._lagging.settle({name: copy})
             kept[name] = copy.add_(velocity)
             self._lagging.undo(name, self._before["residual", name])
         elif name in self._lagging:
             kept[name].add_(velocity)
         self._lagging.close(name, lags=False)
 
-    def select_again(self, name: str, selection: Selection) -> Found:
-        """Take more out of the residual after this step's last gradient, in a pass of its own."""
+    def select_again(self, name: str, selection: Selection, first: int = 0) -> Found:
+        """Take more out of the residual after this step's last gradient, in a pass of its own.
+
+        first: what is added to the indices that are listed.
+        """
         self._key_of(name)
+        residual = self._kept["residual"][name]
         if self._lagging.is_open(name):
-            residual, velocity = (self._kept[kind][name] for kind in ("residual", "velocity"))
-            self._lagging.settle(name, residual, may_undo=True)
+            velocity = self._kept["velocity"][name]
+            self._lagging.settle({name: residual}, may_undo=True)
             found = buffers.select_lagging(residual, velocity, self._masking(selection))
-            self._lagging.open(name, found)
+            found.indices = found.indices + first
+            self._lagging.open(name, found, first)
             return found
         self._catch_up(name)
-        residual, velocity = self._kept["residual"][name], self.velocity.get(name)
-        return buffers.accumulate(
+        residual = self._kept["residual"][name]
+        found = buffers.accumulate(
             None, Correction(), residual=residual, old_residual=residual,
-            velocity=velocity, selection=self._masking(selection),
+            velocity=self._velocity_now(name), selection=self._masking(selection),
         )  # fmt: skip
+        found.indices = found.indices + first
+        return found
+
+    def _velocity_now(self, name: str) -> Buffer | None:
+        """Return a tensor's velocity; None while velocities rest."""
+        return self.velocity.get(name) if self.momentum else None
 
     def take_exactly(self, name: str, indices_K: Tensor) -> Taken:
         """Take these entries out, as a selection would."""
@@ -243,23 +240,54 @@ class Compensation:
         residual = self._kept["residual"][name]
         values_K = buffers.take(residual, indices_K)
         buffers.put(residual, indices_K, None, key)
-        if self.mask_velocity and name in self.velocity:
-            velocities_K = buffers.take(self.velocity[name], indices_K)
-            buffers.put(self.velocity[name], indices_K, None, key)
+        velocity = self._velocity_now(name)
+        if self.mask_velocity and velocity is not None:
+            velocities_K = buffers.take(velocity, indices_K)
+            buffers.put(velocity, indices_K, None, key)
         return Taken(indices_K, values_K, velocities_K)
 
     def put_back(self, name: str, taken: Taken) -> None:
+        """Do what `put_back_together` does, with one tensor's entries."""
+        place = Place(name, taken.indices_K.numel(), 0)
+        parts = (taken.indices_K, taken.values_K, taken.velocities_K)
+        self.put_back_together(TakenTogether([place], *parts))
+
+    def put_back_together(self, taken: TakenTogether) -> None:
         """Undo, to the bit, that entries were taken out in this step: any of them, by any pass."""
-        key, indices_K = self._key_of(name), taken.indices_K
-        if self._lagging.is_written(name):  # what was there is not there any more
-            self._catch_up(name)
-        residual = self._kept["residual"][name]
-        if self._lagging.is_open(name):
-            self._lagging.write(name, indices_K, residual[indices_K])
-        else:
-            buffers.put(residual, indices_K, taken.values_K, key)
+        for place, span in spans(taken.places):
+            self._key_of(place.name)
+            if self._lagging.is_written(place.name):  # what was there is not there any more
+                self._catch_up(place.name)
+            if self._lagging.is_open(place.name):
+                indices_K = taken.positions_K[span] - place.first
+                values_K = self._kept["residual"][place.name][indices_K]
+                self._lagging.write(place.name, indices_K, values_K, 0)
+        self._put("residual", taken.places, taken.positions_K, taken.values_K, self._keys)
         if taken.velocities_K is not None:
-            buffers.put(self.velocity[name], indices_K, taken.velocities_K, key ^ VELOCITY_KEY)
+            keys = {place.name: self._keys[place.name] ^ VELOCITY_KEY for place in taken.places}
+            self._put("velocity", taken.places, taken.positions_K, taken.velocities_K, keys)
+
+    def _put(
+        self,
+        kind: str,
+        places: Sequence[Place],
+        positions_K: Tensor,
+        values_K: Tensor,
+        keys: Mapping[str, int],
+    ) -> None:
+        """Write these values, but for those of residuals that are open and so are not written."""
+        kept, are_written = self._kept[kind], []
+        for place, span in spans(places):
+            if kind == "velocity" or not self._lagging.is_open(place.name):
+                put = Put(kept[place.name], place.count, place.first, keys[place.name])
+                are_written.append((put, span))
+        if not are_written:
+            return
+        puts = [put for put, _ in are_written]
+        if sum(put.count for put in puts) < positions_K.numel():
+            positions_K = torch.cat([positions_K[span] for _, span in are_written])
+            values_K = torch.cat([values_K[span] for _, span in are_written])
+        buffers.put_together(puts, positions_K, values_K)
 
     def put_back_where(self, name: str, taken: Taken, mask_K: Tensor) -> None:
         """Put some of these entries back, without waiting for a GPU: the others stay as they are
@@ -272,12 +300,21 @@ class Compensation:
         self.put_back(name, Taken(indices_K, *now))
 
     def keep_lost(self, name: str, indices_K: Tensor, lost_K: Tensor) -> None:
-        """Leave in the residual what coding lost of entries that were taken out and sent."""
-        key = self._rounding.key(name, self.num_steps)
-        if self._lagging.is_open(name):
-            return self._lagging.write(name, indices_K, lost_K)
-        self._catch_up(name)
-        buffers.put(self._kept["residual"][name], indices_K, lost_K, key)
+        """Do what `keep_lost_together` does, with one tensor's entries."""
+        self.keep_lost_together([Place(name, indices_K.numel(), 0)], indices_K, lost_K)
+
+    def keep_lost_together(
+        self, places: Sequence[Place], positions_K: Tensor, lost_K: Tensor
+    ) -> None:
+        """Leave in residuals what coding lost of entries that were taken out and sent."""
+        keys = {}
+        for place, span in spans(places):
+            keys[place.name] = self._rounding.key(place.name, self.num_steps)
+            if self._lagging.is_open(place.name):
+                self._lagging.write(place.name, positions_K[span], lost_K[span], place.first)
+            else:
+                self._catch_up(place.name)
+        self._put("residual", places, positions_K, lost_K, keys)
 
     def add(self, name: str, indices_K: Tensor, values_K: Tensor) -> None:
         """Add to entries of the residual: what is to be sent another time. Indices are unique."""
@@ -307,15 +344,23 @@ class Compensation:
     def end_step(self, stands: bool) -> None:
         """Make the step's changes final if it stands; else undo them, to the bit."""
         if stands:
-            for name in self._lagging.open_names():
-                self._lagging.settle(name, self._kept["residual"][name])
-                self._lagging.close(name, lags=True)
+            self._settle_all()
             self.num_steps += 1
             self._last_momentum = self.momentum or self._last_momentum
         else:
             for name in {name for _, name in self._before}:
                 self.drop(name)
         self._forget_before()
+
+    def _settle_all(self) -> None:
+        by_kind: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+        for name in self._lagging.open_names():
+            residual = self._kept["residual"][name]
+            by_kind.setdefault((residual.device, residual.dtype), {})[name] = residual
+        for residuals in by_kind.values():
+            self._lagging.settle(residuals)
+            for name in residuals:
+                self._lagging.close(name, lags=True)
 
     def drop(self, name: str) -> None:
         """Undo what a tensor's gradients did in this step, to the bit."""

@@ -72,9 +72,28 @@ class Statistics:
         with trusted_positions():  # they come from a selection
             return preconditioner.root(indices_K)
 
+    def observe_together(
+        self, given: Sequence[tuple[str, Tensor, Tensor | None, int]]
+    ) -> None:
+        for each in given:
+            self.observe(*each)
+
+    def roots_together(
+        self, asked: Sequence[tuple[str, int, int]], positions_K: Tensor
+    ) -> Tensor | None:
+        if not any(name in self.preconditioners for name, _, _ in asked):
+            return None
+        start, parts = 0, []
+        for name, count, first in asked:
+            part = positions_K[start : start + count]
+            start += count
+            root = self.root(name, part - first)
+            parts.append(torch.ones_like(part, dtype=torch.float32) if root is None else root)
+        return torch.cat(parts)
+
     def may_be_zero(self, name: str) -> bool:
-        """Tell whether `root` of a tensor that has a statistic can be 0 anywhere."""
-        return self.preconditioners[name].may_be_zero
+        """Tell whether `root` of a tensor can be 0 anywhere."""
+        return name in self.preconditioners and self.preconditioners[name].may_be_zero
 
     def due(self, step: int) -> list[str]:
         """Return the names whose statistics are averaged over workers in a step, from 0."""

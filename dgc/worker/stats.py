@@ -9,7 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from dgc.worker.taken import TakenTogether
+from parsimony_kernels.runtime.transfer import upload
 
 
 @dataclass
@@ -87,6 +91,20 @@ class StepStats:
         if not self.in_flight_seconds:
             return 1.0
         return max(0.0, 1.0 - self.seconds.get("wait", 0.0) / self.in_flight_seconds)
+
+    def note_taken(self, entries: TakenTogether, num_selectable: int) -> None:
+        """Take in what is on its way out of residuals, of tensors of so many elements."""
+        self.num_selected += entries.positions_K.numel()
+        self.num_selectable += num_selectable
+        there = [place for place in entries.places if place.count]
+        if there:
+            counts = torch.tensor([place.count for place in there], device="cpu")
+            least_T = torch.segment_reduce(
+                entries.values_K.abs(), "min", lengths=upload(counts, entries.values_K.device),
+                unsafe=True,
+            )  # fmt: skip
+            names = (place.name for place in there)
+            self.least_taken |= zip(names, least_T.unbind(), strict=True)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

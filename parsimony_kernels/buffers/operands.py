@@ -115,12 +115,22 @@ class Pass(NamedTuple):
     selection: Selection | None = None
     lagged: bool = False
     lags: bool = False
+    first: int = 0  # what is added to the indices that are listed
 
     @property
     def lists_velocities(self) -> bool:
         """Whether the velocity is listed, and made 0, where the residual is."""
         has_both = self.selection is not None and self.velocity is not None
         return has_both and self.selection.mask_velocity
+
+
+class Put(NamedTuple):
+    """The next `count` of some positions are of this buffer, whose elements are `first` less."""
+
+    buffer: Buffer
+    count: int
+    first: int
+    key: int
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from parsimony_kernels.buffers.operands import (
     Correction,
     Found,
     Pass,
+    Put,
     Selection,
 )
 from parsimony_kernels.buffers.operands import Report as Report
@@ -293,3 +294,37 @@ def _check_part(
     check_tensor(name, part, device, dtypes, 1)
     if part.numel() != size:
         raise ValueError(f"{name} has {part.numel()} elements; allowed: {size}")
+
+
+# ---- shims ----
+def pass_of(grad_N, correction, *, residual, old_residual, velocity=None, old_velocity=None, scale=None, key=0, selection=None, first=0):
+    return Pass(grad_N, correction, residual, old_residual, velocity, old_velocity, scale, key, selection, False, False, first)
+
+
+def lagging_pass_of(grad_N, momentum, selection, *, residual, velocity, old_velocity, is_lagging, scale=None, first=0):
+    return Pass(grad_N, Correction(momentum, 1, 1, 0), residual, residual, velocity, old_velocity, scale, 0, selection, is_lagging, True, first)
+
+
+def accumulate_together(passes):
+    founds = []
+    for p in passes:
+        if p.lags:
+            f = accumulate_lagging(p.grad_N, p.correction.u_beta, p.selection, residual=p.residual, velocity=p.velocity, old_velocity=p.old_velocity, is_lagging=p.lagged, scale=p.scale)
+        else:
+            f = accumulate(p.grad_N, p.correction, residual=p.residual, old_residual=p.old_residual, velocity=p.velocity, old_velocity=p.old_velocity, scale=p.scale, key=p.key, selection=p.selection)
+        f.indices = f.indices + p.first
+        founds.append(f)
+    report = torch.cat([f.report for f in founds])
+    for f, r in zip(founds, report.split([f.report.numel() for f in founds])):
+        if hasattr(f.report, "_count"):
+            r._count = f.report._count
+        f.report = r
+    return founds, report
+
+
+def put_together(puts, positions_K, values_K):
+    start = 0
+    for p in puts:
+        end = start + p.count
+        put(p.buffer, positions_K[start:end] - p.first, None if values_K is None else values_K[start:end], p.key)
+        start = end

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from dgc.worker.elements import TensorSpec
-from dgc.worker.residual import Compensation, Taken
+from dgc.worker.residual import Compensation
+from dgc.worker.taken import Taken
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers.operands import Selection
 from parsimony_kernels.buffers.ops import read_reports

@@ -158,6 +158,7 @@ def test_a_velocity_begins_in_the_type_that_velocities_have(velocity_dtype):
             inner, weight, comm, Compression(density=0.01, velocity_dtype=velocity_dtype)
         )
         (weight * 0).sum().backward()
+        optimizer.synchronize()
         residual = optimizer.compensation.residual["w"].view(START.shape)
         waits = residual != 0  # the rest is on its way
         assert waits.sum() > 1100
