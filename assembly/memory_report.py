@@ -73,7 +73,7 @@ def describe(run: Run, comm: Comm, device: torch.device, splits: Mapping[str, An
         micro_batches=train.micro_batches_per_step,
         world_size=comm.world_size,
         ranks_per_node=comm.local_size,
-        bucket_bytes=int(train.bucket_mib * 2**20),
+        bucket_bytes=parts.bucket_bytes_of(train),
         precision=train.precision,
         device=device,
         is_averaged=train.polyak_decay is not None,

@@ -103,7 +103,7 @@ def build_optimizer(
         comm=comm,
         compression=compression_of(run),
         micro_batches_per_step=run.train.micro_batches_per_step,
-        bucket_bytes=int(run.train.bucket_mib * 2**20),
+        bucket_bytes=bucket_bytes_of(run.train),
         seed=run.seed,
         grad_scaler=grad_scaler,
         row_sparse=row_sparse_names(model),
@@ -115,6 +115,10 @@ def compression_of(run: Run) -> Compression | None:
     if run.dgc is None or run.dgc.clip_norm is not None:
         return run.dgc
     return dataclasses.replace(run.dgc, clip_norm=run.train.clip_norm)
+
+
+def bucket_bytes_of(train: Train) -> int | None:
+    return None if train.bucket_mib is None else int(train.bucket_mib * 2**20)
 
 
 def build_inner_optimizer(train: Train, model: nn.Module) -> torch.optim.Optimizer:

@@ -97,9 +97,10 @@ class Train:
     best_metric: str = "acc/test_top1"
     """The checkpoint of the epoch that is best by this metric is kept for --evaluate. Of losses and
     perplexities the smallest value is best, of other metrics the largest."""
-    bucket_mib: float = 16.0
-    """Least size of a bucket, in MiB of float32 gradient; a bucket is sent as one message. Small
-    buckets are sent earlier, large ones make fewer messages."""
+    bucket_mib: float | None = None
+    """Least size of a bucket, in MiB of gradient; a bucket is sent as one message. Small buckets
+    are sent earlier, large ones make fewer messages. None: a twelfth of the gradients, but at least
+    16 and at most 128 MiB."""
 
     def __post_init__(self) -> None:
         _require(
@@ -115,7 +116,7 @@ class Train:
             lr_warmup_epochs=(self.lr_warmup_epochs >= 0, "0 or more"),
             top_k=(len(self.top_k) > 0 and min(self.top_k) >= 1, "numbers of 1 or more"),
             clip_norm=(self.clip_norm is None or self.clip_norm > 0, "None or above 0"),
-            bucket_mib=(self.bucket_mib > 0, "above 0"),
+            bucket_mib=(self.bucket_mib is None or self.bucket_mib > 0, "None or above 0"),
         )
 
 

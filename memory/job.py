@@ -50,7 +50,7 @@ class Job:
     micro_batches: int = 1
     world_size: int = 1
     ranks_per_node: int | None = None
-    bucket_bytes: int = 16 * 2**20
+    bucket_bytes: int | None = None
     precision: str = "float32"
     device: torch.device = _CPU
     is_averaged: bool = False

@@ -75,8 +75,10 @@ class Exchange:
 
     # ---- buckets ---------------------------------------------------------------------------------
 
-    def lay_out(self, specs: Sequence[TensorSpec], density: float, bucket_bytes: int) -> None:
-        """Lay out the buckets for a density. Between steps only; on all ranks alike.
+    def lay_out(
+        self, specs: Sequence[TensorSpec], density: float, bucket_bytes: int | None
+    ) -> None:
+        """Lay out the buckets for a density; see `make_buckets`. Between steps only; on all ranks alike.
 
         specs: numel is that of this rank's slice (`Route.slice_numel`).
         """

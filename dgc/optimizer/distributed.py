@@ -56,7 +56,8 @@ class DistributedOptimizer(View):
         compression: Deep Gradient Compression, or None for a dense all-reduce.
         micro_batches_per_step: backward passes that make one step; their gradients are summed, so
             divide each loss by it.
-        bucket_bytes: float32 bytes of gradient that leave together, at least.
+        bucket_bytes: bytes of gradient that leave together, at least. None: a twelfth of all, but
+            at least 16 and at most 128 MiB.
         seed: of stochastic rounding; each rank adds its own number.
         grad_scaler: the one that scales the losses, if one does. Call its `step` and `update` as
             usual; gradients are divided by its scale before anything else, also before clipping.
@@ -113,7 +114,7 @@ class DistributedOptimizer(View):
         comm: Comm | None = None,
         compression: Compression | None = None,
         micro_batches_per_step: int = 1,
-        bucket_bytes: int = 16 * 2**20,
+        bucket_bytes: int | None = None,
         seed: int = 0,
         grad_scaler: GradScaler | None = None,
         row_sparse: Collection[str] = (),

@@ -24,7 +24,7 @@ class Layout:
         named: Mapping[str, Tensor],
         row_sparse: Collection[str],
         exchange: Exchange,
-        bucket_bytes: int,
+        bucket_bytes: int | None,
         density: float,
     ) -> None:
         self._named, self._exchange, self._bucket_bytes = named, exchange, bucket_bytes

@@ -18,6 +18,9 @@ from dgc.wire.codec import Codec
 from dgc.wire.cost import Cost, Network, cheapest, dense_cost, gather_cost, sparse_all_reduce_cost
 from dgc.worker.elements import TensorSpec
 
+# Few buckets, as each costs some milliseconds of the host, and so many that the last one, which
+# nothing hides, is a small part of the whole.
+NUM_BUCKETS, LEAST_BYTES, MOST_BYTES = 12, 16 * 2**20, 128 * 2**20
 ENTRIES_A_MESSAGE = 64  # at least, where a header is as long as some ten entries
 
 
@@ -62,15 +65,20 @@ def make_buckets(
     compression: Compression,
     density: float,
     world_size: int,
-    bucket_bytes: int,
+    bucket_bytes: int | None = None,
 ) -> list[Bucket]:
     """Group tensors into buckets of at least `bucket_bytes` of gradient, but for the last ones; of
     more where a sparse all-reduce would send many messages of few entries.
+
+    bucket_bytes: None: so many that there are about NUM_BUCKETS, within LEAST_BYTES and MOST_BYTES.
 
     Tensors that may be sent sparsely and others, and those of float64, fill buckets of their own; a
     row-sparse one has a bucket to itself. Buckets are ordered by their last tensor, so that given
     tensors in the order in which backward finishes them, none waits for a later one.
     """
+    if bucket_bytes is None:
+        num_bytes = sum(s.numel * s.dtype.itemsize for s in specs if not s.row_size)
+        bucket_bytes = min(max(LEAST_BYTES, num_bytes // NUM_BUCKETS), MOST_BYTES)
     least = _least_elements(compression, density, world_size)
     groups: list[list[TensorSpec]] = []
     filling: dict[tuple[bool, torch.device, torch.dtype], list[TensorSpec]] = {}

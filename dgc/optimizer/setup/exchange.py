@@ -17,7 +17,9 @@ from dgc.optimizer.setup.statistics import delegate_statistics
 from dgc.worker.residual import Compensation
 
 
-def make_alike_everywhere(comm: Comm, given: Given, bucket_bytes: int, has_scaler: bool) -> None:
+def make_alike_everywhere(
+    comm: Comm, given: Given, bucket_bytes: int | None, has_scaler: bool
+) -> None:
     """Refuse ranks that were given something else; give rank 0's parameters to all."""
     settings = (given.compression, given.micro_batches_per_step, bucket_bytes,
                 sorted(given.row_sparse), has_scaler)  # fmt: skip

@@ -67,6 +67,14 @@ def test_buckets_hold_every_tensor_once_and_never_mix_kinds():
     assert len(buckets) == 2
 
 
+@pytest.mark.parametrize(("mib", "num_buckets"), [(8, 1), (100, 6), (600, 12), (4000, 31)])
+def test_buckets_are_a_twelfth_of_the_gradients_within_bounds(mib, num_buckets):
+    specs = [
+        TensorSpec(f"t{n}", 2**20 // 4, torch.device("cpu"), compressible=True) for n in range(mib)
+    ]
+    assert len(make_buckets(specs, Compression(), 0.01, 2)) in (num_buckets, num_buckets + 1)
+
+
 def test_density_one_is_the_dense_path():
     assert not any(b.is_sparse for b in make_buckets(SPECS, Compression(), 1.0, 2, 1))
 
