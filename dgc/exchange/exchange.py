@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -71,6 +72,7 @@ class Exchange:
         self._completed: set[str] = set()
         self._under_way: list[Travelling] = []
         self._num_started = 0
+        self._num_complete = 0  # of the tensors of the next bucket, those before the first that is not
         self._first_start: float | None = None
 
     # ---- buckets ---------------------------------------------------------------------------------
@@ -102,6 +104,7 @@ class Exchange:
 
     def _use(self, buckets: list[Bucket], specs: dict[str, TensorSpec]) -> None:
         self.buckets, self._specs = buckets, specs
+        self._num_complete = 0
         for bucket in buckets:
             if bucket.is_sparse:
                 names = (spec.name for spec in bucket.specs)
@@ -195,6 +198,7 @@ class Exchange:
             return False
         self._lanes.move_here()
         self._step.drop(name)
+        self._num_complete = 0
         self._seen.discard(name)
         self._completed.discard(name)
         return True
@@ -215,13 +219,21 @@ class Exchange:
 
     def _start_ready_buckets(self, end: int) -> None:
         for bucket in self.buckets[self._num_started : end]:
-            if not all(spec.name in self._completed for spec in bucket.specs):
+            if not self._is_complete(bucket):
                 break
-            self._num_started += 1
+            self._num_started, self._num_complete = self._num_started + 1, 0
             way = protocols.run(self.route, self._step, bucket)
             self._under_way.append(Travelling(way, self._lanes, bucket.specs[0].device))
             self._first_start = self._first_start or time.perf_counter()
         self._go_on()
+
+    def _is_complete(self, bucket: Bucket) -> bool:
+        """Tell whether all tensors of the next bucket to leave are complete; each is asked once."""
+        specs = bucket.specs[self._num_complete :]
+        self._num_complete += sum(
+            1 for _ in takewhile(lambda spec: spec.name in self._completed, specs)
+        )
+        return self._num_complete == len(bucket.specs)
 
     def _go_on(self) -> bool:
         """Take buckets whose collective is done to their next; tell whether there were any."""

@@ -158,10 +158,11 @@ def _take_in(route: Route, step: Step, bucket: Bucket, outgoing: Outgoing, arriv
             return update
         resting = set.intersection(*(each.resting for each in slices))
         scale = step.kept.compression.update_scale
+        _make_means(slices, route.everyone.world_size, scale)
         pairs = zip(bucket.specs, *(each.parts for each in slices), strict=True)
         for number, (spec, *parts) in enumerate(pairs):
             if number not in resting:
-                update.sparse[spec.name] = _mean(spec, parts, route.everyone.world_size, scale)
+                update.sparse[spec.name] = _join_slices(spec, parts)
         return update
 
 
@@ -202,13 +203,20 @@ def _bad_names(route: Route, bucket: Bucket, slices: Sequence[Summed]) -> list[s
     return [f"{names[number]} ({kind} {sender})" for sender, number in sent]
 
 
-def _mean(
-    spec: TensorSpec, slices: Sequence[tuple[Tensor, Tensor]], world_size: int, scale: float
-) -> Entries:
-    """Join the sums of a tensor's slices, and make them means, times scale."""
+def _make_means(slices: Sequence[Summed], world_size: int, scale: float) -> None:
+    """Make the sums means, times scale; in place, and all of them at once."""
+    sums = [sums_K for each in slices for _, sums_K in each.parts]
+    torch._foreach_div_(sums, world_size)
+    if scale != 1:
+        torch._foreach_mul_(sums, scale)
+
+
+def _join_slices(spec: TensorSpec, slices: Sequence[tuple[Tensor, Tensor]]) -> Entries:
+    """Join what arrived of a tensor's slices."""
+    if len(slices) == 1:
+        return Entries(*slices[0])
     indices_K = torch.cat([indices + n * spec.numel for n, (indices, _) in enumerate(slices)])
-    means_K = torch.cat([sums for _, sums in slices]).div_(world_size)
-    return Entries(indices_K, means_K if scale == 1 else means_K.mul_(scale))
+    return Entries(indices_K, torch.cat([means for _, means in slices]))
 
 
 # ---- rows ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from parsimony_kernels.packing import ops
 from parsimony_kernels.packing.message import NO_POSITION, most_entries, num_words, sections
+from parsimony_kernels.runtime.transfer import on_device
 
 
 class Group(NamedTuple):
@@ -68,12 +69,18 @@ class Uniting:
         ]  # fmt: skip
 
     def _parts(self, group: int, starts: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        keys, sums, sizes = self._united.keys_U, self._united.sums, self._sizes
-        bases = [group * sizes.universe + offset for offset in sizes.offsets]
-        return [
-            (keys[begin:end] - base, sums[begin * sizes.dim : end * sizes.dim])
-            for base, (begin, end) in zip(bases, itertools.pairwise(starts), strict=True)
-        ]
+        sizes, ends = self._sizes, (starts[0], starts[-1])
+        keys_U = self._united.keys_U[slice(*ends)]
+        sums = self._united.sums[slice(*(end * sizes.dim for end in ends))]
+        begins = on_device(
+            tuple(group * sizes.universe + offset for offset in sizes.offsets), keys_U.device
+        )
+        positions_U = keys_U - begins[torch.bucketize(keys_U, begins, right=True) - 1]
+        counts = [end - begin for begin, end in itertools.pairwise(starts)]
+        return list(zip(
+            positions_U.split(counts), sums.split([count * sizes.dim for count in counts]),
+            strict=True,
+        ))  # fmt: skip
 
 
 def start_uniting(
