@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parsimony_kernels.runtime.streams import raw_stream
+
 
 class Lanes:
     """The lane of each device: the stream of the step's first gradient there.
@@ -26,6 +28,7 @@ class Lanes:
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, Any] = {}
+        self._handles: dict[torch.device, int] = {}  # of these streams
 
     @contextmanager
     def on(self, device: torch.device, *given: Tensor | None) -> Iterator[None]:
@@ -36,17 +39,24 @@ class Lanes:
         if device.type == "cpu":
             yield
             return
-        here = torch.cuda.current_stream(device)
-        lane = self._streams.setdefault(device, here)
-        if lane == here:
+        if self._is_on(device):
             yield
             return
-        lane.wait_stream(here)
+        lane = self._streams[device]
+        lane.wait_stream(torch.cuda.current_stream(device))
         for tensor in given:
             if tensor is not None:
                 tensor.record_stream(lane)
         with torch.cuda.stream(lane):
             yield
+
+    def _is_on(self, device: torch.device) -> bool:
+        """Tell whether the current stream is the device's lane, as it becomes if there is none."""
+        here = raw_stream(device)
+        if device not in self._handles:
+            self._handles[device] = here
+            self._streams[device] = torch.cuda.current_stream(device)
+        return self._handles[device] == here
 
     def move_here(self) -> None:
         """Let the current streams go on after the lanes, and take their place."""
@@ -54,4 +64,4 @@ class Lanes:
             here = torch.cuda.current_stream(device)
             if here != lane:
                 here.wait_stream(lane)
-                self._streams[device] = here
+                self._streams[device], self._handles[device] = here, raw_stream(device)

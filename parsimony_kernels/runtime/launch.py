@@ -19,6 +19,7 @@ from torch import Tensor
 
 from parsimony_kernels.runtime.build import cache_folder, keep, kept
 from parsimony_kernels.runtime.sources import joined
+from parsimony_kernels.runtime.streams import raw_stream
 
 THREADS = 256  # in a block
 COLUMNS = 4  # of each of its rows, for a thread
@@ -48,16 +49,17 @@ class CuPyLauncher:
     def launch(
         self, name: str, num_blocks: int, argument: ctypes.Structure, device: torch.device
     ) -> None:
+        current = torch.cuda.current_device()
+        if device.index not in (None, current):
+            with torch.cuda.device(device):
+                return self.launch(name, num_blocks, argument, device)
+        _bind_thread(current)
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
-        with torch.cuda.device(device):
-            index = torch.cuda.current_device()
-            _bind_thread(index)
-            stream = torch.cuda.current_stream().cuda_stream
-            # What CuPy's own kernels call, too, after 10 microseconds of looking at arguments.
-            _cupy().cuda.driver.launchKernel(
-                _kernel(name, index), num_blocks, 1, 1, THREADS, 1, 1,
-                0, stream, ctypes.addressof(parameters), 0,
-            )  # fmt: skip
+        # What CuPy's own kernels call, too, after 10 microseconds of looking at arguments.
+        _cupy().cuda.driver.launchKernel(
+            _kernel(name, current), num_blocks, 1, 1, THREADS, 1, 1,
+            0, raw_stream(device), ctypes.addressof(parameters), 0,
+        )  # fmt: skip
 
 
 class Argument(ctypes.Structure):

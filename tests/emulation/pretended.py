@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
+from dgc.exchange import lanes
 from parsimony_kernels.runtime import choice, launch, transfer
 from tests.emulation.emulator import Emulator
 
@@ -171,6 +172,7 @@ def pretend(monkeypatch):
     monkeypatch.setattr(launch, "launcher", _Launcher())
     monkeypatch.setattr(transfer, "_start_copy", start_copy)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: 0)
+    monkeypatch.setattr(lanes, "raw_stream", lambda device: 0)
     module = choice._module
     monkeypatch.setattr(
         choice, "_module",

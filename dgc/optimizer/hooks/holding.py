@@ -11,11 +11,14 @@ from torch import Tensor
 from dgc.optimizer.hooks.intake import Intake
 
 _holders: dict[int, tuple[weakref.ref[Any], weakref.ref[Intake]]] = {}
-"""id of a parameter -> the DistributedOptimizer and its intake, whose hooks keep it alive."""
+"""id of a parameter -> the DistributedOptimizer and its intake."""
 
 
 def hold(optimizer: Any, intake: Intake, named: Mapping[str, Tensor]) -> None:
     """Note whose the parameters are from now on, until `let_go`."""
+    # Hooks keep the intake alive, and with it the parameters, which have the hooks: a circle that
+    # Python's collector does not see. So they go when the optimizer does.
+    weakref.finalize(optimizer, intake.close).atexit = False
     entry = (weakref.ref(optimizer), weakref.ref(intake))
     _holders.update({id(parameter): entry for parameter in named.values()})
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from dgc.exchange import lanes
 from dgc.exchange.lanes import Lanes
 
 GPU, OTHER = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -44,33 +45,34 @@ class Gradient:
 def machine(monkeypatch):
     there = Machine()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: there.current[device])
+    monkeypatch.setattr(lanes, "raw_stream", lambda device: id(there.current[device]))
     monkeypatch.setattr(torch.cuda, "stream", there.stream)
     return there
 
 
 def test_work_of_a_second_stream_goes_to_the_first_and_what_follows_waits_for_it(machine):
-    log, lanes = machine.log, Lanes()
+    log, ways = machine.log, Lanes()
     main, one, two = (Stream(name, GPU, log) for name in ("main", "one", "two"))
     machine.current[GPU] = one
-    with lanes.on(GPU, Gradient(log), None):
+    with ways.on(GPU, Gradient(log), None):
         assert machine.current[GPU] is one
     assert log == []  # there is one stream so far
     machine.current[GPU] = two
-    with lanes.on(GPU, Gradient(log), None):
+    with ways.on(GPU, Gradient(log), None):
         assert machine.current[GPU] is one
     assert log == ["one waits for two", "recorded for one"]
     log.clear()
     machine.current[GPU] = main
-    lanes.move_here()
+    ways.move_here()
     assert log == ["main waits for one"]
-    with lanes.on(GPU):
+    with ways.on(GPU):
         assert machine.current[GPU] is main
     assert log == ["main waits for one"]
 
 
 def test_each_device_has_its_lane_and_the_cpu_none(machine):
-    lanes = Lanes()
+    ways = Lanes()
     machine.current = {d: Stream(str(d), d, machine.log) for d in (GPU, OTHER)}
-    with lanes.on(GPU), lanes.on(OTHER), lanes.on(torch.device("cpu")):
-        lanes.move_here()
+    with ways.on(GPU), ways.on(OTHER), ways.on(torch.device("cpu")):
+        ways.move_here()
     assert machine.log == []

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -201,6 +202,20 @@ def test_a_second_optimizer_on_the_same_parameters_is_refused_until_the_first_le
         train(copied, wrap(sgd(copied.parameters()), copied, comm), range(2), comm.rank)
 
     run_local(2, work)
+
+
+def test_an_optimizer_and_a_model_that_nobody_has_any_more_leave_no_memory_behind():
+    left = []
+
+    def work(comm):
+        model = copy.deepcopy(MODEL)
+        optimizer = wrap(sgd(model.parameters()), model, comm)
+        train(model, optimizer, range(2), comm.rank)
+        left.extend(map(weakref.ref, (optimizer, optimizer._exchange, *model.parameters())))
+
+    run_local(1, work)
+    gc.collect()
+    assert [ref() for ref in left] == [None] * len(left)
 
 
 def test_one_that_could_not_be_made_leaves_the_optimizer_as_it_was():
