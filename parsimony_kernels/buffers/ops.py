@@ -114,7 +114,7 @@ def add(buffer: Buffer, indices_K: Tensor, values_K: Tensor, key: int) -> None:
 
 
 def _make_room(buffer: Blocks, indices_K: Tensor, values_K: Tensor, key: int) -> None:
-    needed_K = values_K.abs() / LEVELS
+    needed_K = values_K.abs() / values_K.new_tensor(LEVELS)  # see reference._store
     scales = buffer.scales.scatter_reduce(0, indices_K // BLOCK, needed_K, "amax")
     blocks = (scales > buffer.scales).nonzero()
     within = torch.arange(BLOCK, dtype=torch.int64, device=blocks.device)

@@ -86,7 +86,9 @@ def _store(values: Tensor, buffer: Buffer, key: int) -> None:
         padded = values.new_zeros(buffer.scales.numel() * BLOCK)
         padded[:n] = values.abs()
         largest = padded.view(-1, BLOCK).amax(1)
-        buffer.scales.copy_((largest / LEVELS).clamp_min(MIN_SCALE))
+        # On a GPU torch divides by a number as it multiplies with its reciprocal, but not by tensors.
+        scales = largest / largest.new_tensor(LEVELS)
+        buffer.scales.copy_(scales.clamp_min(MIN_SCALE))
         buffer.codes.copy_(round_codes(values, _spread(buffer.scales, n), indices, key))
     else:
         buffer.copy_(round_bfloat16(values, indices, key))
