@@ -165,15 +165,9 @@ def _in_order(
     bucket: Bucket, together: TakenTogether | None, by_itself: Mapping[int, Taken]
 ) -> TakenTogether:
     """Join what was settled together and what was by itself, in the order of positions."""
-    firsts = bucket.firsts
-    parts = {
-        bucket.specs[number].name: (
-            Place(bucket.specs[number].name, part.indices_K.numel(),
-                  firsts[bucket.specs[number].name]), part,
-        )
-        for number, part in by_itself.items()
-    }  # fmt: skip
-    for name, part in together.by_tensor() if together is not None else ():
-        parts[name] = (Place(name, part.indices_K.numel(), firsts[name]), part)
+    parts = {} if together is None else {part.places[0].name: part for part in together.split()}
+    for number, entries in by_itself.items():
+        name = bucket.specs[number].name
+        parts[name] = entries.at(name, bucket.firsts[name])
     ordered = [parts[spec.name] for spec in bucket.specs if spec.name in parts]
     return taken.join(ordered, bucket.dtype, bucket.specs[0].device)

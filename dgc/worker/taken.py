@@ -27,6 +27,12 @@ class Taken:
         velocities_K = None if self.velocities_K is None else self.velocities_K[mask_K]
         return Taken(self.indices_K[mask_K], self.values_K[mask_K], velocities_K)
 
+    def at(self, name: str, first: int) -> TakenTogether:
+        """Return the same as entries of a bucket in which the tensor begins at `first`."""
+        place = Place(name, self.indices_K.numel(), first)
+        positions_K = self.indices_K + first if first else self.indices_K
+        return TakenTogether([place], positions_K, self.values_K, self.velocities_K)
+
 
 class Place(NamedTuple):
     """Where one tensor's entries are among a bucket's: the next `count` are of this tensor, whose
@@ -57,12 +63,17 @@ class TakenTogether:
         parts = (self.positions_K, self.values_K, self.velocities_K)
         return TakenTogether(places, *(None if part is None else part[mask_K] for part in parts))
 
-    def by_tensor(self) -> Iterator[tuple[str, Taken]]:
+    def split(self) -> Iterator[TakenTogether]:
         """Return each tensor's entries, of those that have any."""
         for place, span in spans(self.places):
             velocities_K = None if self.velocities_K is None else self.velocities_K[span]
-            indices_K = self.positions_K[span] - place.first
-            yield place.name, Taken(indices_K, self.values_K[span], velocities_K)
+            yield TakenTogether([place], self.positions_K[span], self.values_K[span], velocities_K)
+
+    def by_tensor(self) -> Iterator[tuple[str, Taken]]:
+        """Return each tensor's entries with its own indices, of those that have any."""
+        for part in self.split():
+            ((name, _, first),) = part.places
+            yield name, Taken(part.positions_K - first, part.values_K, part.velocities_K)
 
 
 def spans(places: Sequence[Place]) -> Iterator[tuple[Place, slice]]:
@@ -73,16 +84,17 @@ def spans(places: Sequence[Place]) -> Iterator[tuple[Place, slice]]:
             yield place, slice(begin, end)
 
 
-def join(parts: Sequence[tuple[Place, Taken]], dtype: torch.dtype, device: torch.device) -> TakenTogether:
-    """Join the entries of some tensors, whose order is that of their positions.
-
-    dtype, device: of the values, for no parts.
-    """
-    places = [place for place, _ in parts]
+def join(
+    parts: Sequence[TakenTogether], dtype: torch.dtype, device: torch.device
+) -> TakenTogether:
+    """Join entries whose order is that of their positions. dtype, device: of no parts."""
     if not parts:
         positions_K = torch.zeros(0, dtype=torch.int64, device=device)
-        return TakenTogether(places, positions_K, positions_K.to(dtype), None)
-    positions_K = torch.cat([taken.indices_K + place.first for place, taken in parts])
-    values_K = torch.cat([taken.values_K for _, taken in parts])
-    velocities = [taken.velocities_K for _, taken in parts if taken.velocities_K is not None]
-    return TakenTogether(places, positions_K, values_K, torch.cat(velocities) if velocities else None)
+        return TakenTogether([], positions_K, positions_K.to(dtype), None)
+    velocities = [part.velocities_K for part in parts if part.velocities_K is not None]
+    return TakenTogether(
+        [place for part in parts for place in part.places],
+        torch.cat([part.positions_K for part in parts]),
+        torch.cat([part.values_K for part in parts]),
+        torch.cat(velocities) if velocities else None,
+    )

@@ -30,6 +30,14 @@ _SHAPED_BY_VALUES = {
 }  # fmt: skip
 
 
+# Views, and memory that nothing is written to yet.
+_LAUNCH_NOTHING = {
+    "view", "slice", "select", "split", "split_with_sizes", "as_strided", "unbind", "detach",
+    "expand", "t", "transpose", "alias", "unsqueeze", "squeeze", "permute", "reshape", "view_as",
+    "_unsafe_view", "chunk", "lift_fresh", "is_pinned", "record_stream", "_reshape_alias",
+    "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided",
+}  # fmt: skip
+
 _current = threading.local()  # watch: that of this thread
 
 
@@ -62,11 +70,12 @@ class Pretended(Tensor):
 
 class Watch(TorchDispatchMode):
     """In the block, of this thread, pretended tensors can be made and used; `waits` are counted,
-    by the place in the program from which they came."""
+    and `launches`, of kernels and of what torch launches, by the place from which they came."""
 
     def __init__(self):
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
 
     def __enter__(self):
         _current.watch = self
@@ -78,9 +87,7 @@ class Watch(TorchDispatchMode):
 
     def note(self, what):
         """Count a wait."""
-        ours = [f for f in traceback.extract_stack() if f.filename.startswith(str(ROOT))]
-        ours = [f for f in ours if f.filename != __file__]
-        self.waits[f"{what} at {Path(ours[-1].filename).name}:{ours[-1].lineno}"] += 1
+        self.waits[f"{what} at {_place()}"] += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -92,6 +99,8 @@ class Watch(TorchDispatchMode):
             kwargs["device"] = CPU
         goes_there = is_there if wanted is None else wanted == DEVICE
         self._count(name, args, kwargs, is_there, goes_there)
+        if (is_there or goes_there) and name not in _LAUNCH_NOTHING:
+            self.launches[f"torch's {name} at {_place()}"] += 1
         is_pinned = bool(kwargs.get("pin_memory")) and not goes_there
         if "pin_memory" in kwargs:
             kwargs["pin_memory"] = False
@@ -132,6 +141,13 @@ class Watch(TorchDispatchMode):
                     self.note("indices on the host")
 
 
+def _place():
+    """Return where in the program this thread is."""
+    ours = [f for f in traceback.extract_stack() if f.filename.startswith(str(ROOT))]
+    ours = [f for f in ours if f.filename != __file__ and ".venv" not in f.filename]
+    return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
+
+
 def _bare(x):
     return x.held if isinstance(x, Pretended) else x
 
@@ -148,6 +164,7 @@ class _Launcher:
 
     def launch(self, name, num_blocks, argument, device):
         assert device == DEVICE
+        _current.watch.launches[name] += 1
         with self._lock:
             self.emulator.launch(name, num_blocks, argument, CPU)
 
