@@ -95,7 +95,7 @@ def _leaving(kept: Kept, bucket: Bucket, listed: Sequence[_Listed]) -> TakenToge
             each.report, each.num_leaving, each.selector.threshold if is_all else least
         )
     leaving, rest = _parted(all_of_it, is_leaving_K, listed, sum(bucket.codec.numels))
-    kept.compensation.put_back_together(rest)
+    kept.compensation.put_back_together(rest, staying=leaving)
     return leaving
 
 

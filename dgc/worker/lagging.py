@@ -40,6 +40,7 @@ class Lagging:
     def __init__(self) -> None:
         self._names: set[str] = set()
         self._opened: dict[str, tuple[Found, int]] = {}
+        self._taken: dict[str, _Write] = {}  # in place of what was found
         self._writes: dict[str, list[_Write]] = {}
         # What was where `settle` has written into the residual itself, in order.
         self._undo: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -63,12 +64,17 @@ class Lagging:
         behind the old velocity any more."""
         self._names.discard(name)
         self._opened[name], self._writes[name] = (found, first), []
+        self._taken.pop(name, None)
         self._undo.setdefault(name, [])
 
     def write(self, name: str, positions_K: Tensor, values_K: Tensor, first: int) -> None:
         """Let these entries of an open residual, whose positions count from `first`, be values_K
         where the step ends."""
         self._writes[name].append(_Write(positions_K, values_K, first))
+
+    def retake(self, name: str, positions_K: Tensor, first: int) -> None:
+        """Let just these entries be out of an open residual, of what its only pass found."""
+        self._taken[name] = _Write(positions_K, None, first)
 
     def settle(self, residuals: Mapping[str, Tensor], *, may_undo: bool = False) -> None:
         """Make open residuals, or copies of them, what lags behind the new velocities."""
@@ -88,7 +94,8 @@ class Lagging:
 
     def _writes_of(self, name: str) -> list[_Write]:
         found, first = self._opened[name]
-        return [_Write(found.indices[: found.count], None, first), *self._writes[name]]
+        taken = self._taken.get(name) or _Write(found.indices[: found.count], None, first)
+        return [taken, *self._writes[name]]
 
     def _note_undo(self, residuals: Mapping[str, Tensor], writes: Sequence[_Write | None]) -> None:
         for (name, residual), write in zip(residuals.items(), writes, strict=True):
@@ -104,6 +111,7 @@ class Lagging:
     def close(self, name: str, lags: bool) -> None:
         """Note that a residual is not open any more, and whether it lags from now on."""
         self._opened.pop(name, None)
+        self._taken.pop(name, None)
         self._writes.pop(name, None)
         self._undo.pop(name, None)
         (self._names.add if lags else self._names.discard)(name)
@@ -112,7 +120,7 @@ class Lagging:
         return list(self._opened)
 
     def clear(self) -> None:
-        for part in (self._names, self._opened, self._writes, self._undo):
+        for part in (self._names, self._opened, self._taken, self._writes, self._undo):
             part.clear()
 
 

@@ -252,13 +252,22 @@ class Compensation:
         parts = (taken.indices_K, taken.values_K, taken.velocities_K)
         self.put_back_together(TakenTogether([place], *parts))
 
-    def put_back_together(self, taken: TakenTogether) -> None:
-        """Undo, to the bit, that entries were taken out in this step: any of them, by any pass."""
+    def put_back_together(
+        self, taken: TakenTogether, staying: TakenTogether | None = None
+    ) -> None:
+        """Undo, to the bit, that entries were taken out in this step: any of them, by any pass.
+
+        staying: where each tensor's only pass took out just those and these, the ones that stay
+        out: open residuals then need not be read.
+        """
+        stay = {} if staying is None else {part.places[0].name: part for part in staying.split()}
         for place, span in spans(taken.places):
             self._key_of(place.name)
             if self._lagging.is_written(place.name):  # what was there is not there any more
                 self._catch_up(place.name)
-            if self._lagging.is_open(place.name):
+            if self._lagging.is_open(place.name) and place.name in stay:
+                self._lagging.retake(place.name, stay[place.name].positions_K, place.first)
+            elif self._lagging.is_open(place.name):
                 indices_K = taken.positions_K[span] - place.first
                 values_K = self._kept["residual"][place.name][indices_K]
                 self._lagging.write(place.name, indices_K, values_K, 0)

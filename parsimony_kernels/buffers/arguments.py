@@ -1,8 +1,10 @@
-"""A pass over buffers as the kernels are given it, on the host and the device alike: see abi.h."""
+"""Passes over buffers as the kernels are given them, on the host and the device alike: see abi.h."""
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int, c_int64, c_uint32, c_void_p
+from collections.abc import Callable, Sequence
+from ctypes import Array, Structure, c_float, c_int, c_int64, c_uint32, c_void_p
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,7 +15,10 @@ from parsimony_kernels.buffers.operands import (
     Blocks,
     Buffer,
     Correction,
+    Found,
     Pass,
+    Put,
+    Selection,
 )
 from parsimony_kernels.runtime.launch import Argument
 from parsimony_kernels.runtime.operands import Storage
@@ -29,21 +34,28 @@ class Stored(Structure):
             super().__init__(buffer.data_ptr(), None, Storage.of(buffer.dtype))
 
 
-class Putting(Argument):
+class Putting(Structure):
+    _fields_ = (("buffer", Stored), *((name, c_int64) for name in ("end", "first", "key")))
+
+
+class Puttings(Argument):
     _fields_ = (
-        ("buffer", Stored),
-        *((name, c_void_p) for name in ("indices", "values")),
-        *((name, c_int64) for name in ("count", "key")),
+        ("puttings", c_void_p),
+        ("count", c_int64),
+        *((name, c_void_p) for name in ("positions", "values")),
     )
 
-    def __init__(
-        self, buffer: Buffer, indices_K: Tensor, values_K: Tensor | None, key: int
-    ) -> None:
-        values = None if values_K is None else values_K.data_ptr()
-        super().__init__(Stored(buffer), indices_K.data_ptr(), values, len(indices_K), key)
+
+def puttings(puts: Sequence[Put]) -> Array[Putting]:
+    """Return what says where the values of some positions are written."""
+    ends = accumulate(put.count for put in puts)
+    return (Putting * len(puts))(*(
+        Putting(Stored(put.buffer), end, put.first, put.key)
+        for put, end in zip(puts, ends, strict=True)
+    ))  # fmt: skip
 
 
-class Accumulation(Argument):
+class Accumulation(Structure):
     _fields_ = (
         *((name, Stored) for name in ("grad", "residual", "old_residual")),
         *((name, Stored) for name in ("velocity", "old_velocity")),
@@ -54,40 +66,80 @@ class Accumulation(Argument):
         ("threshold", c_float),
         ("correction", Correction),
         *((name, c_int) for name in ("threads", "lagged", "lags")),
+        ("first", c_int64),
     )
 
+    def __init__(self, given: Pass) -> None:
+        """Take what a pass is given; it takes nothing out yet."""
+        stored = map(Stored, (
+            given.grad_N, given.residual, given.old_residual, given.velocity, given.old_velocity
+        ))  # fmt: skip
+        scale = None if given.scale is None else given.scale.data_ptr()
+        super().__init__(
+            *stored, given.numel, given.key, given.key ^ VELOCITY_KEY, scale, threads=1,
+            correction=given.correction, lagged=given.lagged, lags=given.lags, first=given.first,
+        )  # fmt: skip
 
-def accumulation(given: Pass) -> Accumulation:
-    """Return the argument of a pass that takes nothing out yet: see `make_room`."""
-    residual, key = given.residual, given.key
-    values = residual.codes if isinstance(residual, Blocks) else residual
-    stored = map(Stored, (
-        given.grad_N, residual, given.old_residual, given.velocity, given.old_velocity
-    ))  # fmt: skip
-    work = Accumulation(
-        *stored, values.numel(), key, key ^ VELOCITY_KEY, correction=given.correction,
-        lagged=given.lagged, lags=given.lags,
-    )  # fmt: skip
-    if given.scale is not None:
-        work.point(scale=given.scale)
-    size = 2 if given.selection is None else 2 + BINS
-    work.point(report=torch.zeros(size, dtype=torch.int32, device=values.device))
-    return work
+    def select(self, selection: Selection) -> None:
+        self.capacity, self.threshold = min(selection.capacity, self.numel), selection.limit
+        self.sample_every, self.sample_first = selection.sample_every, selection.sample_first
 
 
-def make_room(work: Accumulation, given: Pass, *, num_lists: int) -> None:
-    """Let a pass select: hand over the settings, and the memory for its lists of entries.
+class Together:
+    """The arguments of several passes on one device, and the memory of what they find.
 
-    Most of that is never touched on a CPU, and so takes no memory there.
+    works: of the passes. report: of all of them, one after another.
     """
-    selection = given.selection
-    device, work.capacity = work.kept["report"].device, min(selection.capacity, work.numel)
-    work.threshold = selection.limit
-    work.sample_every, work.sample_first = selection.sample_every, selection.sample_first
-    length = num_lists * work.capacity
-    work.point(
-        indices=torch.empty(length, dtype=torch.int64, device=device),
-        values=torch.empty(length, dtype=torch.float32, device=device),
-    )
-    if given.lists_velocities:
-        work.point(velocities=torch.empty(length, dtype=torch.float32, device=device))
+
+    def __init__(self, passes: Sequence[Pass], num_threads: Callable[[int], int]) -> None:
+        """num_threads: of a tensor of so many elements, each of which lists in room of its own."""
+        self.works, self._passes = [Accumulation(each) for each in passes], passes
+        self._device = passes[0].device
+        self._rooms = []
+        for work, each in zip(self.works, passes, strict=True):
+            work.threads = num_threads(work.numel)
+            if each.selection is not None:
+                work.select(each.selection)
+            self._rooms.append(work.threads * work.capacity)
+        sizes = [2 if each.selection is None else 2 + BINS for each in passes]
+        self.report = torch.zeros(sum(sizes), dtype=torch.int32, device=self._device)
+        self._reports = self.report.split(sizes)
+        self._give_room()
+
+    def _give_room(self) -> None:
+        """Let passes that select list entries. Most of that is never touched on a CPU, and so takes
+        no memory there."""
+        has_velocities = any(each.lists_velocities for each in self._passes)
+        self._lists = {
+            "indices": self._room(torch.int64),
+            "values": self._room(torch.float32),
+            "velocities": self._room(torch.float32) if has_velocities else None,
+        }
+        for number, (work, each) in enumerate(zip(self.works, self._passes, strict=True)):
+            work.report = self._reports[number].data_ptr()
+            if each.selection is not None:
+                work.indices = self._lists["indices"][number].data_ptr()
+                work.values = self._lists["values"][number].data_ptr()
+            if each.lists_velocities:
+                work.velocities = self._lists["velocities"][number].data_ptr()
+
+    def _room(self, dtype: torch.dtype) -> Sequence[Tensor]:
+        return torch.empty(sum(self._rooms), dtype=dtype, device=self._device).split(self._rooms)
+
+    def founds(
+        self, entries: Callable[[Tensor, int], Tensor], *, is_sorted: bool
+    ) -> list[Found]:
+        """Return what each pass has found.
+
+        entries: a list, the number of its tensor -> what of the list is kept.
+        """
+        found = []
+        for number, each in enumerate(self._passes):
+            velocities = self._lists["velocities"] if each.lists_velocities else None
+            found.append(Found(
+                self._reports[number], entries(self._lists["indices"][number], number),
+                entries(self._lists["values"][number], number),
+                None if velocities is None else entries(velocities[number], number),
+                is_sorted=is_sorted,
+            ))  # fmt: skip
+        return found

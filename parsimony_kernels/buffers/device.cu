@@ -1,13 +1,37 @@
 // The passes of buffers/ops.py on a GPU; buffers/device.py launches these kernels. runtime/grid.h says on
 // what terms.
 //
-// Mapping of every kernel: a thread block takes WARPS blocks of the buffer at a time, a warp one of them,
-// as device_blocks.h says, and strides over what there is. Shuffles make a block's maximum. Barriers and
-// shared memory are for the histogram, the count of what is taken out, and once for the largest gradient.
+// Mapping of every kernel: a batch of tensors, each of which has some thread blocks of its own. A thread
+// block takes WARPS blocks of the tensor's buffers at a time, a warp one of them, as device_blocks.h says,
+// and strides over what there is. Shuffles make a block's maximum. Barriers and shared memory are for what
+// is to be done, for the histogram, the count of what is taken out, and once for the largest gradient.
 //
 // A lane writes just the elements that it has read, and a scale is written after a shuffle of what
 // all lanes have made of the old one, so a buffer may take the place of the old one that is read.
 #include "buffers/device_blocks.h"
+
+// A thread block's part of a tensor: it is one of so many.
+struct Share { i64 block, num_blocks; };
+
+// Bring what is to be done with this thread block's tensor into shared memory, and return it.
+FN const Accumulation &begin_pass(const Batch &b, Share *share) {
+    __shared__ Accumulation pass;
+    const Work work = work_of(b, blockIdx.x);
+    const u64 *from = (const u64 *)((const Accumulation *)b.steps + work.step);
+    for (u32 i = threadIdx.x; i < sizeof(Accumulation) / sizeof(u64); i += THREADS) ((u64 *)&pass)[i] = from[i];
+    __syncthreads();
+    const i64 begin = work.step ? b.ends[work.step - 1] : 0;
+    share->block = work.block;
+    share->num_blocks = b.ends[work.step] - begin;
+    return pass;
+}
+
+#define PASS_KERNEL(NAME, FUNCTION)                            \
+    STREAMING_KERNEL(NAME, Batch) {                            \
+        Share share;                                           \
+        const Accumulation &pass = begin_pass(s, &share);      \
+        (FUNCTION)(pass, share);                               \
+    }
 
 // ---- selecting ---------------------------------------------------------------------------------
 
@@ -49,7 +73,7 @@ FN u32 take(const Accumulation &s, const Span &at, u32 turn, const float *u, con
         i64 slot = (i64)begin + __popc(above[k] & ((1u << lane) - 1));
         begin += __popc(above[k]);
         if (!(above[k] >> lane & 1) || slot >= s.capacity) continue;
-        s.indices[slot] = element(at, k);
+        s.indices[slot] = s.first + element(at, k);
         s.values[slot] = v[k];
         if (s.velocities) s.velocities[slot] = u[k];
         taken |= 1u << k;
@@ -95,13 +119,13 @@ FN void report_largest(const Accumulation &s, u32 largest) {
 // integers. Thread order reaches nothing but the order of the list, and which entries are in it where more
 // are above than there is room for.
 template <int G, int V, int U, bool SELECTS>
-FN void accumulate_blocks(const Accumulation &s, u32 *bins) {
+FN void accumulate_blocks(const Accumulation &s, Share share, u32 *bins) {
     const Correction &c = s.correction;
     const bool has_velocity = U == ANY ? s.velocity.storage != STORAGE_ABSENT : U != STORAGE_ABSENT;
     const bool is_wide = is_aligned(s);
     const float scale = s.scale ? *s.scale : 1.0f;
     u32 largest = 0, turn = 0;
-    for (i64 first = (i64)blockIdx.x * WARPS; first * BLOCK < s.numel; first += (i64)gridDim.x * WARPS) {
+    for (i64 first = share.block * WARPS; first * BLOCK < s.numel; first += share.num_blocks * WARPS) {
         const Span at = span_of(first + threadIdx.x / LANES, s.numel, is_wide);
         Held<G> grad;
         Held<U> old_u;
@@ -129,14 +153,17 @@ FN void accumulate_blocks(const Accumulation &s, u32 *bins) {
 }
 
 // Entries are selected in the pass that accumulates.
-template <int G, int V, int U> FN void accumulate_and_select(const Accumulation &s) {
+template <int G, int V, int U> FN void accumulate_and_select(const Accumulation &s, Share share) {
     u32 *bins = begin_bins();
-    accumulate_blocks<G, V, U, true>(s, bins);
+    accumulate_blocks<G, V, U, true>(s, share, bins);
     end_bins(s, bins);
 }
 
-#define SELECTING_KERNEL(SUFFIX, G, V, U) \
-    STREAMING_KERNEL(accumulate_select##SUFFIX, Accumulation) { (accumulate_and_select<G, V, U>)(s); }
+FN void accumulate_only(const Accumulation &s, Share share) {
+    accumulate_blocks<ANY, ANY, ANY, false>(s, share, (u32 *)0);
+}
+
+#define SELECTING_KERNEL(SUFFIX, G, V, U) PASS_KERNEL(accumulate_select##SUFFIX, (accumulate_and_select<G, V, U>))
 #define FOR_GRADIENTS_OF(SUFFIX, G)                                                 \
     SELECTING_KERNEL(SUFFIX##_float32, G, STORAGE_FLOAT32, STORAGE_ABSENT)          \
     SELECTING_KERNEL(SUFFIX##_bfloat16, G, STORAGE_BFLOAT16, STORAGE_ABSENT)        \
@@ -146,18 +173,18 @@ template <int G, int V, int U> FN void accumulate_and_select(const Accumulation 
     SELECTING_KERNEL(SUFFIX##_blocks_velocity, G, STORAGE_BLOCKS, STORAGE_BLOCKS)
 
 // What is common has kernels of its own, in which nothing depends on a kind of storage.
-STREAMING_KERNEL(accumulate, Accumulation) { (accumulate_blocks<ANY, ANY, ANY, false>)(s, (u32 *)0); }
+PASS_KERNEL(accumulate, accumulate_only)
 SELECTING_KERNEL(, ANY, ANY, ANY)
 FOR_GRADIENTS_OF(_float32, STORAGE_FLOAT32)
 FOR_GRADIENTS_OF(_bfloat16, STORAGE_BFLOAT16)
 
 // The residual is left as it was before the step. Atomics as above.
-template <int G> FN void accumulate_lagging(const Accumulation &s) {
+template <int G> FN void accumulate_lagging(const Accumulation &s, Share share) {
     u32 *bins = begin_bins();
     const bool is_wide = is_aligned(s);
     const float scale = s.scale ? *s.scale : 1.0f;
     u32 largest = 0, turn = 0;
-    for (i64 first = (i64)blockIdx.x * WARPS; first * BLOCK < s.numel; first += (i64)gridDim.x * WARPS) {
+    for (i64 first = share.block * WARPS; first * BLOCK < s.numel; first += share.num_blocks * WARPS) {
         const Span at = span_of(first + threadIdx.x / LANES, s.numel, is_wide);
         Held<G> grad;
         Held<STORAGE_FLOAT32> old_u, old;
@@ -182,16 +209,16 @@ template <int G> FN void accumulate_lagging(const Accumulation &s) {
     end_bins(s, bins);
 }
 
-STREAMING_KERNEL(accumulate_lagging_float32, Accumulation) { accumulate_lagging<STORAGE_FLOAT32>(s); }
-STREAMING_KERNEL(accumulate_lagging_bfloat16, Accumulation) { accumulate_lagging<STORAGE_BFLOAT16>(s); }
-STREAMING_KERNEL(accumulate_lagging, Accumulation) { accumulate_lagging<ANY>(s); }
+PASS_KERNEL(accumulate_lagging_float32, accumulate_lagging<STORAGE_FLOAT32>)
+PASS_KERNEL(accumulate_lagging_bfloat16, accumulate_lagging<STORAGE_BFLOAT16>)
+PASS_KERNEL(accumulate_lagging, accumulate_lagging<ANY>)
 
 // From what is stored: the residual is read, and what is taken out is written; velocities of blocks
 // without any are not read. Atomics as above.
-STREAMING_KERNEL(select_stored, Accumulation) {
+FN void select_from_stored(const Accumulation &s, Share share) {
     u32 *bins = begin_bins(), turn = 0;
     const bool is_wide = is_aligned(s);
-    for (i64 first = (i64)blockIdx.x * WARPS; first * BLOCK < s.numel; first += (i64)gridDim.x * WARPS) {
+    for (i64 first = share.block * WARPS; first * BLOCK < s.numel; first += share.num_blocks * WARPS) {
         const Span at = span_of(first + threadIdx.x / LANES, s.numel, is_wide);
         Held<ANY> u, v;
         bool is_any = false;
@@ -214,9 +241,10 @@ STREAMING_KERNEL(select_stored, Accumulation) {
     end_bins(s, bins);
 }
 
-// Flat over the values. No atomics.
-KERNEL(put_values, Putting) {
-    const u32 random = folded(s.key);
-    for (i64 j = (i64)blockIdx.x * blockDim.x + threadIdx.x; j < s.count; j += (i64)gridDim.x * blockDim.x)
-        put(s, j, random);
+PASS_KERNEL(select_stored, select_from_stored)
+
+// Flat over the positions. No atomics.
+KERNEL(put_values, Puttings) {
+    const i64 end = s.puttings[s.count - 1].end;
+    for (i64 j = flat_start(); j < end; j += flat_stride()) put(s, j, putting_of(s, j));
 }

@@ -1,39 +1,56 @@
-"""The pass over buffers in CUDA, by device.cu. ops.py has checked the arguments.
+"""The passes over buffers in CUDA, by device.cu. ops.py has checked the arguments.
 
 Work goes to torch's current stream of the tensors' device, and nothing here waits for it. There
-are no temporaries but the lists, of a selection's capacity, and the report.
+are no temporaries but the lists, of a selection's capacity, the reports, and what the kernels are
+to do, which is copied from pinned memory.
 """
 
 from __future__ import annotations
 
+import ctypes
+import itertools
+from collections.abc import Sequence
+
+import numpy
 import torch
 from torch import Tensor
 
-from parsimony_kernels.buffers.arguments import Accumulation, Putting, accumulation, make_room
-from parsimony_kernels.buffers.operands import BLOCK, Buffer, Found, Pass
-from parsimony_kernels.runtime.launch import THREADS, launch
+from parsimony_kernels.buffers.arguments import Accumulation, Puttings, Together, puttings
+from parsimony_kernels.buffers.operands import BLOCK, Found, Pass, Put
+from parsimony_kernels.runtime.launch import THREADS, Batch, launch
 from parsimony_kernels.runtime.operands import Storage
+from parsimony_kernels.runtime.transfer import upload
 
 # Eight for each of a large GPU's multiprocessors, half of which run at a time.
 MAX_BLOCKS = 1056
 _LANES = 32
 
 
-def accumulate(given: Pass) -> Found:
-    work = accumulation(given)
-    device = work.kept["report"].device
-    if given.selection is not None:
-        make_room(work, given, num_lists=1)
-    blocks = -(-work.numel // (THREADS // _LANES * BLOCK))  # a warp for each of the buffer's
-    launch(_kernel(given, work), min(blocks, MAX_BLOCKS), work, device)
-    nothing = torch.zeros(0, dtype=torch.int64, device=device)
-    return Found(
-        work.kept["report"],
-        work.kept.get("indices", nothing),
-        work.kept.get("values", nothing.to(torch.float32)),
-        work.kept.get("velocities"),
-        is_sorted=False,
-    )
+def accumulate(passes: Sequence[Pass]) -> tuple[list[Found], Tensor]:
+    together = Together(passes, lambda numel: 1)
+    by_kernel: dict[str, list[Accumulation]] = {}
+    for given, work in zip(passes, together.works, strict=True):
+        by_kernel.setdefault(_kernel(given, work), []).append(work)
+    for kernel, works in by_kernel.items():
+        _launch(kernel, works, passes[0].device)
+    return together.founds(lambda listed, number: listed, is_sorted=False), together.report
+
+
+def _launch(kernel: str, works: Sequence[Accumulation], device: torch.device) -> None:
+    # A warp for each of a buffer's blocks; of many blocks, each tensor has its share.
+    wanted = [-(-work.numel // (THREADS // _LANES * BLOCK)) for work in works]
+    most = min(1.0, MAX_BLOCKS / sum(wanted))
+    ends = list(itertools.accumulate(max(1, int(blocks * most)) for blocks in wanted))
+    there = _uploaded((Accumulation * len(works))(*works), (ctypes.c_int64 * len(ends))(*ends),
+                      device=device)  # fmt: skip
+    at = there.data_ptr()
+    batch = Batch(at, at + len(works) * ctypes.sizeof(Accumulation), len(works))
+    launch(kernel, ends[-1], batch, device)
+
+
+def _uploaded(*parts: ctypes.Array, device: torch.device) -> Tensor:
+    joined = numpy.frombuffer(bytearray().join(parts), numpy.uint8)
+    return upload(torch.from_numpy(joined), device)
 
 
 _OWN = {Storage.FLOAT32: "_float32", Storage.BFLOAT16: "_bfloat16", Storage.BLOCKS: "_blocks"}
@@ -56,6 +73,8 @@ def _kernel(given: Pass, work: Accumulation) -> str:
     return f"accumulate_select{grad}{_OWN[residual]}" + ("_velocity" if velocity else "")
 
 
-def put(buffer: Buffer, indices_K: Tensor, values_K: Tensor | None, key: int) -> None:
-    num_blocks = min(-(-len(indices_K) // THREADS), MAX_BLOCKS)
-    launch("put_values", num_blocks, Putting(buffer, indices_K, values_K, key), indices_K.device)
+def put(puts: Sequence[Put], positions_K: Tensor, values_K: Tensor | None) -> None:
+    device, there = positions_K.device, _uploaded(puttings(puts), device=positions_K.device)
+    values = None if values_K is None else values_K.data_ptr()
+    argument = Puttings(there.data_ptr(), len(puts), positions_K.data_ptr(), values)
+    launch("put_values", min(-(-positions_K.numel() // THREADS), MAX_BLOCKS), argument, device)

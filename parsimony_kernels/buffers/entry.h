@@ -49,14 +49,26 @@ FN signed char stochastic_code(float x, float scale, u32 random) {
     return (signed char)(int)lesser(greater(code, -127.0f), 127.0f);
 }
 
-// Write the j-th value of a Putting.
-FN void put(const Putting &p, i64 j, u32 folded_key) {
-    i64 i = p.indices[j];
+// Return whose the j-th position is.
+FN const Putting &putting_of(const Puttings &p, i64 j) {
+    i64 low = 0, high = p.count - 1;
+    while (low < high) {
+        i64 middle = (low + high) / 2;
+        if (p.puttings[middle].end <= j) low = middle + 1;
+        else high = middle;
+    }
+    return p.puttings[low];
+}
+
+// Write the j-th value, of this buffer.
+FN void put(const Puttings &p, i64 j, const Putting &of) {
+    i64 i = p.positions[j] - of.first;
     float x = p.values ? p.values[j] : 0.0f;
-    u32 random = random_bits(i, folded_key);
-    if (p.buffer.storage == STORAGE_BFLOAT16) ((bf16 *)p.buffer.values)[i] = stochastic_bf16(x, random);
-    if (p.buffer.storage == STORAGE_BLOCKS)
-        ((signed char *)p.buffer.values)[i] = stochastic_code(x, p.buffer.scales[i / BLOCK], random);
+    const Stored &to = of.buffer;
+    if (to.storage == STORAGE_FLOAT32) ((float *)to.values)[i] = x;
+    if (to.storage == STORAGE_BFLOAT16) ((bf16 *)to.values)[i] = stochastic_bf16(x, random_bits(i, folded(of.key)));
+    if (to.storage == STORAGE_BLOCKS)
+        ((signed char *)to.values)[i] = stochastic_code(x, to.scales[i / BLOCK], random_bits(i, folded(of.key)));
 }
 
 FN void clear(const Stored &of, i64 i) {

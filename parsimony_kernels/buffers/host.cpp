@@ -178,7 +178,7 @@ int list_in_block(const Accumulation &a, Part &part, i64 block, Span s, const fl
     const int count = offsets_above(v, s.length, a.threshold, offsets);
     const int taken = (int)(a.capacity - part.listed < count ? a.capacity - part.listed : count);
     for (int i = 0; i < taken; i++, part.listed++) {
-        part.indices[part.listed] = s.begin + offsets[i];
+        part.indices[part.listed] = a.first + s.begin + offsets[i];
         part.values[part.listed] = v[offsets[i]];
         if (a.velocities) part.velocities[part.listed] = u[offsets[i]];
     }
@@ -274,23 +274,10 @@ void join(const Accumulation &a, const Part &part) {
     for (int bin = 0; bin < BINS; bin++) a.report[2 + bin] += part.bins[bin];
 }
 
-}  // namespace
-
-// ---- what ctypes calls --------------------------------------------------------------------------------
-
-extern "C" {
-
-void parsimony_put(const Putting *p) {
-    const u32 random = folded(p->key);
-    for (i64 j = 0; j < p->count; j++) put(*p, j, random);
-}
-
-// Each of `threads` takes one part of the tensor and lists entries in room of its own for `capacity`, in
-// order; `listed` (threads,) becomes how many each has listed.
-void parsimony_accumulate(const Accumulation *args, i64 *listed) {
-    const Accumulation &a = *args;
+// Each thread takes one part of the tensor and lists entries in room of its own for `capacity`, in order;
+// `listed` (threads,) becomes how many each has listed.
+void pass_over_tensor(const Accumulation &a, i64 *listed, ModeBits callers) {
     const i64 blocks = blocks_of(a.numel);
-    const ModeBits callers = current_mode();
 #pragma omp parallel for schedule(static, 1) num_threads(a.threads) if (a.threads > 1)
     for (int index = 0; index < a.threads; index++) {
         const InMode mode(callers);
@@ -305,5 +292,47 @@ void parsimony_accumulate(const Accumulation *args, i64 *listed) {
 #pragma omp critical
         join(a, part);
     }
+}
+
+// Whether an index is outside of its buffer, of `numel` elements.
+bool is_outside(const Puttings &p, i64 begin, const Putting &of, i64 numel) {
+    for (i64 j = begin; j < of.end; j++)
+        if (p.positions[j] < of.first || p.positions[j] - of.first >= numel) return true;
+    return false;
+}
+
+}  // namespace
+
+// ---- what ctypes calls --------------------------------------------------------------------------------
+
+extern "C" {
+
+// numels (count,): of the buffers. Returns the number of the first with an index outside of it, where nothing
+// is written, or -1.
+i64 parsimony_put(const Puttings *p, const i64 *numels) {
+    i64 begin = 0;
+    for (i64 n = 0; n < p->count; begin = p->puttings[n++].end)
+        if (is_outside(*p, begin, p->puttings[n], numels[n])) return n;
+    begin = 0;
+    for (i64 n = 0; n < p->count; begin = p->puttings[n++].end)
+        for (i64 j = begin; j < p->puttings[n].end; j++) put(*p, j, p->puttings[n]);
+    return -1;
+}
+
+// Small tensors, of one thread each, are dealt out to `threads`; large ones have several threads of their
+// own. `listed` has a number for each thread of each tensor.
+void parsimony_accumulate(const Accumulation *passes, i64 count, int threads, i64 *listed) {
+    const ModeBits callers = current_mode();
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+    for (i64 n = 0; n < count; n++) {
+        if (passes[n].threads > 1) continue;
+        const InMode mode(callers);
+        i64 at = 0;
+        for (i64 before = 0; before < n; before++) at += passes[before].threads;
+        pass_over_tensor(passes[n], listed + at, callers);
+    }
+    i64 at = 0;
+    for (i64 n = 0; n < count; at += passes[n++].threads)
+        if (passes[n].threads > 1) pass_over_tensor(passes[n], listed + at, callers);
 }
 }

@@ -34,6 +34,11 @@ Buffer = Tensor | Blocks
 """A flattened tensor as it is stored: in float32, float64, bfloat16 or 8-bit blocks."""
 
 
+def tensors(buffer: Buffer) -> tuple[Tensor, ...]:
+    """Return the tensors in which a buffer lives; ops.from_tensors makes it of them again."""
+    return (buffer.codes, buffer.scales) if isinstance(buffer, Blocks) else (buffer,)
+
+
 class Correction(ctypes.Structure):
     """Four float32 coefficients by which a gradient x joins velocity u and residual v:
 
@@ -116,6 +121,18 @@ class Pass(NamedTuple):
     lagged: bool = False
     lags: bool = False
     first: int = 0  # what is added to the indices that are listed
+
+    @property
+    def _values(self) -> Tensor:
+        return tensors(self.residual)[0]
+
+    @property
+    def numel(self) -> int:
+        return self._values.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self._values.device
 
     @property
     def lists_velocities(self) -> bool:

@@ -8,14 +8,15 @@ For a float64 tensor, a float64 buffer takes the place of a float32 one, and the
 float64; values are converted to float32 before they are rounded further. float64 tensors always
 run in plain torch.
 
-`accumulate`, which passes over whole tensors, and `put` have three implementations. The rest is
-plain torch: `take` and `add` are for few elements, `decode` for tests and for what is sent whole.
+Passes over whole tensors and `put` have three implementations, which work for many tensors at once.
+The rest is plain torch: `take` and `add` are for few elements, `decode` for tests and for what is sent whole.
 Shapes: N elements of a flattened tensor, K selected of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from parsimony_kernels.buffers.operands import Report as Report
 from parsimony_kernels.buffers.operands import join_reports as join_reports
 from parsimony_kernels.buffers.operands import read_reports as read_reports
 from parsimony_kernels.buffers.operands import split_reports as split_reports
+from parsimony_kernels.buffers.operands import tensors as tensors
 from parsimony_kernels.buffers.reference import decode as decode
 from parsimony_kernels.buffers.reference import round_codes
 from parsimony_kernels.runtime.checks import check_shape, check_tensor
@@ -52,11 +54,6 @@ def empty(numel: int, dtype: str, device: torch.device) -> Buffer:
         scales = torch.empty(-(-numel // BLOCK), dtype=torch.float32, device=device)
         return Blocks(torch.empty(numel, dtype=torch.int8, device=device), scales)
     return torch.empty(numel, dtype=getattr(torch, dtype), device=device)
-
-
-def tensors(buffer: Buffer) -> tuple[Tensor, ...]:
-    """Return the tensors in which a buffer lives; `from_tensors` makes it of them again."""
-    return (buffer.codes, buffer.scales) if isinstance(buffer, Blocks) else (buffer,)
 
 
 def from_tensors(parts: tuple[Tensor, ...]) -> Buffer:
@@ -92,14 +89,19 @@ def put(buffer: Buffer, indices_K: Tensor, values_K: Tensor | None, key: int) ->
     do not change, so no value may exceed the largest that its block can hold.
     Raises: IndexError for indices outside of the buffer, on a CPU.
     """
-    if indices_K.numel() == 0:
+    put_together([Put(buffer, indices_K.numel(), 0, key)], indices_K, values_K)
+
+
+def put_together(puts: Sequence[Put], positions_K: Tensor, values_K: Tensor | None) -> None:
+    """Do as `put` with several buffers, on one device, of float64 all or none."""
+    puts = [each for each in puts if each.count]
+    if not puts:
         return
-    if not isinstance(buffer, Blocks) and buffer.dtype != torch.bfloat16:
-        buffer[indices_K] = 0.0 if values_K is None else values_K.to(buffer.dtype)
-        return
-    values_K = None if values_K is None else values_K.float().contiguous()
-    module = implementing_module("buffers", indices_K.device.type)
-    module.put(buffer, indices_K.contiguous(), values_K, key)
+    is_double = tensors(puts[0].buffer)[0].dtype == torch.float64
+    dtype = torch.float64 if is_double else torch.float32
+    values_K = None if values_K is None else values_K.to(dtype).contiguous()
+    module = implementing_module("buffers", positions_K.device.type, dtype)
+    module.put(puts, positions_K.contiguous(), values_K)
 
 
 def add(buffer: Buffer, indices_K: Tensor, values_K: Tensor, key: int) -> None:
@@ -125,7 +127,7 @@ def _make_room(buffer: Blocks, indices_K: Tensor, values_K: Tensor, key: int) ->
     buffer.codes[elements] = round_codes(before, scales[elements // BLOCK], elements, key)
 
 
-def accumulate(
+def pass_of(
     grad_N: Tensor | None,
     correction: Correction,
     *,
@@ -136,8 +138,9 @@ def accumulate(
     scale: Tensor | None = None,
     key: int = 0,
     selection: Selection | None = None,
-) -> Found:
-    """Add a gradient to velocity and residual and take large entries out, in one pass.
+    first: int = 0,
+) -> Pass:
+    """Return a pass that adds a gradient to velocity and residual and takes large entries out.
 
     With x = scale * grad:  u = u_beta old_velocity + u_gain x;  v = old_residual + (v_from_u u +
     v_gain x), where u is not rounded yet. Each operation is rounded to float32, or to float64 for a
@@ -154,8 +157,8 @@ def accumulate(
         old_residual, old_velocity: read; None counts as zeros. They are the new buffers, or others,
             which may be stored in another way.
         scale: (1,) float32, for a float64 gradient float64, or None for 1.
-        key: 64 bits, for the stochastic rounding.
-    Returns: what was found; `largest` is max |x|, infinite or NaN if an x is.
+        key: 64 bits, for the stochastic rounding. first: what is added to the indices that are
+            listed. Of what is found, `largest` is max |x|, infinite or NaN if an x is.
     Cost:    every buffer is read and written once. Nothing waits for a GPU.
     Example: residual [1, -3, 0], grad [1, 0, 0], threshold 2 -> residual [0, 0, 0], listed
         {0: 2, 1: -3}.
@@ -175,14 +178,35 @@ def accumulate(
         check_shape("scale", scale, (1,), device, (dtype,))
     if velocity is None and (old_velocity is not None or correction.v_from_u):
         raise ValueError("old_velocity or v_from_u without a velocity to write")
-    if n == 0:
-        return _nothing(dtype, device, selection)
-    return implementing_module("buffers", device.type, dtype).accumulate(
-        Pass(grad_N, correction, *stored, scale, key, selection)
-    )
+    return Pass(grad_N, correction, *stored, scale, key, selection, first=first)
 
 
-def accumulate_lagging(
+def accumulate(grad_N: Tensor | None, correction: Correction, **more: Any) -> Found:
+    """Make one pass, with the arguments of `pass_of`."""
+    return accumulate_together([pass_of(grad_N, correction, **more)])[0][0]
+
+
+def accumulate_together(passes: Sequence[Pass]) -> tuple[list[Found], Tensor]:
+    """Make passes over several tensors, on one device and in one dtype of arithmetic.
+
+    Returns: what each has found; and their reports, one after another, of which those are parts.
+    Raises: ValueError for passes that cannot go together.
+    """
+    kinds = {(each.device, _arithmetic_dtype(each.grad_N, each[2:6])) for each in passes}
+    if len(kinds) != 1:
+        raise ValueError(f"passes of {len(kinds)} devices or dtypes; allowed: 1")
+    ((device, dtype),) = kinds
+    module = implementing_module("buffers", device.type, dtype)
+    if all(each.numel for each in passes):
+        return module.accumulate(passes)
+    founds = iter(module.accumulate(some)[0] if (some := [p for p in passes if p.numel]) else ())
+    found = [
+        next(founds) if each.numel else _nothing(dtype, device, each.selection) for each in passes
+    ]
+    return found, join_reports(found)
+
+
+def lagging_pass_of(
     grad_N: Tensor,
     momentum: float,
     selection: Selection,
@@ -192,20 +216,21 @@ def accumulate_lagging(
     old_velocity: Tensor,
     is_lagging: bool,
     scale: Tensor | None = None,
-) -> Found:
-    """Do as `accumulate` with velocities that are masked, but need no second residual.
+    first: int = 0,
+) -> Pass:
+    """Return a pass that does as one of `pass_of` with velocities that are masked, but need no second residual.
 
     A residual lags if the velocity beside it is still to be added to it; the two are stored without
     loss. What is left lags: `velocity` is new, momentum old_velocity + scale * grad, and 0 where
     entries are taken out; `residual` is as it was before the step, and does not lag behind
     old_velocity any more. So old_velocity is all that undoing the step needs. If the step stands,
     what was taken out is yet to be made 0 in `residual`, which then lags behind `velocity`.
-    Velocities, what is listed and the sum are to the bit `accumulate`'s, with
+    Velocities, what is listed and the sum are to the bit those of `pass_of`, with
     `Correction(momentum, 1, 1, 0)`, for finite gradients and a residual without -0.0.
     Args: residual: (N,), changed in place: if is_lagging, old_velocity is added.
         velocity: (N,), written; it may be the gradient's own memory.
         Both, and old_velocity, are float32, or float64 for a float64 gradient.
-    Cost:    as `accumulate`.
+    Cost:    as `pass_of`.
     Example: residual [1, -3], old_velocity [1, 0], lagging, grad [1, 1], momentum 1, threshold 3
         -> listed {0: 4}, velocities {0: 2}; velocity [0, 1]; residual [2, -3].
     """
@@ -219,12 +244,15 @@ def accumulate_lagging(
         check_shape("scale", scale, (1,), device, (exact,))
     if not selection.mask_velocity:
         raise ValueError("selection.mask_velocity is False; allowed: True where a residual lags")
-    if n == 0:
-        return _nothing(exact, device, selection)
-    return implementing_module("buffers", device.type, exact).accumulate(
-        Pass(grad_N, Correction(momentum, 1, 1, 0), residual, residual, velocity, old_velocity,
-             scale, 0, selection, is_lagging, lags=True)
-    )  # fmt: skip
+    return Pass(grad_N, Correction(momentum, 1, 1, 0), residual, residual, velocity, old_velocity,
+                scale, 0, selection, is_lagging, lags=True, first=first)  # fmt: skip
+
+
+def accumulate_lagging(
+    grad_N: Tensor, momentum: float, selection: Selection, **more: Any
+) -> Found:
+    """Make one pass, with the arguments of `lagging_pass_of`."""
+    return accumulate_together([lagging_pass_of(grad_N, momentum, selection, **more)])[0][0]
 
 
 def select_lagging(residual: Tensor, velocity: Tensor, selection: Selection) -> Found:
@@ -232,11 +260,9 @@ def select_lagging(residual: Tensor, velocity: Tensor, selection: Selection) -> 
     n, device, dtype = residual.numel(), residual.device, residual.dtype
     _check_part("residual", residual, tuple(_ALLOWED), n, device)
     _check_part("velocity", velocity, (dtype,), n, device)
-    if n == 0:
-        return _nothing(dtype, device, selection)
-    return implementing_module("buffers", device.type, dtype).accumulate(
-        Pass(None, Correction(), residual, residual, velocity, None, None, 0, selection, lags=True)
-    )
+    stored = (residual, residual, velocity, None)
+    given = Pass(None, Correction(), *stored, None, 0, selection, lags=True)
+    return accumulate_together([given])[0][0]
 
 
 _ALLOWED = {torch.float32: STORED_DTYPES, torch.float64: (torch.float64, *STORED_DTYPES[1:])}
@@ -295,36 +321,3 @@ def _check_part(
     if part.numel() != size:
         raise ValueError(f"{name} has {part.numel()} elements; allowed: {size}")
 
-
-# ---- shims ----
-def pass_of(grad_N, correction, *, residual, old_residual, velocity=None, old_velocity=None, scale=None, key=0, selection=None, first=0):
-    return Pass(grad_N, correction, residual, old_residual, velocity, old_velocity, scale, key, selection, False, False, first)
-
-
-def lagging_pass_of(grad_N, momentum, selection, *, residual, velocity, old_velocity, is_lagging, scale=None, first=0):
-    return Pass(grad_N, Correction(momentum, 1, 1, 0), residual, residual, velocity, old_velocity, scale, 0, selection, is_lagging, True, first)
-
-
-def accumulate_together(passes):
-    founds = []
-    for p in passes:
-        if p.lags:
-            f = accumulate_lagging(p.grad_N, p.correction.u_beta, p.selection, residual=p.residual, velocity=p.velocity, old_velocity=p.old_velocity, is_lagging=p.lagged, scale=p.scale)
-        else:
-            f = accumulate(p.grad_N, p.correction, residual=p.residual, old_residual=p.old_residual, velocity=p.velocity, old_velocity=p.old_velocity, scale=p.scale, key=p.key, selection=p.selection)
-        f.indices = f.indices + p.first
-        founds.append(f)
-    report = torch.cat([f.report for f in founds])
-    for f, r in zip(founds, report.split([f.report.numel() for f in founds])):
-        if hasattr(f.report, "_count"):
-            r._count = f.report._count
-        f.report = r
-    return founds, report
-
-
-def put_together(puts, positions_K, values_K):
-    start = 0
-    for p in puts:
-        end = start + p.count
-        put(p.buffer, positions_K[start:end] - p.first, None if values_K is None else values_K[start:end], p.key)
-        start = end

@@ -5,6 +5,8 @@ Tensors as large as the gradient come and go here. ops.py has checked the argume
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from parsimony_kernels.buffers.operands import (
     Buffer,
     Found,
     Pass,
+    Put,
 )
 from parsimony_kernels.runtime.operands import state_dtype
 from parsimony_kernels.step.reference_sketch import mix
@@ -55,14 +58,23 @@ def round_codes(values: Tensor, scales: Tensor, indices: Tensor, key: int) -> Te
     return (values / scales + random).floor().clamp(-LEVELS, LEVELS).to(torch.int8)
 
 
-def put(buffer: Buffer, indices_K: Tensor, values_K: Tensor | None, key: int) -> None:
+def put(puts: Sequence[Put], positions_K: Tensor, values_K: Tensor | None) -> None:
     if values_K is None:
-        values_K = torch.zeros_like(indices_K, dtype=torch.float32)
+        values_K = torch.zeros_like(positions_K, dtype=torch.float32)
+    counts = [each.count for each in puts]
+    parts = zip(puts, positions_K.split(counts), values_K.split(counts), strict=True)
+    for (buffer, _, first, key), positions, values in parts:
+        _put(buffer, positions - first, values, key)
+
+
+def _put(buffer: Buffer, indices_K: Tensor, values_K: Tensor, key: int) -> None:
     if isinstance(buffer, Blocks):
         scales_K = buffer.scales[indices_K // BLOCK]
         buffer.codes[indices_K] = round_codes(values_K, scales_K, indices_K, key)
+    elif buffer.dtype == torch.bfloat16:
+        buffer[indices_K] = round_bfloat16(values_K.float(), indices_K, key)
     else:
-        buffer[indices_K] = round_bfloat16(values_K, indices_K, key)
+        buffer[indices_K] = values_K.to(buffer.dtype)
 
 
 def decode(buffer: Buffer) -> Tensor:
@@ -94,12 +106,23 @@ def _store(values: Tensor, buffer: Buffer, key: int) -> None:
         buffer.copy_(round_bfloat16(values, indices, key))
 
 
-def accumulate(given: Pass) -> Found:
+def accumulate(passes: Sequence[Pass]) -> tuple[list[Found], Tensor]:
+    founds = [_accumulate(given) for given in passes]
+    for given, found in zip(passes, founds, strict=True):
+        found.indices += given.first
+    report = torch.cat([found.report for found in founds])
+    reports = report.split([found.report.numel() for found in founds])
+    for found, part in zip(founds, reports, strict=True):
+        found.report = part
+    return founds, report
+
+
+def _accumulate(given: Pass) -> Found:
     residual, velocity = given.residual, given.velocity
     if given.grad_N is None:
         u = None if velocity is None else decode(velocity)
         v = residual + u if given.lags else decode(residual)
-        found = _find(v.new_zeros(1), v, u, given)
+        found = _find(_largest(v.new_zeros(1)), v, u, given)
         _mask(found, None if given.lags else residual, velocity)
         return found
     x = given.grad_N.to(state_dtype(given.grad_N.dtype))
@@ -107,6 +130,7 @@ def accumulate(given: Pass) -> Found:
         x = x * given.scale
     if given.lags:
         return _accumulate_lagging(x, given)
+    largest = _largest(x)  # now: the residual may take the gradient's memory
     u_beta, u_gain, v_from_u, v_gain = given.correction.scalars(x.dtype)
     change, u = x * v_gain, None
     if velocity is not None:
@@ -115,7 +139,7 @@ def accumulate(given: Pass) -> Found:
         _store(u, velocity, given.key ^ VELOCITY_KEY)
     v = _before(given.old_residual, x) + change
     _store(v, residual, given.key)
-    found = _find(x, v, u, given)
+    found = _find(largest, v, u, given)
     _mask(found, residual, velocity)
     return found
 
@@ -125,7 +149,7 @@ def _accumulate_lagging(x: Tensor, given: Pass) -> Found:
     u_beta, u_gain, _, _ = given.correction.scalars(x.dtype)
     u = old_u * u_beta + x * u_gain
     old_v = given.residual + old_u if given.lagged else given.residual
-    found = _find(x, old_v + u, u, given)
+    found = _find(_largest(x), old_v + u, u, given)
     given.residual.copy_(old_v)
     given.velocity.copy_(u)
     given.velocity[found.indices] = 0
@@ -142,9 +166,13 @@ def _magnitude_bits(x: Tensor) -> Tensor:
     return x.float().contiguous().view(torch.int32) & 0x7FFFFFFF
 
 
-def _find(x: Tensor, v: Tensor, u: Tensor | None, given: Pass) -> Found:
+def _largest(x: Tensor) -> Tensor:
+    """Return the bits of the largest magnitude, (1,)."""
+    return _magnitude_bits(x).amax().view(1)
+
+
+def _find(largest: Tensor, v: Tensor, u: Tensor | None, given: Pass) -> Found:
     selection = given.selection
-    largest = _magnitude_bits(x).amax().view(1)
     if selection is None:
         nothing = torch.zeros(0, dtype=torch.int64, device=v.device)
         return Found(torch.cat([largest, largest.new_zeros(1)]), nothing, v.new_zeros(0), None)

@@ -13,6 +13,13 @@ typedef long long i64;
 // How a tensor's elements are stored: parameters, gradients and buffers. runtime/operands.py.
 enum Storage { STORAGE_ABSENT, STORAGE_FLOAT32, STORAGE_BFLOAT16, STORAGE_FLOAT16, STORAGE_BLOCKS };
 
+// Tensors for which one launch works. Each is a number of blocks of work, which are numbered through all.
+struct Batch {
+    const void *steps;  // (count,) of the structures that say what is to be done
+    const i64 *ends;    // (count,) where each one's blocks end
+    i64 count;
+};
+
 // ---- step ------------------------------------------------------------------------------------------
 
 constexpr int MAX_DEPTH = 5;  // of a sketch
@@ -119,14 +126,6 @@ struct DeviceStep {
     u32 *is_wrong;                // whether positions are not ascending, unique and in range
 };
 
-// Steps, or feedings, that one launch makes. Each is a number of blocks of work, which are numbered through
-// all of them.
-struct Batch {
-    const void *steps;  // (count,)
-    const i64 *ends;    // (count,) where each one's blocks end
-    i64 count;
-};
-
 // ---- buffers ---------------------------------------------------------------------------------------
 
 constexpr int BLOCK = 256;  // elements that share a scale where 8 bits are stored
@@ -157,14 +156,21 @@ struct Accumulation {
     Correction correction;
     int threads;       // on the host
     int lagged, lags;  // whether the old residual lags, and whether the new one is to: ops.py
+    i64 first;         // what is added to the indices that are listed
 };
 
-// Writing values at elements of a buffer.
+// Writing values at elements of a buffer, and of several.
 struct Putting {
     Stored buffer;
-    const i64 *indices;   // (count,), unique
-    const float *values;  // null: 0
-    i64 count, key;
+    i64 end;    // the positions before this one, and not before the last buffer's end, are of this buffer,
+    i64 first;  //   whose elements are `first` less
+    i64 key;
+};
+struct Puttings {
+    const Putting *puttings;  // (count,)
+    i64 count;
+    const i64 *positions;  // unique within a buffer
+    const float *values;   // null: 0
 };
 
 // ---- packing ---------------------------------------------------------------------------------------

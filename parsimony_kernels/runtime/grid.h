@@ -29,6 +29,22 @@ const u32 WHOLE_WARP = 0xffffffffu;
 FN i64 flat_start() { return (i64)blockIdx.x * blockDim.x + threadIdx.x; }
 FN i64 flat_stride() { return (i64)gridDim.x * blockDim.x; }
 
+// A block of work: number `block` of the batch's step of number `step`.
+struct Work { i64 step, block; };
+
+FN i64 num_blocks(const Batch &b) { return b.ends[b.count - 1]; }
+
+FN Work work_of(const Batch &b, i64 index) {
+    i64 low = 0, high = b.count - 1;
+    while (low < high) {
+        i64 middle = (low + high) / 2;
+        if (b.ends[middle] <= index) low = middle + 1;
+        else high = middle;
+    }
+    Work work = {low, index - (low ? b.ends[low - 1] : 0)};
+    return work;
+}
+
 // The maximum over `lanes` neighbouring threads, a power of two up to 32. All of
 // them must come here together.
 FN u32 max_over_lanes(u32 x, int lanes) {

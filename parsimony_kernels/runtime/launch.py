@@ -71,6 +71,15 @@ class Argument(ctypes.Structure):
         self.kept = {**getattr(self, "kept", {}), **tensors}
 
 
+class Batch(Argument):
+    """Tensors for which one launch works; see abi.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("steps", "ends")),
+        ("count", ctypes.c_int64),
+    )
+
+
 launcher: Launcher = CuPyLauncher()  # tests put an emulator here
 
 

@@ -223,10 +223,3 @@ class DeviceStep(Structure):
             self.tiling = Tiling.flat(num_items * self.dim)
         elif not is_elements:
             self.tiling = Tiling(num_items, self.dim, is_packed=self.dim % COLUMNS == 0)
-
-
-class Batch(Argument):
-    _fields_ = (
-        *((name, c_void_p) for name in ("steps", "ends")),
-        ("count", c_int64),
-    )

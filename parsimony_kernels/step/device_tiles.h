@@ -16,22 +16,6 @@
 
 // ---- batches ------------------------------------------------------------------------------------
 
-// A block of work: number `block` of the batch's step of number `step`.
-struct Work { i64 step, block; };
-
-FN i64 num_blocks(const Batch &b) { return b.ends[b.count - 1]; }
-
-FN Work work_of(const Batch &b, i64 index) {
-    i64 low = 0, high = b.count - 1;
-    while (low < high) {
-        i64 middle = (low + high) / 2;
-        if (b.ends[middle] <= index) low = middle + 1;
-        else high = middle;
-    }
-    Work work = {low, index - (low ? b.ends[low - 1] : 0)};
-    return work;
-}
-
 // Define a kernel that calls FUNCTION(a step, the number of one of its blocks) for all blocks of a batch; or
 // a feeding in place of a step. A step is copied, so that what the compiler has read of it need not be read
 // again after each store.

@@ -17,9 +17,10 @@ import numpy
 import torch
 from torch import Tensor
 
-from parsimony_kernels.runtime.launch import launch
+from parsimony_kernels.runtime.launch import Batch, launch
 from parsimony_kernels.runtime.operands import Rule
-from parsimony_kernels.step.arguments import Batch, DeviceStep, Feeding, Items
+from parsimony_kernels.runtime.transfer import upload
+from parsimony_kernels.step.arguments import DeviceStep, Feeding, Items
 
 MAX_BLOCKS = 2**20  # kernels stride over what is more
 
@@ -149,7 +150,7 @@ class Program:
     def _launch(self) -> None:
         if not self._turns:
             return
-        uploaded = _upload(torch.from_numpy(self._data), self.device)
+        uploaded = upload(torch.from_numpy(self._data), self.device)
         base = uploaded.data_ptr()
         for turn in self._turns:
             if callable(turn):
@@ -183,13 +184,6 @@ class Program:
         self._chunks.extend(chunks)
         self._size += sum(memoryview(chunk).nbytes for chunk in chunks)
         return at
-
-
-def _upload(host: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cpu":  # emulated
-        return host
-    # The allocator of pinned memory gives it to nobody else before the copy is made.
-    return torch.empty_like(host, pin_memory=True).copy_(host).to(device, non_blocking=True)
 
 
 def _dtype(step: DeviceStep | Feeding) -> str:

@@ -84,7 +84,7 @@ def numbers(n: int, seed: int = 0) -> Tensor:
 
 def stored(values: Tensor, dtype: str, key: int = 0) -> Buffer:
     buffer = buffers.empty(values.numel(), dtype, CPU)
-    reference_buffers.accumulate(Pass(values, Correction(), buffer, None, None, None, None, key))
+    reference_buffers.accumulate([Pass(values, Correction(), buffer, None, None, None, None, key)])[0][0]
     return buffer
 
 
@@ -111,7 +111,7 @@ def run(case: Case, implementation, selection: Selection | None = None) -> tuple
     grad = guarded.copy(numbers(case.n, 5).clamp(-6e4, 6e4).to(case.grad))
     scale = guarded.copy(torch.tensor([0.37])) if case.scaled else None
     correction = NESTEROV if case.velocity else Correction(v_gain=1.3)
-    found = implementation.accumulate(Pass(grad, correction, *kept, scale, KEY, selection))
+    found = implementation.accumulate([Pass(grad, correction, *kept, scale, KEY, selection)])[0][0]
     guarded.check()
     parts = (part for b in kept if b is not None for part in buffers.tensors(b))
     return *found_parts(found), *parts

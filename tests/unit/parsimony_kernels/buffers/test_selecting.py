@@ -121,7 +121,7 @@ def test_selecting_from_what_is_stored_equals_the_reference(dtype, n, selection,
         guarded = Guarded(CPU)
         residual, velocity = map(guarded.buffer, pair(dtype, n))
         given = (None, Correction(), residual, residual, velocity, None, None, KEY, selection)
-        found = implementation.accumulate(Pass(*given))
+        found = implementation.accumulate([Pass(*given)])[0][0]
         guarded.check()
         parts = [part for b in (residual, velocity) for part in buffers.tensors(b)]
         results.append([*found_parts(found), *parts])
@@ -270,7 +270,7 @@ def lag(implementation, n, grad_dtype, selection, lagged):
     velocity = grad if grad_dtype == torch.float32 else guarded.copy(numbers(n, 7))
     scale = guarded.copy(torch.tensor([0.37]))
     given = (residual, residual, velocity, old_velocity, scale, 0, selection, lagged)
-    found = implementation.accumulate(Pass(grad, Correction(0.9, 1, 1, 0), *given, lags=True))
+    found = implementation.accumulate([Pass(grad, Correction(0.9, 1, 1, 0), *given, lags=True)])[0][0]
     guarded.check()
     return found_parts(found), residual, velocity
 
@@ -291,10 +291,8 @@ def test_a_residual_that_lags_has_the_bits_of_one_that_does_not(n, selection, la
             old_residual += old_velocity
         assert_same_bits(residual, old_residual)
         whole, u = old_residual.clone(), old_velocity.clone()
-        anew = host_buffers.accumulate(
-            Pass(numbers(n, 5).clamp(-6e4, 6e4).to(grad_dtype), Correction(0.9, 1, 1, 0), whole,
-                 old_residual, u, old_velocity, torch.tensor([0.37]), 0, selection)
-        )  # fmt: skip
+        anew = host_buffers.accumulate([Pass(numbers(n, 5).clamp(-6e4, 6e4).to(grad_dtype), Correction(0.9, 1, 1, 0), whole,
+                 old_residual, u, old_velocity, torch.tensor([0.37]), 0, selection)])[0][0]  # fmt: skip
         for a, b in zip(found, found_parts(anew), strict=True):
             assert_same_bits(a, b)
         assert_same_bits(velocity, u)
@@ -305,7 +303,7 @@ def test_a_residual_that_lags_has_the_bits_of_one_that_does_not(n, selection, la
         for implementation in (host_buffers, reference_buffers):
             left, kept = velocity.clone(), residual.clone()
             given = (None, Correction(), kept, kept, left, None, None, 0, again)
-            more = implementation.accumulate(Pass(*given, lags=True))
+            more = implementation.accumulate([Pass(*given, lags=True)])[0][0]
             results.append([*found_parts(more), left])
             assert_same_bits(kept, residual)
         for a, b in zip(*results, strict=True):

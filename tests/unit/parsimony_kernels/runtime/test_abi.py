@@ -10,15 +10,15 @@ import subprocess
 import pytest
 
 from parsimony_kernels.buffers import operands as buffers
-from parsimony_kernels.buffers.arguments import Accumulation, Putting, Stored
+from parsimony_kernels.buffers.arguments import Accumulation, Putting, Puttings, Stored
 from parsimony_kernels.packing import message
 from parsimony_kernels.packing.device import Joined, Merging, Message, Packing
 from parsimony_kernels.packing.host import EntryList
 from parsimony_kernels.runtime import operands
 from parsimony_kernels.runtime.build import compiler
+from parsimony_kernels.runtime.launch import Batch
 from parsimony_kernels.runtime.sources import PACKAGE
 from parsimony_kernels.step.arguments import (
-    Batch,
     DeviceStep,
     Feeding,
     HostStep,
@@ -30,7 +30,7 @@ from parsimony_kernels.step.arguments import (
 
 STRUCTURES = (
     *(operands.Rule, operands.Sketch, HostStep, Batch, DeviceStep, Feeding, Query, Items, Tiling),
-    *(buffers.Correction, Stored, Accumulation, Putting),
+    *(buffers.Correction, Stored, Accumulation, Putting, Puttings),
     *(message.Sections, EntryList, Packing, Message, Joined, Merging),
 )
 ENUMS = {

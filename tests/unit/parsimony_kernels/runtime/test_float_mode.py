@@ -92,7 +92,7 @@ def accumulated():
     grad = torch.randn(n, generator=torch.Generator().manual_seed(0)) * 2e-38
     residual, velocity = torch.zeros(n), torch.zeros(n)
     correction = Correction(0.9, 0.1, 1.0, 0.0)
-    host_buffers.accumulate(Pass(grad, correction, residual, None, velocity, None, None, 0))
+    host_buffers.accumulate([Pass(grad, correction, residual, None, velocity, None, None, 0)])[0][0]
     return residual, velocity
 
 
