@@ -2,7 +2,7 @@
 
 Horovod is built for Gloo and the CPU: ranks that share a GPU cannot use NCCL, and their tensors
 travel through the host's memory. The source is in the folder of wheels: gpu_proof.sh --collect
-lays it there. A rehearsal takes the Horovod that is installed.
+lays it there. Leaves horovod-build.log. A rehearsal takes the Horovod that is installed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.gpu.common import SKIPPED, Proof, begin
 
 ROOT = Path(__file__).parents[2]
 MOST_SECONDS = 300  # that the build may take
-KEPT = 4000  # characters of its log
+KEPT = 4000  # characters of its log, with the figures
 # torch and nvcc are those of a GPU, but Horovod's part for CUDA, which does not know today's cards,
 # stays out.
 CMAKE = """#!/bin/sh
@@ -55,12 +55,13 @@ def install(proof: Proof, folder: Path) -> None:
     if source is None:
         skip(f"Horovod's source is not in {wheels} (gpu_proof.sh --collect lays it there)")
     start = time.monotonic()
-    problem, log = build(source, folder)
+    log = proof.out / "horovod-build.log"
+    problem = build(source, folder, log)
     text = f"{source.name}, Gloo and CPU, {time.monotonic() - start:.0f} s"
     if problem:
-        print(log[-KEPT:], flush=True)
-        proof.add("Horovod built", f"{text}: {problem}", ("Horovod builds", False),
-                  log=log[-KEPT:])  # fmt: skip
+        tail = log.read_text(errors="replace")[-KEPT:]
+        print(tail, flush=True)
+        proof.add("Horovod built", f"{text}: {problem}", ("Horovod builds", False), log=tail)
         sys.exit(1)
     proof.add("Horovod built", text, ("Horovod builds", True))
     sys.path.insert(0, str(folder))
@@ -72,23 +73,20 @@ def prepend(name: str, path: Path | str) -> None:
     os.environ[name] = os.pathsep.join([str(path), *filter(None, [os.environ.get(name)])])
 
 
-def build(source: Path, folder: Path) -> tuple[str, str]:
-    """Install Horovod's source in `folder`, without a network; return what failed, and the log."""
-    with tempfile.TemporaryDirectory() as place:
-        log = Path(place) / "log"
-        words = [sys.executable, "-m", "pip", "install", "-v", "--no-index", "--no-deps",
-                 "--no-build-isolation", "--no-cache-dir", "--target", str(folder),
-                 str(source)]  # fmt: skip
-        with log.open("w") as file:
-            try:
-                status = subprocess.run(
-                    words, env=settings(Path(place)), stdout=file, stderr=subprocess.STDOUT,
-                    timeout=MOST_SECONDS,
-                ).returncode  # fmt: skip
-                problem = f"failed with status {status}" if status else ""
-            except subprocess.TimeoutExpired:  # what pip has started ends with the stage
-                problem = f"not done after {MOST_SECONDS} s"
-        return problem, log.read_text(errors="replace")
+def build(source: Path, folder: Path, log: Path) -> str:
+    """Install Horovod's source in `folder`, without a network; return what failed, or ""."""
+    words = [sys.executable, "-m", "pip", "install", "-v", "--no-index", "--no-deps",
+             "--no-build-isolation", "--no-cache-dir", "--target", str(folder),
+             str(source)]  # fmt: skip
+    with tempfile.TemporaryDirectory() as place, log.open("w") as file:
+        try:
+            status = subprocess.run(
+                words, env=settings(Path(place)), stdout=file, stderr=subprocess.STDOUT,
+                timeout=MOST_SECONDS,
+            ).returncode  # fmt: skip
+        except subprocess.TimeoutExpired:  # what pip has started ends with the stage
+            return f"not done after {MOST_SECONDS} s"
+    return f"failed with status {status}" if status else ""
 
 
 def settings(place: Path) -> dict[str, str]:

@@ -54,7 +54,7 @@ def main() -> None:
     wanted = [name for word in options.stages.split(",") for name in SEVERAL.get(word, [word])]
     if unknown := set(wanted) - STAGES.keys():
         parser.error(f"--stages {unknown}; allowed: {sorted({*STAGES, *SEVERAL})}")
-    for name in ("figures.jsonl", "log.txt", "table.md"):
+    for name in ("figures.jsonl", "log.txt", "table.md", "horovod-build.log"):
         (options.out / name).unlink(missing_ok=True)
     where = machine(options.rehearse)
     results: dict[str, tuple[str, float]] = {}

@@ -13,9 +13,11 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.gpu.common import Proof, begin
 from parsimony_kernels.runtime import launch
@@ -39,6 +41,7 @@ def prove(proof: Proof, launcher: str) -> None:
     launcher: see tests/jobs.py.
     """
     if not proof.is_rehearsal:
+        torch.cuda.init()
         launch._module(0)  # compiled once, and not by all ranks at the same time
     names = list(METHODS)[: proof.size(2, 1)]
     with ThreadPoolExecutor(len(names)) as pool:
@@ -57,10 +60,9 @@ def same_to_the_bit(proof: Proof, launcher: str, name: str) -> bool:
                 launcher=launcher, configs=configs, **settings(proof),
             )  # fmt: skip
         except (AssertionError, pytest.fail.Exception) as failure:
-            text = str(failure).strip() or "?"
-            print(f"{what}:\n{text}", flush=True)
-            proof.add(what, f"failed: {text.splitlines()[-1][:200]}",
-                      ("resumes to the bit", False), log=text[-4000:])  # fmt: skip
+            asked, printed = extract_tb(failure.__traceback__)[-1].line, str(failure)[-4000:]
+            print(f"{what}:\n{printed}", flush=True)
+            proof.add(what, f"failed: {asked}", ("resumes to the bit", False), log=printed)
             return False
     is_there = one["hardware"]["device"] == proof.device.type and one["world_size"] == 2
     proof.add(what, told(one, time.monotonic() - start), ("resumes to the bit", is_there), **one)
