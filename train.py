@@ -108,7 +108,7 @@ def parse_arguments(words: list[str]) -> tuple[argparse.Namespace, dict[str, str
     parser.add_argument("--report-steps", type=int, default=3, metavar="N",
                         help="real steps to measure (default: 3); 0: predict only")  # fmt: skip
     parser.add_argument("--devices", choices=["auto", "cpu", "gpu"], default="auto",
-                        help="auto: a GPU for each rank of a machine, if there is one")  # fmt: skip
+                        help="auto: a GPU for each rank, or shared, if there is one")  # fmt: skip
     parser.add_argument("--comm", choices=["auto", *KINDS], default="auto",
                         help="auto: torch under torchrun, else Horovod")  # fmt: skip
     parser.add_argument("--runs", default="runs", help="folder of all runs (default: runs)")

@@ -48,8 +48,9 @@ local_env=()
 with=() && ((!${#local_env[@]})) || with=(env "${local_env[@]}")
 # shellcheck disable=SC2086  # the ..._ARGS are meant to be split
 if [[ -n $by_torch ]]; then
-    print_and_supervise "${with[@]}" torchrun --standalone --nproc-per-node "$num_ranks" \
-        ${TORCHRUN_ARGS:-} "$repo/train.py" "$@"
+    # The ranks would otherwise look for this host's own name, which need not lead anywhere.
+    print_and_supervise "${with[@]}" torchrun --standalone --local-addr 127.0.0.1 \
+        --nproc-per-node "$num_ranks" ${TORCHRUN_ARGS:-} "$repo/train.py" "$@"
 elif [[ $controller == --gloo ]]; then
     print_and_supervise "${with[@]}" horovodrun -np "${ranks:-$num_ranks}" ${hosts:+-H "$hosts"} --gloo \
         ${HOROVODRUN_ARGS:-} python "$repo/train.py" "$@"

@@ -29,9 +29,9 @@ def command(launcher: str, num_ranks: int, program: Sequence[str]) -> list[str]:
         as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
         quiet = ["--oversubscribe", "--mca", "mpi_yield_when_idle", "1", "--bind-to", "none"]
         return ["mpirun", *as_root, *quiet, "-np", str(num_ranks), *python]
-    if launcher == "torchrun":  # on a port of its own
-        count = f"--nproc-per-node={num_ranks}"
-        return ["torchrun", "--standalone", count, "--no-python", *python]
+    if launcher == "torchrun":  # on a port of its own; this host's name need not lead anywhere
+        alone = ["--standalone", "--local-addr=127.0.0.1"]
+        return ["torchrun", *alone, f"--nproc-per-node={num_ranks}", "--no-python", *python]
     return [*launcher.split(), "-np", str(num_ranks), "-H", f"localhost:{num_ranks}", *python]
 
 
@@ -52,7 +52,8 @@ class Job:
     def __init__(self, words: Sequence[str], log: Path) -> None:
         self._log = log
         environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = str(ROOT)
+        others = filter(None, [os.environ.get("PYTHONPATH")])  # e.g. of wheels laid in a folder
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *others])
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # each rank would compile all modules anew
         environment["PYTHONPYCACHEPREFIX"] = str(Path(tempfile.gettempdir()) / "parsimony-tests")
         with log.open("w") as file:

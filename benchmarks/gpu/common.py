@@ -25,9 +25,9 @@ WAITS += ("cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize")
 
 @dataclass(frozen=True)
 class Proof:
-    """One stage under way. stage: its number. out: the folder of results."""
+    """One stage under way. stage: its name. out: the folder of results."""
 
-    stage: int
+    stage: str
     out: Path
     is_rehearsal: bool
 
@@ -55,7 +55,7 @@ def met(is_met: bool) -> str:
     return "met" if is_met else "missed"
 
 
-def begin(stage: int, description: str | None) -> Proof:
+def begin(stage: str, description: str | None) -> Proof:
     """Return the stage that the command line asks for; skip it where there is no GPU."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("out", type=Path)

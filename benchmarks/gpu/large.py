@@ -34,7 +34,7 @@ GIBIBYTE = 2**30
 
 
 def main() -> None:
-    proof = begin(5, __doc__)
+    proof = begin("5", __doc__)
     for name in (*NAMES, *(["8-bit Adam"] if importlib.util.find_spec("bitsandbytes") else [])):
         alone(proof, name)
     recommended(proof)

@@ -24,7 +24,7 @@ REHEARSED = "tests/unit/parsimony_kernels/step/test_device.py"
 
 
 def main() -> None:
-    proof = begin(1, __doc__)
+    proof = begin("1", __doc__)
     compile_kernels(proof)
     with tempfile.TemporaryDirectory() as folder:
         watched = watch(proof, Path(folder))

@@ -32,7 +32,7 @@ WITH_GOAL = ("SM3", "FactoredAdam, beta1 = 0")
 
 
 def main() -> None:
-    proof = begin(2, __doc__)
+    proof = begin("2", __doc__)
     optimizers(proof, "large", [tuple(proof.size((8192, 8192), (64, 96)))], LARGE)
     optimizers(proof, "1000 of 64", [(8, 8)] * proof.size(1000, 20), MANY)
     optimizers(proof, "mixture", mixture(*proof.size((1024, 24), (16, 2))), MANY)

@@ -34,7 +34,7 @@ METHODS = {
 
 
 def main() -> None:
-    proof = begin(3, __doc__)
+    proof = begin("3", __doc__)
     width, num_steps = proof.size((1024, 12), (64, 4))
     initial, is_right = model_of(width), True  # made here: workers share torch's random state
     for name in METHODS:

@@ -20,6 +20,7 @@ from dgc.comm import HorovodComm, TorchComm, objects, pieces
 from dgc.comm.torch_distributed import group as torch_group
 from dgc.comm.torch_distributed import mail
 from dgc.comm.torch_distributed.ordered_group import OrderedGroup
+from tests.emulation.pretended import Pretended, Watch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.int64, torch.bool)
 
@@ -72,6 +73,30 @@ def check_collectives(comm, has_shares=True):
             got = comm.all_to_all_async(parts, f"parts{size}{largest}", largest).wait()
             for sender, part in enumerate(got):
                 assert torch.equal(part, made(sender, size * (rank == 1) + sender + 1, rank))
+
+
+def check_tensors_of_a_gpu(comm):
+    """Of ranks that share it: they go through the host's memory, and results are where they were.
+
+    The GPU is pretended.
+    """
+    world, rank = range(comm.world_size), comm.rank
+    with Watch():
+        mine, cast = Pretended(made(rank, 100)), Pretended(made(rank, 90))
+        assert comm.all_reduce_async(mine, "there.sum").wait() is mine
+        joined = comm.all_gather_async(Pretended(made(rank, rank + 1)), "there.join").wait()
+        rows = Pretended(made(rank, (comm.world_size, 30)))
+        share = comm.reduce_scatter_async(rows, "there.share").wait()
+        parts = [Pretended(made(rank, rank + 1, to)) for to in world]
+        got = comm.all_to_all_async(parts, "there.parts").wait()
+        comm.broadcast(cast, "there.cast")
+    assert all(type(tensor) is Pretended for tensor in (mine, joined, share, *got, cast))
+    torch.testing.assert_close(mine.held, sum(made(r, 100) for r in world))
+    assert torch.equal(joined.held, torch.cat([made(r, r + 1) for r in world]))
+    torch.testing.assert_close(share.held, sum(made(r, (len(world), 30)) for r in world)[rank])
+    for sender, part in enumerate(got):
+        assert torch.equal(part.held, made(sender, sender + 1, rank))
+    assert torch.equal(cast.held, made(0, 90))
 
 
 def check_order(comm):
@@ -184,6 +209,7 @@ def begun_by_us():
         for check in (check_collectives, check_order):
             check(first)
     with small_pieces():
+        check_tensors_of_a_gpu(first)
         check_broadcast(first)
         check_objects(second)
     check_two_comms(first, second)
@@ -256,6 +282,7 @@ def torch_begun_by_us():
         with unusual_defaults():
             for check in (check_collectives, check_order):
                 check(first)
+        check_tensors_of_a_gpu(first)
         check_broadcast(first)
         check_objects(second)
     check_two_comms(first, second)

@@ -58,21 +58,22 @@ class Runs:
             assert time.monotonic() < deadline, f"no checkpoint of step {step} after {timeout} s"
             time.sleep(0.002)
 
-    def resume(self, **settings) -> dict:
+    def resume(self, *extra, **settings) -> dict:
         """Take up a run that was killed; return its figures."""
-        assert "resuming after step" in self.succeed(**settings)
+        assert "resuming after step" in self.succeed(*extra, **settings)
         return self.result()
 
-    def straight_and_killed(self, *, step=14, **settings) -> dict:
+    def straight_and_killed(self, *extra, step=14, kill=jobs.Job.kill, **settings) -> dict:
         """Run undisturbed, and killed after a step's checkpoint and taken up; both must end alike.
 
-        Returns the figures of the undisturbed run. Needs checkpoint__every_steps.
+        kill: ends the job. Returns the figures of the undisturbed run. Needs
+        checkpoint__every_steps.
         """
-        self.succeed(runs="straight", **settings)
-        job = self.start(**settings)
+        self.succeed(*extra, runs="straight", **settings)
+        job = self.start(*extra, **settings)
         self.wait_for_step(step, job)
-        job.kill()
-        one, other = self.result("straight"), self.resume(**settings)
+        kill(job)
+        one, other = self.result("straight"), self.resume(*extra, **settings)
         assert one["parameter_hash"] == other["parameter_hash"]
         assert one["metrics"] == other["metrics"]  # of the average, where there is one
         assert one["skipped_steps"] == other["skipped_steps"]

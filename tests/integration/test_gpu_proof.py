@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import jobs
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -21,9 +23,12 @@ def test_every_stage_of_the_proof_rehearses(tmp_path):
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     table = (tmp_path / "table.md").read_text()
     stages = [line for line in table.splitlines() if line.count("|") == 5 and "---" not in line]
-    assert [line.split(" | ")[2] for line in stages[1:]] == ["passed"] * (len(stages) - 1)
+    ended = {line.split(" | ")[0].strip("| "): line.split(" | ")[2] for line in stages[1:]}
+    without_horovod = {} if jobs.HAS_HOROVOD else {"4h": "skipped: Horovod is not installed"}
+    assert ended == dict.fromkeys(["1", "2", "3", "4t", "4h", "5"], "passed") | without_horovod
     figures = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()]
-    assert {row["stage"] for row in figures} == {1, 2, 3, 5}
+    assert {row["stage"] for row in figures} == ended.keys() - without_horovod.keys()
+    assert all(row["goal"][1] for row in figures if row["stage"] in ("4t", "4h"))
     sketched = next(row for row in figures if row["what"] == "CMS, beta1 = 0, 1000 of 64")
     assert 1 <= sketched["launches"] <= 12  # under the emulator, of all 20 tensors
     assert (tmp_path / "timeline.json.gz").stat().st_size < 10 * 2**20

@@ -50,6 +50,8 @@ class HorovodComm(HorovodGroup, Broadcasts):
         refuse_loners(self.world_size, "Horovod")
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
         self.patience = life.patience(hvd, self.all_gather_object)
+        has_gpu = bool(hvd.nccl_built()) and torch.cuda.device_count() >= self.local_size
+        self._takes_gpus_tensors = all(self.all_gather_object(has_gpu))
 
     @property
     def controller(self) -> str:
@@ -73,15 +75,18 @@ class HorovodComm(HorovodGroup, Broadcasts):
         process_sets = [life.process_set(self._hvd, ranks) for ranks in groups]
         mine = next(number for number, ranks in enumerate(groups) if self.rank in ranks)
         rank, size = groups[mine].index(self.rank), len(groups[mine])
-        return HorovodGroup(self._hvd, process_sets[mine], rank, size, self.patience)
+        return HorovodGroup(
+            self._hvd, process_sets[mine], rank, size, self.patience, self._takes_gpus_tensors
+        )
 
     def _broadcast(self, tensor: Tensor, name: str, root: int) -> None:
         """Overwrite `tensor` in place with a rank's. Bytes travel, so that bfloat16 can."""
         for part in pieces.parts_of(tensor.detach()) if tensor.numel() else ():
-            wire, is_own = pieces.as_bytes(part)
+            goes_around = self._goes_through_host(part)
+            wire, is_own = pieces.as_bytes(part.to("cpu") if goes_around else part)
             self._start(self._hvd.broadcast_async_, wire, name, root_rank=root).wait()
             if self.rank != root:
-                pieces.take_in(part, wire, is_own)
+                pieces.take_in(part, wire, is_own and not goes_around)
 
     def barrier(self, name: str = "barrier") -> None:
         here = torch.zeros(1, dtype=torch.float32, device="cpu")

@@ -1,6 +1,8 @@
 """The asynchronous collectives of one of Horovod's process sets, whatever their size.
 
-Each is handed `horovod.torch`; nothing here imports it.
+Each is handed `horovod.torch`; nothing here imports it. Tensors of a GPU go by NCCL where Horovod
+has it and each rank has a GPU of its own; else through the host's memory, by copies made here: a
+Horovod that was built without CUDA would send what its own copy has not brought yet.
 """
 
 from __future__ import annotations
@@ -38,8 +40,24 @@ class HorovodHandle:
         return result if self._finish is None else self._finish(result)
 
 
+class FromHost:
+    """The handle of a collective of copies. bring: takes its result to where it belongs."""
+
+    def __init__(self, handle: Handle, bring: Callable[[Any], Any]) -> None:
+        self._handle, self._bring = handle, bring
+
+    def poll(self) -> bool:
+        return self._handle.poll()
+
+    def wait(self) -> Any:
+        return self._bring(self._handle.wait())
+
+
 class HorovodGroup:
-    """The asynchronous collectives of one of Horovod's process sets."""
+    """The asynchronous collectives of one of Horovod's process sets.
+
+    takes_gpus_tensors: whether Horovod is handed a GPU's tensors themselves.
+    """
 
     def __init__(
         self,
@@ -48,22 +66,36 @@ class HorovodGroup:
         rank: int,
         world_size: int,
         patience: Patience | None = None,
+        takes_gpus_tensors: bool = False,
     ) -> None:
         self._hvd, self._set, self.patience = hvd, process_set, patience
         self.rank, self.world_size = rank, world_size
+        self._takes_gpus_tensors = takes_gpus_tensors
+
+    def _goes_through_host(self, tensor: Tensor) -> bool:
+        return tensor.device.type != "cpu" and not self._takes_gpus_tensors
 
     def all_reduce_async(self, tensor: Tensor, name: str) -> Handle:
         check_sendable(tensor, name)
+        if self._goes_through_host(tensor):
+            handle = self.all_reduce_async(tensor.detach().to("cpu"), name)
+            return FromHost(handle, lambda total: _copied(tensor, total))
         if pieces.fits(tensor.nbytes):
             return self._all_reduce(tensor, name)
         return Stepwise(pieces.all_reduce(self._all_reduce, tensor, name))
 
     def all_gather_async(self, tensor: Tensor, name: str) -> Handle:
         check_sendable(tensor, name)
+        if self._goes_through_host(tensor):
+            handle = self.all_gather_async(tensor.detach().to("cpu"), name)
+            return FromHost(handle, lambda joined: joined.to(tensor.device))
         return Stepwise(pieces.all_gather(self._all_gather, tensor, name, self.world_size))
 
     def reduce_scatter_async(self, tensor: Tensor, name: str) -> Handle:
         check_sendable(tensor, name)
+        if self._goes_through_host(tensor):
+            handle = self.reduce_scatter_async(tensor.detach().to("cpu"), name)
+            return FromHost(handle, lambda row: row.to(tensor.device))
         if pieces.fits(tensor.nbytes):
             return self._reduce_scatter(tensor, name)
         return Stepwise(pieces.reduce_scatter(self._reduce_scatter, tensor, name))
@@ -73,6 +105,10 @@ class HorovodGroup:
     ) -> Handle:
         for part in parts:
             check_sendable(part, name)
+        if self._goes_through_host(home := parts[0]):
+            copies = [part.detach().to("cpu") for part in parts]
+            handle = self.all_to_all_async(copies, name, largest_bytes)
+            return FromHost(handle, lambda found: [part.to(home.device) for part in found])
         if largest_bytes is not None and pieces.fits(self.world_size * largest_bytes):
             return self._all_to_all(parts, name)
         return Stepwise(
@@ -108,7 +144,7 @@ class HorovodGroup:
         here a tenth of the pieces of 64 MiB of two ranks). Rows travel instead, as many bytes.
         """
         hvd = self._hvd
-        if hvd.gloo_enabled() and not (tensor.is_cuda and hvd.nccl_built()):
+        if hvd.gloo_enabled() and not tensor.is_cuda:
             return self._start(
                 hvd.alltoall_async, tensor.reshape(-1), name,
                 lambda found: found[0].view(tensor.shape).sum(0, dtype=tensor.dtype),
@@ -126,3 +162,8 @@ class HorovodGroup:
             lambda found: list(found[0].split(found[1].tolist())), process_set=self._set,
             splits=torch.tensor(sizes, dtype=torch.int32, device="cpu"),
         )  # fmt: skip
+
+
+def _copied(tensor: Tensor, found: Tensor) -> Tensor:
+    tensor.detach().copy_(found)
+    return tensor

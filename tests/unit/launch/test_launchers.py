@@ -123,7 +123,8 @@ def test_without_horovod_torchrun_starts_the_ranks(tmp_path):
     without = {"PARSIMONY_WITHOUT_HOROVOD": "1"}
     command = command_of("train.sh", "-np", "2", "--configs", "x.py", **without)
     start = command.index("torchrun")
-    assert command[start + 1 : -2] == ["--standalone", "--nproc-per-node", "2", TRAIN]
+    alone = ["--standalone", "--local-addr", "127.0.0.1"]
+    assert command[start + 1 : -2] == [*alone, "--nproc-per-node", "2", TRAIN]
     assert command_of("train.sh", "-np", "2", "--torch", "--configs", "x.py") == command
     assert "start one on each" in launch("train.sh", "-H", "a:2", **without).stderr
     assert "start a torchrun on each host" in launch("mpirun.sh", "-H", "a:2", **without).stderr
