@@ -19,11 +19,10 @@ from engine.report import Reporter, SilentReporter
 
 @dataclass(frozen=True)
 class _Step:
-    """numbers: those that are still on the device, (n,) float64, which have these names."""
+    """numbers: those that are still on a device, as float64, with their names."""
 
     values: dict[str, float]
-    names: tuple[str, ...]
-    numbers: Tensor | None
+    numbers: list[tuple[tuple[str, ...], Tensor]]
     example: int
     wall_time: float
 
@@ -42,17 +41,28 @@ class StepReports:
         self, values: Mapping[str, float], on_device: Mapping[str, Tensor], example: int
     ) -> None:
         """Report a step. on_device: numbers, each a tensor of one element; they are copied."""
-        parts = [number.detach().reshape(1).to(torch.float64) for number in on_device.values()]
-        numbers = torch.cat(parts) if parts else None
-        self._steps.append(_Step(dict(values), tuple(on_device), numbers, example, time.time()))
+        by_kind: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+        for name, number in on_device.items():
+            kind = number.device, number.dtype
+            by_kind.setdefault(kind, {})[name] = number.detach().reshape(())
+        numbers = [
+            (tuple(some), torch.stack(list(some.values())).to(torch.float64))
+            for some in by_kind.values()
+        ]
+        self._steps.append(_Step(dict(values), numbers, example, time.time()))
         if len(self._steps) >= self._every:
             self.write()
 
     def write(self) -> None:
-        """Write what is not written yet. Waits for a GPU, once."""
+        """Write what is not written yet. Waits for each GPU, once."""
         steps, self._steps = self._steps, []
-        parts = [step.numbers for step in steps if step.numbers is not None]
-        numbers = iter(torch.cat(parts).tolist() if parts else ())
+        by_device: dict[torch.device, list[Tensor]] = {}
         for step in steps:
-            read = {name: next(numbers) for name in step.names}
-            self._reporter.scalars({**step.values, **read}, step.example, step.wall_time)
+            for _, numbers in step.numbers:
+                by_device.setdefault(numbers.device, []).append(numbers)
+        read = {device: iter(torch.cat(parts).tolist()) for device, parts in by_device.items()}
+        for step in steps:
+            values = dict(step.values)
+            for names, numbers in step.numbers:
+                values |= zip(names, read[numbers.device], strict=False)
+            self._reporter.scalars(values, step.example, step.wall_time)

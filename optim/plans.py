@@ -110,6 +110,9 @@ class Plan:
         p = self.p
         if not (
             p.data_ptr() == self._data
+            and p.dtype is self._dtype
+            and p.shape == self._shape
+            and p.device == self._device
             and p.is_contiguous()
             and state is self._state
             and len(state) == len(self._kept)
@@ -220,5 +223,16 @@ def _set(
         if plan.second is not None and plan.second.has_ends:
             ending.append((plan, number))
     for scale, parameters in pulled.items():  # weight decay acts on all elements
-        torch._foreach_mul_(parameters, scale)
+        _scale(parameters, scale)
     return ending
+
+
+def _scale(parameters: Sequence[Tensor], factor: float) -> None:
+    """Multiply each, as `mul_` does."""
+    # For 16-bit tensors on a CPU torch's foreach rounds the factor itself to 16 bits.
+    on_cpu = [p for p in parameters if p.device.type == "cpu" and p.dtype.itemsize < 4]
+    for p in on_cpu:
+        p.mul_(factor)
+    others = [p for p in parameters if p.device.type != "cpu" or p.dtype.itemsize >= 4]
+    if others:
+        torch._foreach_mul_(others, factor)

@@ -32,11 +32,14 @@ class Travelling:
 
     def arrive(self) -> None:
         """Wait for what it waits for; `go_on` then takes what that brought."""
-        self.handle = Arrived(self.handle.wait())
+        with self._lanes.on(self._device):  # what it brings may be made here
+            self.handle = Arrived(self.handle.wait())
 
     def go_on(self) -> None:
         """Go on with what the collective brought."""
-        self._send(self.handle.wait())
+        with self._lanes.on(self._device):
+            arrived = self.handle.wait()
+        self._send(arrived)
 
     def _send(self, arrived: Any) -> None:
         try:

@@ -301,7 +301,7 @@ class Compensation:
     def put_back_where(self, name: str, taken: Taken, mask_K: Tensor) -> None:
         """Put some of these entries back, without waiting for a GPU: the others stay as they are
         now, which to write again changes nothing."""
-        indices_K, kept = taken.indices_K, (self.residual[name], self.velocity.get(name))
+        indices_K, kept = taken.indices_K, (self.residual[name], self._velocity_now(name))
         now = [
             None if then is None else torch.where(mask_K, then, buffers.take(buffer, indices_K))
             for then, buffer in zip((taken.values_K, taken.velocities_K), kept, strict=True)

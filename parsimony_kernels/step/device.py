@@ -81,7 +81,7 @@ class PlannedStep:
         self.work, self.moments = DeviceStep(param, first, second), (first, second)
         self._num_steps = ctypes.c_float.from_address(num_steps.data_ptr())
         self.device = param.device
-        self.last: tuple[list[PlannedStep], Program] | None = None  # that this step came first in
+        self.last: Program | None = None  # of dense gradients, in which this step came first
 
     @property
     def num_steps(self) -> int:
@@ -113,14 +113,24 @@ class PlannedStep:
 
 
 def _run_planned(steps: Sequence[PlannedStep]) -> None:
-    is_dense = all(step.rows is None and step.indices is None for step in steps)
-    last = steps[0].last
-    if is_dense and last is not None and last[0] == steps:
-        last[1].run_again([step.rule for step in steps], [step.values for step in steps])
+    dense = [step for step in steps if step.rows is None and step.indices is None]
+    sparse = [step for step in steps if step.rows is not None or step.indices is not None]
+    if sparse:
+        _take(sparse)
+        _run([(step.work, *step.moments) for step in sparse], sparse[0].device)
+    if dense:
+        _run_dense(dense)
+
+
+def _run_dense(steps: Sequence[PlannedStep]) -> None:
+    """Make these steps, with the program of the step before if it was for the same."""
+    last, works = steps[0].last, [step.work for step in steps]
+    if last is not None and last.steps == works:
+        last.run_again([step.rule for step in steps], [step.values for step in steps])
         return
     _take(steps)
-    program = _run([(step.work, *step.moments) for step in steps], steps[0].device)
-    steps[0].last = (list(steps), program) if is_dense and program else None
+    # Kept by one of the steps, so it must not refer to them: their tensors would outlive them.
+    steps[0].last = _run([(step.work, *step.moments) for step in steps], steps[0].device)
 
 
 def _take(steps: Sequence[PlannedStep]) -> None:

@@ -145,6 +145,33 @@ def test_planned_steps_have_the_bits_of_others_whatever_changes(
             assert_equal(planned, outcome(change))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weight_decay_of_16_bits_is_the_same_in_planned_steps_of_elements(dtype, num_planned):
+    def run():
+        start = torch.randn(200, 100, generator=torch.Generator().manual_seed(1))
+        p = torch.nn.Parameter(start.to(dtype))
+        optimizer = optim.Adam([p], lr=0.05, betas=(0.0, 0.999), weight_decay=0.05,
+                               decoupled_weight_decay=True)  # fmt: skip
+        for step in range(4):
+            optimizer.step(elements={p: (torch.tensor([step, 900]), torch.ones(2))})
+        return p.detach()
+
+    planned = run()
+    assert sum(num_planned) >= 2
+    with ops.use("reference"):
+        assert torch.equal(planned, run())
+
+
+def test_a_parameter_of_another_shape_in_the_same_memory_has_no_plan():
+    p = torch.nn.Parameter(torch.zeros(60, 10))
+    optimizer = optim.SM3([p], lr=0.1, momentum=0.0)
+    for _ in range(2):
+        optimizer.step(elements={p: (torch.tensor([3, 599]), torch.ones(2))})
+    p.data = p.data[:30]
+    with pytest.raises(ValueError, match=r"indices lie in 3\.\.599; allowed: 0\.\.299"):
+        optimizer.step(elements={p: (torch.tensor([3, 599]), torch.ones(2))})
+
+
 def test_a_plan_ends_with_what_it_was_made_for():
     p = parameter(30, 20)
     optimizer = optim.Adam([p], second_moment="factored", min_compressed_numel=0)

@@ -126,6 +126,18 @@ def test_a_step_that_took_entries_is_undone_to_the_bit(dtype):
     assert torch.equal(buffers.decode(compensation.velocity["w"]), velocity)
 
 
+def test_velocities_rest_while_momentum_is_0():
+    compensation = Compensation(momentum=0.9)
+    compensation.accumulate("w", torch.randn(1000), selection=Selection(9.0, 1000))
+    compensation.end_step(stands=True)
+    compensation.momentum = 0.0
+    before = compensation.velocity["w"].clone()
+    compensation.accumulate("w", torch.randn(1000), selection=Selection(9.0, 1000))
+    compensation.select_again("w", Selection(1.0, 1000))
+    compensation.take_exactly("w", torch.arange(50))
+    assert torch.equal(compensation.velocity["w"], before)
+
+
 def test_entries_move_only_within_a_step():
     compensation, some = Compensation(), torch.tensor([1])
     accumulate(compensation, grads()[0])

@@ -11,6 +11,7 @@ from parsimony_kernels.buffers import host as host_buffers
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers import reference as reference_buffers
 from parsimony_kernels.buffers.operands import BLOCK, Correction, Put, Selection
+from parsimony_kernels.step import ops as step_ops
 from tests.unit.parsimony_kernels.cases import CPU
 
 SIZES = (1, 255, BLOCK, 257, 5000, 70_001)
@@ -149,3 +150,11 @@ def test_nothing_is_put_where_one_index_is_outside_of_its_buffer():
                 [Put(one, 1, 0, 0), Put(one, 2, 300, 0)], positions_K, torch.ones(3)
             )
         assert not one.any()
+
+
+def test_the_largest_gradient_is_seen_though_the_residual_takes_its_memory():
+    for dtype in (torch.float32, torch.float64):
+        residual, grad = torch.full((300,), 7, dtype=dtype), torch.ones(300, dtype=dtype)
+        with step_ops.use("reference"):
+            found = buffers.accumulate(grad, Correction(), residual=grad, old_residual=residual)
+        assert found.largest == 1

@@ -169,6 +169,13 @@ def test_no_gradient_is_kept_after_its_step(on_a_gpu):
     optimizer.zero_grad(set_to_none=True)
     gc.collect()
     assert kept() is None
+    state = [weakref.ref(tensor) for p in parameters for tensor in optimizer.state[p].values()]
+    gc.disable()  # which a GPU's memory does not wait for
+    try:
+        del optimizer
+        assert state and not any(each() is not None for each in state)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("wrong", [[3, 2], [2, 2], [-1, 2], [2, 240]])
