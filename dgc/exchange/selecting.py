@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -122,10 +123,15 @@ def _parted(
     """Return the entries that are marked, and the others. Waits for no GPU, as it is known how many
     there are of each."""
     positions_K = entries.positions_K
-    order = torch.where(is_leaving_K, positions_K, positions_K + universe).argsort()
-    num_leaving = sum(each.num_leaving for each in listed)
+    if positions_K.device.type == "cpu":
+        marks = is_leaving_K.numpy()
+        sides = [torch.from_numpy(numpy.flatnonzero(each)) for each in (marks, ~marks)]
+    else:
+        order = torch.where(is_leaving_K, positions_K, positions_K + universe).argsort()
+        num_leaving = sum(each.num_leaving for each in listed)
+        sides = order[:num_leaving], order[num_leaving:]
     parts = []
-    for chosen in (order[:num_leaving], order[num_leaving:]):
+    for chosen in sides:
         rest = None if entries.velocities_K is None else entries.velocities_K[chosen]
         parts.append((positions_K[chosen], entries.values_K[chosen], rest))
     leaving = [each.place._replace(count=each.num_leaving) for each in listed]

@@ -16,6 +16,7 @@ import math
 from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -319,9 +320,37 @@ def mark_largest(
 ) -> tuple[Tensor, Tensor]:
     """Mark the largest of each of T tensors, ties by position; waits for no GPU.
 
-    Args: magnitudes_K: `counts` of each tensor, one after the other. wanted: how many of each.
+    Args: magnitudes_K: `counts` of each tensor, one after the other; none is 0. wanted: how many of
+            each, at least 1.
     Returns: (K,) whether it is among them; and the least magnitude that is, (T,).
     """
+    if magnitudes_K.device.type == "cpu":
+        return _mark_one_by_one(magnitudes_K, counts, wanted)
+    return _mark_together(magnitudes_K, counts, wanted)
+
+
+def _mark_one_by_one(
+    magnitudes_K: Tensor, counts: Sequence[int], wanted: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Do what `mark_largest` says on a CPU; numpy takes a fraction of torch's time for so few."""
+    is_largest_K, least = numpy.ones(magnitudes_K.numel(), bool), []
+    ends = list(itertools.accumulate(counts))
+    for end, count, want in zip(ends, counts, wanted, strict=True):
+        part = magnitudes_K.numpy()[end - count : end]
+        kth = numpy.partition(part, count - want)[count - want]
+        least.append(kth)
+        if want < count:
+            is_largest = part >= kth
+            ties = numpy.flatnonzero(part == kth)
+            too_many = numpy.count_nonzero(is_largest) - want
+            is_largest[ties[len(ties) - too_many :]] = False
+            is_largest_K[end - count : end] = is_largest
+    return torch.from_numpy(is_largest_K), torch.from_numpy(numpy.array(least))
+
+
+def _mark_together(
+    magnitudes_K: Tensor, counts: Sequence[int], wanted: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     device, ends = magnitudes_K.device, list(itertools.accumulate(counts))
     limits = [end - count + want for end, count, want in zip(ends, counts, wanted, strict=True)]
     ends_T, limits_T = upload(torch.tensor([ends, limits], device="cpu"), device)

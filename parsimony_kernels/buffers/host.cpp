@@ -186,6 +186,44 @@ int list_in_block(const Accumulation &a, Part &part, i64 block, Span s, const fl
     return taken;
 }
 
+// v = old + change(x), of a block, where there is no velocity. Returns the largest |x|, and |v| in
+// `largest_v`, as bits. v may take old's place, or the gradient's.
+u32 add_block(const float *grad, float scale, const float *old_v, const Correction &c, int length, float *v,
+              u32 *largest_v) {
+    u32 largest = 0, most = 0;
+#pragma omp simd reduction(max : largest, most)
+    for (int j = 0; j < length; j++) {
+        const float x = grad[j] * scale;
+        largest = larger_bits(largest, magnitude_bits(x));
+        v[j] = old_v[j] + change(x, c);
+        most = larger_bits(most, magnitude_bits(v[j]));
+    }
+    *largest_v = most;
+    return largest;
+}
+
+// Gradient and residual are float32, and there is no velocity: in one loop, straight from memory to memory.
+void pass_over_plain(const Accumulation &a, Part &part) {
+    const float scale = a.scale ? *a.scale : 1.0f;
+    const u32 least = magnitude_bits(a.threshold);
+    for (i64 block = part.begin; block < part.end; block++) {
+        const Span s(block, a.numel);
+        fetch(a.grad.values, s.begin, sizeof(float));
+        fetch(a.old_residual, s.begin);
+        float *v = (float *)a.residual.values + s.begin;
+        const float *old_v = a.old_residual.values ? (const float *)a.old_residual.values + s.begin : zeros;
+        u32 largest_v;
+        const u32 largest = add_block((const float *)a.grad.values + s.begin, scale, old_v, a.correction,
+                                      s.length, v, &largest_v);
+        part.largest = larger_bits(part.largest, largest);
+        const bool is_sampled = a.indices && block % a.sample_every == a.sample_first;
+        if (!a.indices || (!is_sampled && largest_v < least)) continue;
+        int offsets[BLOCK];
+        const int taken = list_in_block(a, part, block, s, zeros, v, offsets);
+        for (int i = 0; i < taken; i++) v[offsets[i]] = 0.0f;
+    }
+}
+
 template <class T> void pass_over(const Accumulation &a, Part &part) {
     const float scale = a.scale ? *a.scale : 1.0f;
     const bool is_large = a.numel >= STREAM_FROM;
@@ -233,6 +271,50 @@ template <class T> void pass_over_lagging(const Accumulation &a, Part &part) {
     }
 }
 
+// The new velocity u and what the old residual comes to, of a block, straight in memory. Returns the largest
+// |x|, and in `largest_v` the largest |old_v + u|, as bits.
+u32 add_lagging_block(const float *grad, float scale, const float *old_u, const Correction &c, bool lagged,
+                      int length, float *old_v, float *u, u32 *largest_v) {
+    const float owed = lagged ? 1.0f : 0.0f;
+    u32 largest = 0, most = 0;
+#pragma omp simd reduction(max : largest, most)
+    for (int j = 0; j < length; j++) {
+        const float x = grad[j] * scale;
+        largest = larger_bits(largest, magnitude_bits(x));
+        const float v = owed != 0.0f ? old_v[j] + old_u[j] : old_v[j];
+        old_v[j] = v;
+        u[j] = new_velocity(old_u[j], x, c);
+        most = larger_bits(most, magnitude_bits(v + u[j]));
+    }
+    *largest_v = most;
+    return largest;
+}
+
+// The gradient is float32, and the new velocity takes its place.
+void pass_over_lagging_plain(const Accumulation &a, Part &part) {
+    const float scale = a.scale ? *a.scale : 1.0f;
+    const u32 least = magnitude_bits(a.threshold);
+    for (i64 block = part.begin; block < part.end; block++) {
+        const Span s(block, a.numel);
+        fetch(a.grad.values, s.begin, sizeof(float));
+        fetch(a.residual, s.begin);
+        fetch(a.old_velocity, s.begin);
+        float *u = (float *)a.velocity.values + s.begin, *old_v = (float *)a.residual.values + s.begin;
+        u32 largest_v;
+        const u32 largest =
+            add_lagging_block((const float *)a.grad.values + s.begin, scale,
+                              (const float *)a.old_velocity.values + s.begin, a.correction, a.lagged, s.length,
+                              old_v, u, &largest_v);
+        part.largest = larger_bits(part.largest, largest);
+        if (block % a.sample_every != a.sample_first && largest_v < least) continue;
+        float v[BLOCK];
+        int offsets[BLOCK];
+        for (int j = 0; j < s.length; j++) v[j] = old_v[j] + u[j];
+        const int taken = list_in_block(a, part, block, s, u, v, offsets);
+        for (int i = 0; i < taken; i++) u[offsets[i]] = 0.0f;
+    }
+}
+
 // Select from what is stored; only what is taken out is written.
 void pass_over_stored(const Accumulation &a, Part &part) {
     for (i64 block = part.begin; block < part.end; block++) {
@@ -262,6 +344,11 @@ void pass_over_part(const Accumulation &a, Part &part) {
     if (a.grad.storage == STORAGE_ABSENT) return pass_over_stored(a, part);
     if (a.grad.storage == STORAGE_BFLOAT16) return pass_over_given<bf16>(a, part);
     if (a.grad.storage == STORAGE_FLOAT16) return pass_over_given<f16>(a, part);
+    const bool is_plain = a.residual.storage == STORAGE_FLOAT32 && a.velocity.storage == STORAGE_ABSENT &&
+                          (a.old_residual.storage == STORAGE_FLOAT32 || !a.old_residual.values);
+    const bool is_read = a.residual.values == a.old_residual.values || a.residual.values == a.grad.values;
+    if (a.lags && a.velocity.values == a.grad.values) return pass_over_lagging_plain(a, part);
+    if (is_plain && !a.lags && (is_read || a.numel < STREAM_FROM)) return pass_over_plain(a, part);
     pass_over_given<float>(a, part);
 }
 
