@@ -8,13 +8,15 @@ Shapes: N elements of the flattened parameter, K of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from optim.matrix import balanced_split, matrix_shape
 from optim.moments import SEEDS, Moment
+from parsimony_kernels.runtime.operands import Table
 from parsimony_kernels.step import ops
 
 Scalars = dict[str, float]
@@ -63,8 +65,7 @@ class Preconditioner:
             second_gain=scalars.get("second_gain", 1.0) * num_parts,
             second_forgetting=scalars.get("second_forgetting", 0.0) if is_first else 0.0,
         )
-        shape = self._moment.spec.shape
-        split = balanced_split(shape) if self._moment.any_split else 1
+        shape, split = self._moment.spec.shape, self._split
         operand = self._moment.operand(split)
         ops.observe(grad_N.view(matrix_shape(shape, split)), rule, operand, scale=scale)
         self._moment.write_back(operand, split, is_dense=True)
@@ -91,10 +92,36 @@ class Preconditioner:
         Returns: (K,) or (N,), in the dtype of the state.
         """
         nu = self._moment.estimate().view(-1) if indices_K is None else self._moment.at(indices_K)
+        inside, scale, outside = self._of_root()
+        return nu.add_(inside).sqrt_().mul_(scale).add_(outside)
+
+    def _of_root(self) -> tuple[float, float, float]:
+        """Return (inside, scale, outside): the root is sqrt(moment + inside) * scale + outside."""
         scalars = self._scalars()
         scale = scalars.get("second_scale", 1.0)  # applied after the root: nu * scale can overflow
-        nu.add_(scalars.get("eps_inside", 0.0) / scale).sqrt_().mul_(math.sqrt(scale))
-        return nu.add_(scalars.get("eps_outside", 0.0))
+        inside = scalars.get("eps_inside", 0.0) / scale
+        return inside, math.sqrt(scale), scalars.get("eps_outside", 0.0)
+
+    @staticmethod
+    def roots_together(
+        asked: Sequence[tuple[Preconditioner, int, int]], positions_K: Tensor
+    ) -> Tensor:
+        """Return what several tensors' elements are divided by, (K,), as `root` of each would.
+
+        asked: (of whom, count, first): the next `count` of the positions (K,) int64 are of this
+        tensor, whose elements are `first` less.
+        """
+        roots = []
+        for mine, count, first in asked:
+            operand = mine._moment.operand(mine._split)
+            if isinstance(operand, Table):  # each has a kernel of its own
+                return _one_by_one(asked, positions_K)
+            roots.append(ops.Root(operand, count, first, *mine._of_root()))
+        return ops.roots(roots, positions_K)
+
+    @property
+    def _split(self) -> int:
+        return balanced_split(self._moment.spec.shape) if self._moment.any_split else 1
 
     @property
     def may_be_zero(self) -> bool:
@@ -105,3 +132,11 @@ class Preconditioner:
 
     def _scalars(self) -> Scalars:
         return self._scalars_of(int(self.tensors["step"]))
+
+
+def _one_by_one(
+    asked: Sequence[tuple[Preconditioner, int, int]], positions_K: Tensor
+) -> Tensor:
+    parts = positions_K.split([count for _, count, _ in asked])
+    pairs = zip(asked, parts, strict=True)
+    return torch.cat([mine.root(part - first) for (mine, _, first), part in pairs])

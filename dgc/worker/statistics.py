@@ -37,6 +37,12 @@ class Preconditioner(Protocol):
         """Return what to divide by, at indices or everywhere: 0 or more; float64 for a float64
         tensor, else float32."""
 
+    @staticmethod
+    def roots_together(
+        asked: Sequence[tuple[Preconditioner, int, int]], positions_K: Tensor
+    ) -> Tensor:
+        """Return the roots of several; see Statistics.roots_together."""
+
 
 class Statistics:
     """The statistics of this worker's tensors, by name; a tensor may have none.
@@ -75,21 +81,31 @@ class Statistics:
     def observe_together(
         self, given: Sequence[tuple[str, Tensor, Tensor | None, int]]
     ) -> None:
+        """Do as `observe` with the gradients of several tensors, each of another."""
         for each in given:
             self.observe(*each)
 
     def roots_together(
         self, asked: Sequence[tuple[str, int, int]], positions_K: Tensor
     ) -> Tensor | None:
-        if not any(name in self.preconditioners for name, _, _ in asked):
+        """Return what entries of several tensors are divided by, (K,); None if none has a statistic.
+
+        asked: (name, count, first): the next `count` of the positions (K,) int64 are of this
+        tensor, whose elements are `first` less.
+        """
+        there = [(self.preconditioners.get(name), count, first) for name, count, first in asked]
+        have = [each[0] is not None for each in there]
+        if not any(have):
             return None
-        start, parts = 0, []
-        for name, count, first in asked:
-            part = positions_K[start : start + count]
-            start += count
-            root = self.root(name, part - first)
-            parts.append(torch.ones_like(part, dtype=torch.float32) if root is None else root)
-        return torch.cat(parts)
+        roots_of = next(type(each[0]) for each in there if each[0] is not None).roots_together
+        with trusted_positions():  # they come from a selection
+            if all(have):
+                return roots_of(there, positions_K)
+            parts = positions_K.split([count for _, count, _ in there])
+            return torch.cat([
+                roots_of([each], part) if has else torch.ones_like(part, dtype=torch.float32)
+                for each, part, has in zip(there, parts, have, strict=True)
+            ])  # fmt: skip
 
     def may_be_zero(self, name: str) -> bool:
         """Tell whether `root` of a tensor can be 0 anywhere."""

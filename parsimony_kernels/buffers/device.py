@@ -11,15 +11,13 @@ import ctypes
 import itertools
 from collections.abc import Sequence
 
-import numpy
-import torch
 from torch import Tensor
 
 from parsimony_kernels.buffers.arguments import Accumulation, Puttings, Together, puttings
 from parsimony_kernels.buffers.operands import BLOCK, Found, Pass, Put
 from parsimony_kernels.runtime.launch import THREADS, Batch, launch
 from parsimony_kernels.runtime.operands import Storage
-from parsimony_kernels.runtime.transfer import upload
+from parsimony_kernels.runtime.transfer import upload_bytes
 
 # Eight for each of a large GPU's multiprocessors, half of which run at a time.
 MAX_BLOCKS = 1056
@@ -41,16 +39,11 @@ def _launch(kernel: str, works: Sequence[Accumulation], device: torch.device) ->
     wanted = [-(-work.numel // (THREADS // _LANES * BLOCK)) for work in works]
     most = min(1.0, MAX_BLOCKS / sum(wanted))
     ends = list(itertools.accumulate(max(1, int(blocks * most)) for blocks in wanted))
-    there = _uploaded((Accumulation * len(works))(*works), (ctypes.c_int64 * len(ends))(*ends),
+    there = upload_bytes((Accumulation * len(works))(*works), (ctypes.c_int64 * len(ends))(*ends),
                       device=device)  # fmt: skip
     at = there.data_ptr()
     batch = Batch(at, at + len(works) * ctypes.sizeof(Accumulation), len(works))
     launch(kernel, ends[-1], batch, device)
-
-
-def _uploaded(*parts: ctypes.Array, device: torch.device) -> Tensor:
-    joined = numpy.frombuffer(bytearray().join(parts), numpy.uint8)
-    return upload(torch.from_numpy(joined), device)
 
 
 _OWN = {Storage.FLOAT32: "_float32", Storage.BFLOAT16: "_bfloat16", Storage.BLOCKS: "_blocks"}
@@ -74,7 +67,7 @@ def _kernel(given: Pass, work: Accumulation) -> str:
 
 
 def put(puts: Sequence[Put], positions_K: Tensor, values_K: Tensor | None) -> None:
-    device, there = positions_K.device, _uploaded(puttings(puts), device=positions_K.device)
+    device, there = positions_K.device, upload_bytes(puttings(puts), device=positions_K.device)
     values = None if values_K is None else values_K.data_ptr()
     argument = Puttings(there.data_ptr(), len(puts), positions_K.data_ptr(), values)
     launch("put_values", min(-(-positions_K.numel() // THREADS), MAX_BLOCKS), argument, device)

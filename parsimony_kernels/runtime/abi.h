@@ -78,6 +78,24 @@ struct Items {
     int is_aligned;        // whether param, grad and state lie on boundaries of four elements
 };
 
+// What one tensor's elements are divided by: sqrt(second moment + inside) * scale + outside.
+struct Rooting {
+    int kind;                // SECOND_FULL, SECOND_COVER or SECOND_FACTORED
+    const float *values;     // full
+    const float *row, *col;  // the others
+    float *mean;             // factored, on the device: of col, for `root_means` to write
+    i64 dim;                 // columns
+    i64 end;    // the positions before this one, and not before the last tensor's end, are of this tensor,
+    i64 first;  //   whose elements are `first` less
+    float inside, scale, outside;
+};
+struct Rootings {
+    const Rooting *rootings;  // (count,)
+    i64 count;
+    const i64 *positions;
+    float *roots;  // of each position
+};
+
 // What is inserted into a sketch: values as they are, the gradient, or its square.
 enum Inserted { INSERTED_VALUES, INSERTED_GRADIENT, INSERTED_SQUARE };
 

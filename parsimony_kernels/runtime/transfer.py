@@ -6,8 +6,10 @@ nothing is copied.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -48,6 +50,12 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     # The allocator of pinned memory gives it to nobody else before the copy is made.
     pinned = torch.empty_like(host, pin_memory=True).copy_(host)
     return pinned.to(device, non_blocking=True)
+
+
+def upload_bytes(*parts: ctypes.Array, device: torch.device) -> Tensor:
+    """Return structures, one after another, on a device, (bytes,) uint8."""
+    joined = numpy.frombuffer(bytearray().join(parts), numpy.uint8)
+    return upload(torch.from_numpy(joined), device)
 
 
 def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 #include "step/device_rows.h"
 #include "step/device_shared.h"
 #include "step/device_sketch.h"
+#include "step/entry_roots.h"
 
 // ---- steps with any moments ---------------------------------------------------------------------
 
@@ -108,6 +109,25 @@ FN void find_wrong_position(const DeviceStep &s, i64 block) {
     if (at <= before || at >= bound) atomicMax(s.is_wrong, 1u);
 }
 BATCH_KERNEL(find_wrong_positions, find_wrong_position)
+
+// ---- roots --------------------------------------------------------------------------------------
+
+// A block for each tensor. No atomics.
+KERNEL(root_means, Rootings) {
+    for (i64 n = blockIdx.x; n < s.count; n += gridDim.x) {
+        const Rooting &r = s.rootings[n];
+        if (r.kind == SECOND_FACTORED) mean_of_columns(r.col, r.dim, r.mean);
+    }
+}
+
+// Flat over the positions. No atomics.
+KERNEL(roots_at, Rootings) {
+    const i64 end = s.rootings[s.count - 1].end;
+    for (i64 j = flat_start(); j < end; j += flat_stride()) {
+        const Rooting &r = rooting_of(s, j);
+        s.roots[j] = root_at(r, s.positions[j] - r.first, r.kind == SECOND_FACTORED ? *r.mean : 0.0f);
+    }
+}
 
 #define DEFINE(NAME, T)                                  \
     BATCH_KERNEL(step_sketched_##NAME, step_sketched<T>) \

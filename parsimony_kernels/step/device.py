@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from parsimony_kernels.runtime.launch import THREADS, launch
-from parsimony_kernels.runtime.operands import First, Rule, Second, Sketch, Table
+from parsimony_kernels.runtime.operands import Factored, First, Rule, Second, Sketch, Table
+from parsimony_kernels.runtime.transfer import upload_bytes
 from parsimony_kernels.step import feeding
 from parsimony_kernels.step.arguments import DeviceStep, Feeding, Inserted, Items, Query, Tiling
 from parsimony_kernels.step.batches import find_wrong_positions, run_observation, run_steps
 from parsimony_kernels.step.program import MAX_BLOCKS, Program
+from parsimony_kernels.step.roots import Root, Rootings, rootings
 
 _NO_RULE = Rule(lr=0.0)
 
@@ -166,6 +168,18 @@ def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> N
         _feed(feeding.feedings_of(work, None, second), grad.device, is_read_again=False)
     else:
         run_observation(work, grad.device)
+
+
+def roots(asked: Sequence[Root], positions_K: Tensor) -> Tensor:
+    device = positions_K.device
+    found = torch.empty(positions_K.shape, dtype=torch.float32, device=device)
+    means = torch.empty(len(asked), dtype=torch.float32, device=device)
+    there = upload_bytes(rootings(asked, means.data_ptr()), device=device)
+    given = Rootings(there.data_ptr(), len(asked), positions_K.data_ptr(), found.data_ptr())
+    if any(isinstance(root.second, Factored) for root in asked):
+        launch("root_means", len(asked), given, device)
+    launch("roots_at", min(-(-positions_K.numel() // THREADS), MAX_BLOCKS), given, device)
+    return found
 
 
 def _run(steps: list[tuple[DeviceStep, First, Second]], device: torch.device) -> Program | None:

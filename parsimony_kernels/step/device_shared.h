@@ -185,19 +185,22 @@ FN void factored_store_block(const DeviceStep &s, i64 block) {
     __syncthreads();
 }
 
-// The mean of col: one block for each step. No atomics.
-FN void factored_mean_block(const DeviceStep &s, i64) {
+// The mean of col, by all threads of a block together. No atomics.
+FN void mean_of_columns(const float *col, i64 dim, float *mean) {
     double *block_sums = shared_sums(), sum = 0.0;
-    for (i64 i = threadIdx.x; i < s.items.dim; i += THREADS) sum += (double)s.col[i];
+    for (i64 i = threadIdx.x; i < dim; i += THREADS) sum += (double)col[i];
     block_sums[threadIdx.x] = sum;
     __syncthreads();
     for (int apart = THREADS / 2; apart > 0; apart /= 2) {
         if ((int)threadIdx.x < apart) block_sums[threadIdx.x] += block_sums[threadIdx.x + apart];
         __syncthreads();
     }
-    if (threadIdx.x == 0) *s.mean = (float)(block_sums[0] / s.items.dim);
+    if (threadIdx.x == 0) *mean = (float)(block_sums[0] / dim);
     __syncthreads();
 }
+
+// One block for each step.
+FN void factored_mean_block(const DeviceStep &s, i64) { mean_of_columns(s.col, s.items.dim, s.mean); }
 
 // Elements: what each changes of its row's sum of squares, and its column's; and the column as a key, which
 // differs from those of all other steps. No atomics.

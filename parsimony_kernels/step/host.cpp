@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "runtime/float_mode.h"
+#include "step/entry_roots.h"
 #include "step/host_elements.h"
 #include "step/host_shared.h"
 #include "step/host_walk.h"
@@ -190,6 +191,15 @@ int parsimony_sketch_update(const Sketch *table, const i64 *rows, const float *x
     return 0;
 } catch (const std::bad_alloc &) {
     return 1;
+}
+
+void parsimony_roots(const Rootings *r) {
+    i64 begin = 0;
+    for (i64 n = 0; n < r->count; begin = r->rootings[n++].end) {
+        const Rooting &of = r->rootings[n];
+        const float mean = of.kind == SECOND_FACTORED ? mean_of_columns(of.col, of.dim) : 0.0f;
+        for (i64 j = begin; j < of.end; j++) r->roots[j] = root_at(of, r->positions[j] - of.first, mean);
+    }
 }
 
 // Of k rows, in all columns; or of k elements, whose positions are in the flattened (rows, dim).

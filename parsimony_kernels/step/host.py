@@ -24,6 +24,7 @@ from parsimony_kernels.runtime.operands import (
     Table,
 )
 from parsimony_kernels.step.arguments import HostStep
+from parsimony_kernels.step.roots import Root, Rootings, rootings
 
 _pointer, _i64, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
@@ -119,6 +120,14 @@ def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> N
     # Without weight decay no parameter is read; grad takes its place.
     args = _host_step(grad, grad, None, scaled, None, second)
     _check(host_library().parsimony_observe(ctypes.byref(args)))
+
+
+def roots(asked: Sequence[Root], positions_K: Tensor) -> Tensor:
+    found = torch.empty(positions_K.shape, dtype=torch.float32, device="cpu")
+    there = rootings(asked)
+    given = Rootings(ctypes.addressof(there), len(asked), positions_K.data_ptr(), found.data_ptr())
+    host_library().parsimony_roots(ctypes.byref(given))
+    return found
 
 
 def _addresses(steps: Sequence[PlannedStep]) -> ctypes.Array:

@@ -49,11 +49,15 @@ template <class T, bool FIRST_VARIANT> void feed_cover(const HostStep &a) {
     }
 }
 
-// Columns as multiples of their mean.
-std::vector<float> relative_columns(const float *col, i64 m) {
+float mean_of_columns(const float *col, i64 m) {
     double sum = 0;
     for (i64 j = 0; j < m; j++) sum += col[j];
-    const float mean = (float)(sum / (double)m);
+    return (float)(sum / (double)m);
+}
+
+// Columns as multiples of their mean.
+std::vector<float> relative_columns(const float *col, i64 m) {
+    const float mean = mean_of_columns(col, m);
     std::vector<float> result(m);
     for (i64 j = 0; j < m; j++) result[j] = relative(col[j], mean);
     return result;

@@ -41,6 +41,7 @@ from parsimony_kernels.runtime.operands import (
     Second,
     Table,
 )
+from parsimony_kernels.step.roots import Root as Root
 
 
 def sketch_insert(table: Table, rows: Tensor, values: Tensor) -> None:
@@ -214,6 +215,15 @@ def observe(grad: Tensor, rule: Rule, second: Second, *, scale: Tensor | None = 
         check_shape("scale", scale, (1,), grad.device, STATE_DTYPES[: 1 + is_double])
     if grad.numel() > 0:
         _run(grad).observe(grad, rule.scalars(grad.dtype), second, scale)
+
+
+def roots(asked: Sequence[Root], positions_K: Tensor) -> Tensor:
+    """Return the roots of several tensors' second moments, (K,) in the dtype of the state.
+
+    Args: asked: of the positions (K,) int64, one tensor's after the other's; on one device, in one
+            dtype. They are not checked.
+    """
+    return _run(asked[0].tensor).roots(asked, positions_K.contiguous())
 
 
 def _run(tensor: Tensor) -> ModuleType:

@@ -12,6 +12,7 @@ Temporary tensors here are as large as the gradient.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from parsimony_kernels.runtime.operands import (
     state_dtype,
 )
 from parsimony_kernels.step.reference_sketch import Cells, ordered_sum
+from parsimony_kernels.step.roots import Root
 
 # ---- sketches ------------------------------------------------------------------------------------
 
@@ -238,6 +240,22 @@ def relative(col: Tensor) -> Tensor:
     """
     mean = col.double().mean().to(col.dtype)
     return torch.where(mean <= 0, torch.zeros_like(col), col / mean + (mean - mean))
+
+
+def roots(asked: Sequence[Root], positions_K: Tensor) -> Tensor:
+    parts = zip(asked, positions_K.split([root.count for root in asked]), strict=True)
+    return torch.cat([_root(root, positions - root.first) for root, positions in parts])
+
+
+def _root(root: Root, indices_K: Tensor) -> Tensor:
+    second = root.second
+    if isinstance(second, Full):
+        nu = second.values.view(-1)[indices_K]
+    else:
+        row, col = second.row[indices_K // len(second.col)], indices_K % len(second.col)
+        is_factored = isinstance(second, Factored)
+        nu = row * relative(second.col)[col] if is_factored else torch.minimum(row, second.col[col])
+    return nu.add_(root.inside).sqrt_().mul_(root.scale).add_(root.outside)
 
 
 def _factored_rows(

@@ -18,6 +18,7 @@ from parsimony_kernels.runtime import operands
 from parsimony_kernels.runtime.build import compiler
 from parsimony_kernels.runtime.launch import Batch
 from parsimony_kernels.runtime.sources import PACKAGE
+from parsimony_kernels.step.roots import Rooting, Rootings
 from parsimony_kernels.step.arguments import (
     DeviceStep,
     Feeding,
@@ -30,6 +31,7 @@ from parsimony_kernels.step.arguments import (
 
 STRUCTURES = (
     *(operands.Rule, operands.Sketch, HostStep, Batch, DeviceStep, Feeding, Query, Items, Tiling),
+    *(Rooting, Rootings),
     *(buffers.Correction, Stored, Accumulation, Putting, Puttings),
     *(message.Sections, EntryList, Packing, Message, Joined, Merging),
 )
