@@ -41,6 +41,10 @@ class Preconditioner:
     ) -> None:
         self._moment, self._scalars_of, self._options = moment, scalars_of, options
         self.tensors = {**moment.tensors, "step": num_steps}
+        shape = moment.spec.shape
+        self._split = balanced_split(shape) if moment.any_split else 1
+        self._matrix_shape = matrix_shape(shape, self._split)
+        self._kept_at: list[int] = []
         self._last_ended = int(num_steps)  # for these steps the optimizer has called end_step
         self.shared_names = [name for name in moment.tensors if not name.endswith(SEEDS)]
 
@@ -54,21 +58,51 @@ class Preconditioner:
         Args: scale: (1,), a factor of the gradient, or None: see ops.observe. is_first: whether
             this is the first part of the step.
         """
+        self.observe_together([(self, grad_N, scale, num_parts, is_first)])
+
+    @staticmethod
+    def observe_together(
+        given: Sequence[tuple[Preconditioner, Tensor, Tensor | None, int, bool]],
+    ) -> None:
+        """Do as `observe` with several, on one device and of one dtype of state.
+
+        given: (who is fed, grad_N, scale, num_parts, is_first).
+        """
+        together, rules = [], {}
+        for mine, grad_N, scale, num_parts, is_first in given:
+            mine._begin(is_first)
+            key = id(mine._options()), int(mine.tensors["step"]), num_parts, is_first
+            rule = rules.get(key) or rules.setdefault(key, mine._rule(num_parts, is_first))
+            grad = grad_N.view(mine._matrix_shape)
+            if mine._moment.is_view(mine._split):
+                together.append(ops.Observation(mine._observed(), grad, rule, scale))
+            else:
+                operand = mine._moment.operand(mine._split)
+                ops.observe(grad, rule, operand, scale=scale)
+                mine._moment.write_back(operand, mine._split, is_dense=True)
+        ops.observe_together(together)
+
+    def _begin(self, is_first: bool) -> None:
         if is_first:
-            if self.is_fed:
+            if self._moment.has_ends and self.is_fed:
                 self._moment.end_step(int(self.tensors["step"]), self._options())
             self.tensors["step"] += 1
+
+    def _rule(self, num_parts: int, is_first: bool) -> ops.Rule:
         scalars = self._scalars()
-        rule = ops.Rule(
+        return ops.Rule(
             lr=0.0,
             second_beta=scalars.get("second_beta", 1.0) if is_first else 1.0,
             second_gain=scalars.get("second_gain", 1.0) * num_parts,
             second_forgetting=scalars.get("second_forgetting", 0.0) if is_first else 0.0,
         )
-        shape, split = self._moment.spec.shape, self._split
-        operand = self._moment.operand(split)
-        ops.observe(grad_N.view(matrix_shape(shape, split)), rule, operand, scale=scale)
-        self._moment.write_back(operand, split, is_dense=True)
+
+    def _observed(self) -> ops.Observed:
+        """Return the moment as it is fed, which is kept as long as its memory stays."""
+        at = [tensor.data_ptr() for tensor in self.tensors.values()]
+        if at != self._kept_at:
+            self._kept_at, self._kept = at, ops.Observed(self._moment.operand(self._split))
+        return self._kept
 
     @property
     def is_fed(self) -> bool:
@@ -93,7 +127,7 @@ class Preconditioner:
         """
         nu = self._moment.estimate().view(-1) if indices_K is None else self._moment.at(indices_K)
         inside, scale, outside = self._of_root()
-        return nu.add_(inside).sqrt_().mul_(scale).add_(outside)
+        return ops.sqrt_(nu.add_(inside)).mul_(scale).add_(outside)
 
     def _of_root(self) -> tuple[float, float, float]:
         """Return (inside, scale, outside): the root is sqrt(moment + inside) * scale + outside."""
@@ -111,17 +145,17 @@ class Preconditioner:
         asked: (of whom, count, first): the next `count` of the positions (K,) int64 are of this
         tensor, whose elements are `first` less.
         """
-        roots = []
+        roots, scalars = [], {}
         for mine, count, first in asked:
             operand = mine._moment.operand(mine._split)
             if isinstance(operand, Table):  # each has a kernel of its own
                 return _one_by_one(asked, positions_K)
-            roots.append(ops.Root(operand, count, first, *mine._of_root()))
+            key = id(mine._options()), int(mine.tensors["step"])
+            of_root = scalars.get(key) or scalars.setdefault(key, mine._of_root())
+            roots.append(ops.Root(operand, count, first, *of_root))
         return ops.roots(roots, positions_K)
 
-    @property
-    def _split(self) -> int:
-        return balanced_split(self._moment.spec.shape) if self._moment.any_split else 1
+
 
     @property
     def may_be_zero(self) -> bool:

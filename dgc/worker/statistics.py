@@ -38,6 +38,12 @@ class Preconditioner(Protocol):
         tensor, else float32."""
 
     @staticmethod
+    def observe_together(
+        given: Sequence[tuple[Preconditioner, Tensor, Tensor | None, int, bool]],
+    ) -> None:
+        """Do as `observe` with several: (who, grad_N, scale, num_parts, is_first)."""
+
+    @staticmethod
     def roots_together(
         asked: Sequence[tuple[Preconditioner, int, int]], positions_K: Tensor
     ) -> Tensor:
@@ -62,13 +68,33 @@ class Statistics:
 
     def observe(self, name: str, grad_N: Tensor, scale: Tensor | None, num_parts: int) -> None:
         """Feed a gradient, times scale (1,), to the tensor's statistic, if it has one."""
-        preconditioner = self.preconditioners.get(name)
-        if preconditioner is None:
+        self.observe_together([(name, grad_N, scale, num_parts)])
+
+    def observe_together(
+        self, given: Sequence[tuple[str, Tensor, Tensor | None, int]]
+    ) -> None:
+        """Do as `observe` with the gradients of several tensors, each of another, on one device and
+        of one dtype."""
+        there = [each for each in given if each[0] in self.preconditioners]
+        if not there:
             return
-        is_first = name not in self._before
-        if is_first:
-            self._before[name] = {k: t.clone() for k, t in preconditioner.tensors.items()}
-        preconditioner.observe(grad_N, scale=scale, num_parts=num_parts, is_first=is_first)
+        first = {name for name, *_ in there if name not in self._before}
+        self._keep_before(first)
+        fed = [(self.preconditioners[name], *more, name in first) for name, *more in there]
+        type(fed[0][0]).observe_together(fed)
+
+    def _keep_before(self, names: Collection[str]) -> None:
+        """Copy these statistics as they are before the step, those of a kind in one go."""
+        by_kind: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for name in names:
+            copies = self._before[name] = {}
+            for part, tensor in self.preconditioners[name].tensors.items():
+                copies[part] = torch.empty_like(tensor)
+                new, old = by_kind.setdefault((tensor.device, tensor.dtype), ([], []))
+                new.append(copies[part])
+                old.append(tensor)
+        for new, old in by_kind.values():
+            torch._foreach_copy_(new, old)
 
     def root(self, name: str, indices_K: Tensor | None = None) -> Tensor | None:
         """Return what a tensor's entries are to be divided by; None if it has no statistic."""
@@ -77,13 +103,6 @@ class Statistics:
             return None
         with trusted_positions():  # they come from a selection
             return preconditioner.root(indices_K)
-
-    def observe_together(
-        self, given: Sequence[tuple[str, Tensor, Tensor | None, int]]
-    ) -> None:
-        """Do as `observe` with the gradients of several tensors, each of another."""
-        for each in given:
-            self.observe(*each)
 
     def roots_together(
         self, asked: Sequence[tuple[str, int, int]], positions_K: Tensor

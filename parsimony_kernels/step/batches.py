@@ -70,13 +70,14 @@ def run_steps(steps: Steps, device: torch.device, feedings: Sequence[Feeding] = 
     return program
 
 
-def run_observation(step: DeviceStep, device: torch.device) -> None:
-    """Feed a second moment that is no sketch."""
-    program = Program([step], device)
-    if step.kind == SecondKind.FULL:
-        program.add("observe_flat", [step], _tiles, is_typed=True)
-    _bring_up_to_date(program, [step])
+def run_observations(steps: Steps, device: torch.device) -> Program:
+    """Feed second moments that are no sketches; return the program, which can be run again."""
+    program = Program(steps, device)
+    full = [step for step in steps if step.kind == SecondKind.FULL]
+    program.add("observe_flat", full, _tiles, is_typed=True)
+    _bring_up_to_date(program, steps)
     program.run()
+    return program
 
 
 def find_wrong_positions(steps: Steps, device: torch.device) -> int | None:

@@ -22,7 +22,8 @@ from parsimony_kernels.runtime.operands import Factored, First, Rule, Second, Sk
 from parsimony_kernels.runtime.transfer import upload_bytes
 from parsimony_kernels.step import feeding
 from parsimony_kernels.step.arguments import DeviceStep, Feeding, Inserted, Items, Query, Tiling
-from parsimony_kernels.step.batches import find_wrong_positions, run_observation, run_steps
+from parsimony_kernels.step.batches import find_wrong_positions, run_observations, run_steps
+from parsimony_kernels.step.observing import Observation
 from parsimony_kernels.step.program import MAX_BLOCKS, Program
 from parsimony_kernels.step.roots import Root, Rootings, rootings
 
@@ -156,18 +157,42 @@ def step_elements(
     _run([(work, first, second)], param.device)
 
 
-def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> None:
-    scalars = ("second_beta", "second_gain", "second_forgetting")
-    rule = Rule(lr=0.0, **{name: getattr(rule, name) for name in scalars})
-    # Without weight decay no parameter is read; grad takes its place.
-    work = DeviceStep(grad, None, second)
-    work.take(rule, grad)
-    if scale is not None:
-        work.items.scale = scale.data_ptr()
-    if isinstance(second, Table):
-        _feed(feeding.feedings_of(work, None, second), grad.device, is_read_again=False)
-    else:
-        run_observation(work, grad.device)
+def observe(given: Sequence[Observation]) -> None:
+    for one in given:
+        if isinstance(one.observed.second, Table):
+            (work,) = _works([one])
+            _take_in(work, one)
+            feedings = feeding.feedings_of(work, None, one.observed.second)
+            _feed(feedings, one.grad.device, is_read_again=False)
+    others = [one for one in given if not isinstance(one.observed.second, Table)]
+    if not others:
+        return
+    works, last = _works(others), others[0].observed.program
+    if last is not None and last.steps == works:
+        last.run_again([o.rule for o in others], [o.grad for o in others],
+                       [o.scale for o in others])  # fmt: skip
+        return
+    for work, one in zip(works, others, strict=True):
+        _take_in(work, one)
+    others[0].observed.program = run_observations(works, others[0].grad.device)
+
+
+def _works(given: Sequence[Observation]) -> list[DeviceStep]:
+    """Return what each moment's kernels are given, which is kept as long as gradients are alike."""
+    found = []
+    for one in given:
+        kind = one.grad.dtype, one.grad.shape
+        if one.observed.kind != kind:
+            # Without weight decay no parameter is read; grad takes its place.
+            one.observed.work = DeviceStep(one.grad, None, one.observed.second)
+            one.observed.kind = kind
+        found.append(one.observed.work)
+    return found
+
+
+def _take_in(work: DeviceStep, one: Observation) -> None:
+    work.take(one.rule, one.grad)
+    work.items.scale = None if one.scale is None else one.scale.data_ptr()
 
 
 def roots(asked: Sequence[Root], positions_K: Tensor) -> Tensor:
@@ -180,6 +205,10 @@ def roots(asked: Sequence[Root], positions_K: Tensor) -> Tensor:
         launch("root_means", len(asked), given, device)
     launch("roots_at", min(-(-positions_K.numel() // THREADS), MAX_BLOCKS), given, device)
     return found
+
+
+def sqrt_(x: Tensor) -> Tensor:
+    return x.sqrt_()  # which CUDA rounds to the nearest
 
 
 def _run(steps: list[tuple[DeviceStep, First, Second]], device: torch.device) -> Program | None:

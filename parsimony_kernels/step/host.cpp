@@ -193,6 +193,16 @@ int parsimony_sketch_update(const Sketch *table, const i64 *rows, const float *x
     return 1;
 }
 
+void parsimony_sqrt(float *x, i64 n, int threads) {
+    const ModeBits callers = current_mode();
+#pragma omp parallel num_threads(threads) if (threads > 1 && n >= PARALLEL_FROM)
+    {
+        const InMode mode(callers);
+#pragma omp for schedule(static)
+        for (i64 i = 0; i < n; i++) x[i] = sqrtf(x[i]);
+    }
+}
+
 void parsimony_roots(const Rootings *r) {
     i64 begin = 0;
     for (i64 n = 0; n < r->count; begin = r->rootings[n++].end) {

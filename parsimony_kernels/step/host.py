@@ -24,6 +24,7 @@ from parsimony_kernels.runtime.operands import (
     Table,
 )
 from parsimony_kernels.step.arguments import HostStep
+from parsimony_kernels.step.observing import Observation
 from parsimony_kernels.step.roots import Root, Rootings, rootings
 
 _pointer, _i64, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -114,12 +115,13 @@ def step_elements(
     _check(host_library().parsimony_step_elements(ctypes.byref(args)))
 
 
-def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> None:
-    scaled = Rule.from_buffer_copy(rule)
-    scaled.sign, scaled.weight_decay = 1.0 if scale is None else float(scale), 0.0
-    # Without weight decay no parameter is read; grad takes its place.
-    args = _host_step(grad, grad, None, scaled, None, second)
-    _check(host_library().parsimony_observe(ctypes.byref(args)))
+def observe(given: Sequence[Observation]) -> None:
+    for observed, grad, rule, scale in given:
+        scaled = Rule.from_buffer_copy(rule)
+        scaled.sign = 1.0 if scale is None else float(scale)
+        # Without weight decay no parameter is read; grad takes its place.
+        args = _host_step(grad, grad, None, scaled, None, observed.second)
+        _check(host_library().parsimony_observe(ctypes.byref(args)))
 
 
 def roots(asked: Sequence[Root], positions_K: Tensor) -> Tensor:
@@ -128,6 +130,14 @@ def roots(asked: Sequence[Root], positions_K: Tensor) -> Tensor:
     given = Rootings(ctypes.addressof(there), len(asked), positions_K.data_ptr(), found.data_ptr())
     host_library().parsimony_roots(ctypes.byref(given))
     return found
+
+
+def sqrt_(x: Tensor) -> Tensor:
+    if not x.is_contiguous():
+        return x.copy_(sqrt_(x.contiguous()))
+    threads = _int(torch.get_num_threads())
+    host_library().parsimony_sqrt(_at(x), _i64(x.numel()), threads)
+    return x
 
 
 def _addresses(steps: Sequence[PlannedStep]) -> ctypes.Array:

@@ -41,6 +41,8 @@ from parsimony_kernels.runtime.operands import (
     Second,
     Table,
 )
+from parsimony_kernels.step.observing import Observation as Observation
+from parsimony_kernels.step.observing import Observed as Observed
 from parsimony_kernels.step.roots import Root as Root
 
 
@@ -213,8 +215,23 @@ def observe(grad: Tensor, rule: Rule, second: Second, *, scale: Tensor | None = 
     if scale is not None:
         is_double = grad.dtype == torch.float64
         check_shape("scale", scale, (1,), grad.device, STATE_DTYPES[: 1 + is_double])
-    if grad.numel() > 0:
-        _run(grad).observe(grad, rule.scalars(grad.dtype), second, scale)
+    scalars = ("second_beta", "second_gain", "second_forgetting")
+    given = rule.scalars(torch.float64)  # as they were given
+    alone = Rule(lr=0.0, **{name: getattr(given, name) for name in scalars})
+    observe_together([Observation(Observed(second), grad, alone, scale)])
+
+
+def observe_together(given: Sequence[Observation]) -> None:
+    """Feed several second moments, each with a dense gradient, as `observe` would.
+
+    On one device, and of one dtype of state. Nothing is checked.
+    """
+    given = [one for one in given if one.grad.numel()]
+    if given:
+        grad = given[0].grad
+        if grad.dtype == torch.float64:
+            given = [one._replace(rule=one.rule.scalars(grad.dtype)) for one in given]
+        _run(grad).observe(given)
 
 
 def roots(asked: Sequence[Root], positions_K: Tensor) -> Tensor:
@@ -224,6 +241,14 @@ def roots(asked: Sequence[Root], positions_K: Tensor) -> Tensor:
             dtype. They are not checked.
     """
     return _run(asked[0].tensor).roots(asked, positions_K.contiguous())
+
+
+def sqrt_(x: Tensor) -> Tensor:
+    """Replace numbers, of any shape, by their roots, rounded to the nearest; return them.
+
+    On CPUs torch's own roots are MKL's, of which a fifth are off by one unit in the last place.
+    """
+    return _run(x).sqrt_(x)
 
 
 def _run(tensor: Tensor) -> ModuleType:

@@ -64,9 +64,10 @@ class _Columns:
             items = at + DeviceStep.items.offset, len(ids)
             rules = self._column(at + DeviceStep.rule.offset, len(ids), numpy.uint8, sizeof(Rule))
             grads = self._column(items[0] + Items.grad.offset, items[1], numpy.uint64)
+            scales = self._column(items[0] + Items.scale.offset, items[1], numpy.uint64)
             aligned = self._column(items[0] + Items.is_aligned.offset, items[1], numpy.int32)
             chosen = numpy.array([numbers[each] for each in ids])
-            self._given.append((chosen, rules, grads, aligned))
+            self._given.append((chosen, rules, grads, scales, aligned))
             for number, (memory, address) in enumerate(given):
                 self._find_pointers(at, len(ids), number, memory, address)
 
@@ -87,12 +88,21 @@ class _Columns:
                 there = pointers[inside] - numpy.uint64(address)
                 self._pointers.append((number, pointers, inside, there))
 
-    def write(self, rules: Sequence[Rule], grads: Sequence[Tensor], memories: list[int]) -> None:
+    def write(
+        self,
+        rules: Sequence[Rule],
+        grads: Sequence[Tensor],
+        scales: Sequence[Tensor | None],
+        memories: list[int],
+    ) -> None:
         bits = numpy.frombuffer(b"".join(rules), numpy.uint8).reshape(len(rules), -1)
         at = numpy.array([grad.data_ptr() for grad in grads], numpy.uint64)
+        scales_at = [0 if scale is None else scale.data_ptr() for scale in scales]
+        scaled = numpy.array(scales_at, numpy.uint64) if any(scales_at) else None
         are_aligned = self._are_aligned & (at % self._boundaries == 0)
-        for chosen, of_rules, of_grads, of_aligned in self._given:
+        for chosen, of_rules, of_grads, of_scales, of_aligned in self._given:
             of_rules[:], of_grads[:] = bits[chosen], at[chosen]
+            of_scales[:] = 0 if scaled is None else scaled[chosen]
             of_aligned[:] = are_aligned[chosen]
         for number, pointers, inside, there in self._pointers:
             pointers[inside] = there + numpy.uint64(memories[number])
@@ -162,15 +172,21 @@ class Program:
 
     # ---- again ------------------------------------------------------------------------------
 
-    def run_again(self, rules: Sequence[Rule], grads: Sequence[Tensor]) -> None:
-        """Do the same for the same steps, in their order, with other rules and dense gradients.
+    def run_again(
+        self,
+        rules: Sequence[Rule],
+        grads: Sequence[Tensor],
+        scales: Sequence[Tensor | None] = (),
+    ) -> None:
+        """Do the same for the same steps, in their order, with other rules, dense gradients and
+        their scales.
 
         Only what differs is written into the copy that is kept of all steps.
         """
         if self._columns is None:
             self._columns = _Columns(self._data, self._places, self._given, self.steps)
         memories = [given.memory(self.device) for given, _ in self._given]
-        self._columns.write(rules, grads, [memory.data_ptr() for memory in memories])
+        self._columns.write(rules, grads, scales, [memory.data_ptr() for memory in memories])
         self._launch()
 
     def _put(self, steps: Steps) -> int:

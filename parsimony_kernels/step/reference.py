@@ -29,6 +29,7 @@ from parsimony_kernels.runtime.operands import (
     state_dtype,
 )
 from parsimony_kernels.step.reference_sketch import Cells, ordered_sum
+from parsimony_kernels.step.observing import Observation
 from parsimony_kernels.step.roots import Root
 
 # ---- sketches ------------------------------------------------------------------------------------
@@ -79,7 +80,12 @@ def step(
     param[rows] = (p * rule.param_scale - update * rule.lr).to(param.dtype)
 
 
-def observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> None:
+def observe(given: Sequence[Observation]) -> None:
+    for observed, grad, rule, scale in given:
+        _observe(grad, rule, observed.second, scale)
+
+
+def _observe(grad: Tensor, rule: Rule, second: Second, scale: Tensor | None) -> None:
     g = grad.to(state_dtype(grad.dtype))
     if scale is not None:
         g = g * scale
@@ -255,7 +261,11 @@ def _root(root: Root, indices_K: Tensor) -> Tensor:
         row, col = second.row[indices_K // len(second.col)], indices_K % len(second.col)
         is_factored = isinstance(second, Factored)
         nu = row * relative(second.col)[col] if is_factored else torch.minimum(row, second.col[col])
-    return nu.add_(root.inside).sqrt_().mul_(root.scale).add_(root.outside)
+    return sqrt_(nu.add_(root.inside)).mul_(root.scale).add_(root.outside)
+
+
+def sqrt_(x: Tensor) -> Tensor:
+    return x.copy_(x.double().sqrt())  # MKL's root is inexact
 
 
 def _factored_rows(

@@ -284,11 +284,18 @@ class Half:
         self.root_N = torch.full((numel,), 2.0)
         self.root_N[: numel // 2 if first else 0] = 0
 
-    def observe(self, *_, **__):
+    @staticmethod
+    def observe_together(given):
         pass
 
     def root(self, indices=None):
         return self.root_N if indices is None else self.root_N[indices]
+
+    @staticmethod
+    def roots_together(asked, positions_K):
+        parts = positions_K.split([count for _, count, _ in asked])
+        pairs = zip(asked, parts, strict=True)
+        return torch.cat([mine.root(part - first) for (mine, _, first), part in pairs])
 
 
 @pytest.mark.parametrize("value_dtype", ["mxfp8", "mxfp4"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from parsimony_kernels.step.observing import Observation, Observed
 from parsimony_kernels.buffers import host as host_buffers
 from parsimony_kernels.buffers.operands import Correction, Pass
 from parsimony_kernels.runtime.operands import Rule
@@ -75,7 +76,8 @@ def test_a_step_is_the_caller_s_on_any_number_of_threads(flush, case):
 def observed():
     case = Case("none", "full", "dense", SIZE, scale=2e-20)
     run = cases._Run(case, host, CPU)
-    host.observe(cases.arrivals(case, 0)[0], Rule(lr=0.0), run.second, None)
+    grad = cases.arrivals(case, 0)[0]
+    host.observe([Observation(Observed(run.second), grad, Rule(lr=0.0), None)])
     return list(run.state.values())
 
 

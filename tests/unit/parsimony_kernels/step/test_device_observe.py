@@ -6,6 +6,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from parsimony_kernels.step.observing import Observation, Observed
 from parsimony_kernels.runtime.operands import Rule
 from parsimony_kernels.step import arguments, device, reference
 from tests.emulation.emulator import BACKWARD, FORWARD
@@ -35,7 +36,7 @@ def observed(
     factor = None if scale is None else guarded.copy(torch.tensor([scale]))
     for step in range(cases.NUM_STEPS):
         gradient, _ = cases.arrivals(case, step)
-        implementation.observe(guarded.copy(gradient), rule, run.second, factor)
+        implementation.observe([Observation(Observed(run.second), guarded.copy(gradient), rule, factor)])
     run.guarded.check()
     guarded.check()
     return {name: tensor.cpu() for name, tensor in run.state.items()}

@@ -11,6 +11,7 @@ import random
 import pytest
 import torch
 
+from parsimony_kernels.step.observing import Observation, Observed
 from parsimony_kernels.runtime.operands import Cover, Factored, Full, Rule
 from parsimony_kernels.step import device, host, reference
 from parsimony_kernels.step.reference_sketch import hash_rows
@@ -68,7 +69,8 @@ def test_observing_is_the_specification_s(implementation):
         scale = lots.choice((None, torch.tensor([0.37]), torch.tensor([4.0])))
         for step in range(BAD_STEP + 2):
             for run in runs:
-                run.implementation.observe(spoilt(case, step, bad)[0], rule, run.second, scale)
+                grad = spoilt(case, step, bad)[0]
+                run.implementation.observe([Observation(Observed(run.second), grad, rule, scale)])
         for name, tensor in expected.state.items():
             cases.assert_same(actual.state[name], tensor, f"{case}, {bad}: {name}", case)
 
@@ -146,7 +148,8 @@ def test_squares_overflow_where_torch_s_do(implementation):
             "table": cases.table(torch.zeros(3, 50, m), signed=False),
         }
         for name, second in kinds.items():
-            module.observe(torch.full((n, m), 5e20), rule, second, None)
+            grad = torch.full((n, m), 5e20)
+            module.observe([Observation(Observed(second), grad, rule, None)])
             for tensor in vars(second).values():
                 if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
                     reached = tensor[tensor != 0]

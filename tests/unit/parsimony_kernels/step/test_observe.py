@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from parsimony_kernels.step.observing import Observation, Observed
 from parsimony_kernels.runtime.operands import Cover, Factored, Full, Rule
 from parsimony_kernels.step import host, ops, reference
 from tests.unit.parsimony_kernels import cases
@@ -35,7 +36,7 @@ def observed(case: Case, implementation, scale: float | None = None) -> dict[str
     for step in range(cases.NUM_STEPS):
         grad = run.guarded.copy(cases.arrivals(case, step)[0])
         factor = None if scale is None else torch.tensor([scale])
-        implementation.observe(grad, rule, run.second, factor)
+        implementation.observe([Observation(Observed(run.second), grad, rule, factor)])
         run.guarded.check()
     return run.state
 
@@ -70,7 +71,7 @@ def test_the_scaled_gradient_is_what_is_fed(case, implementation):
     rule = Rule(lr=0.1, **cases.RULES[case.rule])
     for step in range(cases.NUM_STEPS):
         grad = cases.arrivals(case, step)[0].float() * 0.37
-        implementation.observe(grad, rule, run.second, None)
+        implementation.observe([Observation(Observed(run.second), grad, rule, None)])
     for name, tensor in observed(case, implementation, 0.37).items():
         assert torch.equal(tensor, run.state[name]), name
 
