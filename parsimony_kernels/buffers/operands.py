@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from parsimony_kernels.runtime.operands import state_dtype
+
 BLOCK = 256  # elements that share a scale
 LEVELS = 127  # codes lie within -127..127
 MIN_SCALE = 1e-30  # of a block: no division by 0 where all its values are 0 or denormal
@@ -139,6 +141,15 @@ class Pass(NamedTuple):
         """Whether the velocity is listed, and made 0, where the residual is."""
         has_both = self.selection is not None and self.velocity is not None
         return has_both and self.selection.mask_velocity
+
+
+def arithmetic_dtype(given: Pass) -> torch.dtype:
+    """Return what a pass computes in: of the gradient, or without one of what is stored."""
+    if given.grad_N is not None:
+        return state_dtype(given.grad_N.dtype)
+    stored = given.residual, given.old_residual, given.velocity, given.old_velocity
+    is_double = any(isinstance(b, Tensor) and b.dtype == torch.float64 for b in stored)
+    return torch.float64 if is_double else torch.float32
 
 
 class Put(NamedTuple):

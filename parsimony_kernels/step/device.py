@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from parsimony_kernels.runtime.launch import THREADS, launch
+from parsimony_kernels.runtime.launches import MAX_BLOCKS
 from parsimony_kernels.runtime.operands import Factored, First, Rule, Second, Sketch, Table
 from parsimony_kernels.runtime.transfer import upload_bytes
 from parsimony_kernels.step import feeding
 from parsimony_kernels.step.arguments import DeviceStep, Feeding, Inserted, Items, Query, Tiling
 from parsimony_kernels.step.batches import find_wrong_positions, run_observation, run_steps
-from parsimony_kernels.step.program import MAX_BLOCKS, Program
+from parsimony_kernels.step.program import Program
 from parsimony_kernels.step.roots import Root, Rootings, rootings
 
 _NO_RULE = Rule(lr=0.0)
