@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -227,14 +228,15 @@ def join_reports(found: Sequence[Found]) -> Tensor:
 
 def split_reports(found: Sequence[Found], joined: Tensor) -> list[Report]:
     """Read what `join_reports` returned, and was copied to the CPU."""
-    reports = joined.split([each.report.numel() for each in found])
-    for each, report in zip(found, reports, strict=True):
-        each.count = report[1].item() & 0xFFFFFFFF
+    sizes = [each.report.numel() for each in found]
+    starts = numpy.cumsum([0, *sizes], dtype=numpy.int64)[:-1]
+    numbers = joined.numpy()
+    largest = numbers.view(numpy.float32)[starts].tolist()
+    counts = numbers.view(numpy.uint32)[starts + 1].tolist()
+    histograms = joined.split([part for size in sizes for part in (2, size - 2)])[1::2]
+    for each, count in zip(found, counts, strict=True):
+        each.count = count
     return [
-        Report(
-            largest=report[:1].view(torch.float32).item(),
-            count=each.count,
-            histogram=report[2:] if report.numel() > 2 else None,
-        )
-        for each, report in zip(found, reports, strict=True)
+        Report(most, count, histogram if size > 2 else None)
+        for most, count, histogram, size in zip(largest, counts, histograms, sizes, strict=True)
     ]
