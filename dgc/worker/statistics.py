@@ -151,8 +151,8 @@ class Statistics:
         """Replace these statistics by their means over workers."""
         for mean, tensors in zip(means, self._shared_tensors(names), strict=True):
             parts = mean.split([tensor.numel() for tensor in tensors])
-            for tensor, part in zip(tensors, parts, strict=True):
-                tensor.copy_(part.view_as(tensor))
+            views = [part.view_as(tensor) for tensor, part in zip(tensors, parts, strict=True)]
+            torch._foreach_copy_(tensors, views)
 
     def _shared_tensors(self, names: Sequence[str]) -> list[list[Tensor]]:
         """Return the tensors of each dtype, in the order in which they first come."""

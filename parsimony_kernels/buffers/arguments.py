@@ -1,9 +1,15 @@
-"""Passes over buffers as the kernels are given them, on the host and the device alike: see abi.h."""
+"""Passes over buffers as the kernels are given them, on the host and the device alike: see abi.h.
+
+A structure is packed by `struct`, which takes a tenth of the time that ctypes does; there are a
+hundred in a step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from ctypes import Array, Structure, c_float, c_int, c_int64, c_uint32, c_void_p
+import struct
+from collections.abc import Sequence
+from ctypes import Structure, c_float, c_int, c_int64, c_uint32, c_void_p, sizeof
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -18,20 +24,13 @@ from parsimony_kernels.buffers.operands import (
     Found,
     Pass,
     Put,
-    Selection,
 )
 from parsimony_kernels.runtime.launch import Argument
-from parsimony_kernels.runtime.operands import Storage
+from parsimony_kernels.runtime.operands import PARAMETER_DTYPES, Storage
 
 
 class Stored(Structure):
     _fields_ = (("values", c_void_p), ("scales", c_void_p), ("storage", c_int64))
-
-    def __init__(self, buffer: Buffer | None) -> None:
-        if isinstance(buffer, Blocks):
-            super().__init__(buffer.codes.data_ptr(), buffer.scales.data_ptr(), Storage.BLOCKS)
-        elif buffer is not None:
-            super().__init__(buffer.data_ptr(), None, Storage.of(buffer.dtype))
 
 
 class Putting(Structure):
@@ -44,15 +43,6 @@ class Puttings(Argument):
         ("count", c_int64),
         *((name, c_void_p) for name in ("positions", "values")),
     )
-
-
-def puttings(puts: Sequence[Put]) -> Array[Putting]:
-    """Return what says where the values of some positions are written."""
-    ends = accumulate(put.count for put in puts)
-    return (Putting * len(puts))(*(
-        Putting(Stored(put.buffer), end, put.first, put.key)
-        for put, end in zip(puts, ends, strict=True)
-    ))  # fmt: skip
 
 
 class Accumulation(Structure):
@@ -69,77 +59,136 @@ class Accumulation(Structure):
         ("first", c_int64),
     )
 
-    def __init__(self, given: Pass) -> None:
-        """Take what a pass is given; it takes nothing out yet."""
-        stored = map(Stored, (
-            given.grad_N, given.residual, given.old_residual, given.velocity, given.old_velocity
-        ))  # fmt: skip
-        scale = None if given.scale is None else given.scale.data_ptr()
-        super().__init__(
-            *stored, given.numel, given.key, given.key ^ VELOCITY_KEY, scale, threads=1,
-            correction=given.correction, lagged=given.lagged, lags=given.lags, first=given.first,
-        )  # fmt: skip
 
-    def select(self, selection: Selection) -> None:
-        self.capacity, self.threshold = min(selection.capacity, self.numel), selection.limit
-        self.sample_every, self.sample_first = selection.sample_every, selection.sample_first
+_CODES = {c_void_p: "Q", c_int64: "Q", c_uint32: "I", c_float: "f", c_int: "i"}
+_KEY = (1 << 64) - 1  # 64 bits of any sign
 
 
-class Together:
-    """The arguments of several passes on one device, and the memory of what they find.
+def packer(structure: type[Structure]) -> struct.Struct:
+    """Return what packs the fields of a structure. Those that are structures are given packed."""
+    codes = (_CODES.get(kind) or f"{sizeof(kind)}s" for _, kind, *_ in structure._fields_)
+    return struct.Struct("@" + "".join(codes) + "0Q")  # up to the boundary where another can lie
 
-    works: of the passes. report: of all of them, one after another.
+
+_pack_stored, _pack_accumulation, _pack_putting = (
+    packer(structure).pack for structure in (Stored, Accumulation, Putting)
+)
+_ABSENT = _pack_stored(0, 0, Storage.ABSENT)
+_STORAGE = {dtype: int(Storage.of(dtype)) for dtype in PARAMETER_DTYPES}
+
+
+def stored(buffer: Buffer | None) -> bytes:
+    """Return a Stored, packed."""
+    if buffer is None:
+        return _ABSENT
+    if isinstance(buffer, Blocks):
+        return _pack_stored(buffer.codes.data_ptr(), buffer.scales.data_ptr(), Storage.BLOCKS)
+    return _pack_stored(buffer.data_ptr(), 0, _STORAGE[buffer.dtype])
+
+
+# ---- passes --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Room:
+    """The memory that passes fill: reports, zeroed and joined end to end, and lists of entries.
+
+    threads: of each pass; lengths: of its lists, with room for `capacity` for each thread.
+    velocities: None if no pass lists any.
     """
 
-    def __init__(self, passes: Sequence[Pass], num_threads: Callable[[int], int]) -> None:
-        """num_threads: of a tensor of so many elements, each of which lists in room of its own."""
-        self.works, self._passes = [Accumulation(each) for each in passes], passes
-        self._device = passes[0].device
-        self._rooms = []
-        for work, each in zip(self.works, passes, strict=True):
-            work.threads = num_threads(work.numel)
-            if each.selection is not None:
-                work.select(each.selection)
-            self._rooms.append(work.threads * work.capacity)
-        sizes = [2 if each.selection is None else 2 + BINS for each in passes]
-        self.report = torch.zeros(sum(sizes), dtype=torch.int32, device=self._device)
-        self._reports = self.report.split(sizes)
-        self._give_room()
+    report: Tensor
+    indices: Tensor
+    values: Tensor
+    velocities: Tensor | None
+    sizes: list[int]
+    threads: Sequence[int]
+    lengths: list[int]
 
-    def _give_room(self) -> None:
-        """Let passes that select list entries. Most of that is never touched on a CPU, and so takes
-        no memory there."""
-        has_velocities = any(each.lists_velocities for each in self._passes)
-        self._lists = {
-            "indices": self._room(torch.int64),
-            "values": self._room(torch.float32),
-            "velocities": self._room(torch.float32) if has_velocities else None,
-        }
-        for number, (work, each) in enumerate(zip(self.works, self._passes, strict=True)):
-            work.report = self._reports[number].data_ptr()
-            if each.selection is not None:
-                work.indices = self._lists["indices"][number].data_ptr()
-                work.values = self._lists["values"][number].data_ptr()
-            if each.lists_velocities:
-                work.velocities = self._lists["velocities"][number].data_ptr()
+    @classmethod
+    def of(cls, passes: Sequence[Pass], threads: Sequence[int]) -> Room:
+        """Return room for passes. Most of the lists' is never touched on a CPU, and so takes no
+        memory there."""
+        device = passes[0].device
+        sizes = [2 if given.selection is None else 2 + BINS for given in passes]
+        lengths = [_capacity(given) * num for given, num in zip(passes, threads, strict=True)]
+        lists, length = any(given.lists_velocities for given in passes), sum(lengths)
+        return cls(
+            torch.zeros(sum(sizes), dtype=torch.int32, device=device),
+            torch.empty(length, dtype=torch.int64, device=device),
+            torch.empty(length, dtype=torch.float32, device=device),
+            torch.empty(length, dtype=torch.float32, device=device) if lists else None,
+            sizes, threads, lengths,
+        )  # fmt: skip
 
-    def _room(self, dtype: torch.dtype) -> Sequence[Tensor]:
-        return torch.empty(sum(self._rooms), dtype=dtype, device=self._device).split(self._rooms)
+    def pack(self, passes: Sequence[Pass]) -> list[bytes]:
+        """Return an Accumulation for each pass."""
+        report, indices, values = (x.data_ptr() for x in (self.report, self.indices, self.values))
+        velocities = 0 if self.velocities is None else self.velocities.data_ptr()
+        packed, length = [], 0
+        for given, size, num, room in zip(
+            passes, self.sizes, self.threads, self.lengths, strict=True
+        ):
+            at = values + 4 * length, velocities + 4 * length if given.lists_velocities else 0
+            packed.append(_packed(given, num, (report, indices + 8 * length, *at)))
+            report, length = report + 4 * size, length + room
+        return packed
 
-    def founds(
-        self, entries: Callable[[Tensor, int], Tensor], *, is_sorted: bool
+    def compacted(self, used: int) -> Room:
+        """Return this with lists of just the entries, which lie side by side in the old ones."""
+        lists = (self.indices, self.values, self.velocities)
+        lists = (None if each is None else each[:used].clone() for each in lists)
+        return Room(self.report, *lists, self.sizes, self.threads, self.lengths)
+
+    def found(
+        self, passes: Sequence[Pass], counts: Sequence[int], *, is_sorted: bool
     ) -> list[Found]:
-        """Return what each pass has found.
+        """Return what each pass has found, of whose lists so much is used."""
+        reports, used = self.report.split(self.sizes), sum(counts)
+        indices, values, velocities = (
+            [None] * len(counts) if lists is None else lists[:used].split(list(counts))
+            for lists in (self.indices, self.values, self.velocities)
+        )
+        return [
+            Found(*of_pass, u if given.lists_velocities else None, is_sorted)
+            for given, u, *of_pass in zip(passes, velocities, reports, indices, values, strict=True)
+        ]
 
-        entries: a list, the number of its tensor -> what of the list is kept.
-        """
-        found = []
-        for number, each in enumerate(self._passes):
-            velocities = self._lists["velocities"] if each.lists_velocities else None
-            found.append(Found(
-                self._reports[number], entries(self._lists["indices"][number], number),
-                entries(self._lists["values"][number], number),
-                None if velocities is None else entries(velocities[number], number),
-                is_sorted=is_sorted,
-            ))  # fmt: skip
-        return found
+
+def _capacity(given: Pass) -> int:
+    return 0 if given.selection is None else min(given.selection.capacity, given.numel)
+
+
+def _packed(given: Pass, num_threads: int, pointers: tuple[int, int, int, int]) -> bytes:
+    """Return an Accumulation. pointers: to the report, and the lists."""
+    (grad_N, correction, residual, old_residual, velocity, old_velocity, scale, key, selection,
+     lagged, lags, first) = given  # fmt: skip
+    of_residual, of_velocity = stored(residual), stored(velocity)
+    report, *lists = pointers
+    settings = 1, 0, 0.0
+    if selection is None:
+        lists = 0, 0, 0
+    else:
+        limit = c_float(selection.limit).value
+        settings = selection.sample_every, selection.sample_first, limit
+    return _pack_accumulation(
+        stored(grad_N), of_residual,
+        of_residual if old_residual is residual else stored(old_residual),
+        of_velocity,
+        of_velocity if old_velocity is velocity else stored(old_velocity),
+        given.numel, key & _KEY, (key ^ VELOCITY_KEY) & _KEY,
+        0 if scale is None else scale.data_ptr(), report, *lists, _capacity(given),
+        *settings, bytes(correction), num_threads, lagged, lags, first,
+    )  # fmt: skip
+
+
+# ---- puts ----------------------------------------------------------------------------------------
+
+
+def puttings(puts: Sequence[Put]) -> bytes:
+    """Return what says where the values of some positions are written: Puttings, packed."""
+    ends = accumulate(put.count for put in puts)
+    return b"".join(
+        _pack_putting(stored(put.buffer), end, put.first, put.key & _KEY)
+        for put, end in zip(puts, ends, strict=True)
+    )

@@ -5,6 +5,8 @@
 // of storing needs one small loop to decode and one to encode, not one for each combination of buffers.
 #include <cmath>
 #include <cstddef>
+#include <cstring>
+#include <vector>
 
 #if defined(__SSE2__)
 #include <xmmintrin.h>
@@ -388,6 +390,23 @@ bool is_outside(const Puttings &p, i64 begin, const Putting &of, i64 numel) {
     return false;
 }
 
+// Lists of entries that grow. Only `velocities` may be null.
+struct Lists {
+    i64 *indices;
+    float *values, *velocities;
+
+    // Append what a thread has listed. It may lie in the lists' own memory, anywhere from their ends on.
+    void append(const Accumulation &a, i64 thread, i64 count) {
+        const i64 at = thread * a.capacity;
+        memmove(indices, a.indices + at, count * sizeof(i64));
+        memmove(values, a.values + at, count * sizeof(float));
+        if (a.velocities) memmove(velocities, a.velocities + at, count * sizeof(float));
+        indices += count;
+        values += count;
+        if (velocities) velocities += count;  // also past the room of a pass that lists none
+    }
+};
+
 }  // namespace
 
 // ---- what ctypes calls --------------------------------------------------------------------------------
@@ -407,19 +426,29 @@ i64 parsimony_put(const Puttings *p, const i64 *numels) {
 }
 
 // Small tensors, of one thread each, are dealt out to `threads`; large ones have several threads of their
-// own. `listed` has a number for each thread of each tensor.
-void parsimony_accumulate(const Accumulation *passes, i64 count, int threads, i64 *listed) {
+// own. indices, values, velocities: the first pass's lists, behind which those of the next lie; in the end all
+// that is listed lies there without gaps, and `listed` (count,) is how much of it is each pass's.
+void parsimony_accumulate(const Accumulation *passes, i64 count, int threads, i64 *indices, float *values,
+                          float *velocities, i64 *listed) {
     const ModeBits callers = current_mode();
+    std::vector<i64> starts(count + 1, 0);
+    for (i64 n = 0; n < count; n++) starts[n + 1] = starts[n] + passes[n].threads;
+    std::vector<i64> of_threads(starts[count]);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
     for (i64 n = 0; n < count; n++) {
-        if (passes[n].threads > 1) continue;
         const InMode mode(callers);
-        i64 at = 0;
-        for (i64 before = 0; before < n; before++) at += passes[before].threads;
-        pass_over_tensor(passes[n], listed + at, callers);
+        if (passes[n].threads == 1) pass_over_tensor(passes[n], &of_threads[starts[n]], callers);
     }
-    i64 at = 0;
-    for (i64 n = 0; n < count; at += passes[n++].threads)
-        if (passes[n].threads > 1) pass_over_tensor(passes[n], listed + at, callers);
+    for (i64 n = 0; n < count; n++)
+        if (passes[n].threads > 1) pass_over_tensor(passes[n], &of_threads[starts[n]], callers);
+    Lists lists = {indices, values, velocities};
+    for (i64 n = 0; n < count; n++) {
+        listed[n] = 0;
+        for (int thread = 0; thread < passes[n].threads; thread++) {
+            const i64 of_thread = of_threads[starts[n] + thread];
+            if (of_thread > 0) lists.append(passes[n], thread, of_thread);
+            listed[n] += of_thread;
+        }
+    }
 }
 }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import itertools
+from array import array
 from collections.abc import Sequence
+from ctypes import byref, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
-from parsimony_kernels.buffers.arguments import Accumulation, Puttings, Together, puttings
+from parsimony_kernels.buffers.arguments import Puttings, Room, puttings
 from parsimony_kernels.buffers.operands import Found, Pass, Put, tensors
 from parsimony_kernels.runtime.build import host_library
 
@@ -17,34 +17,26 @@ PARALLEL_FROM = 1 << 15  # elements; below, starting threads costs more than it 
 
 
 def accumulate(passes: Sequence[Pass]) -> tuple[list[Found], Tensor]:
-    threads = torch.get_num_threads()
-    together = Together(passes, lambda numel: threads if numel >= PARALLEL_FROM else 1)
-    works = (Accumulation * len(passes))(*together.works)
-    ends = list(itertools.accumulate((work.threads for work in works), initial=0))
-    listed = (ctypes.c_int64 * ends[-1])()
-    num_small = sum(work.numel for work in works if work.threads == 1)
+    sizes, most = [given.numel for given in passes], torch.get_num_threads()
+    threads = [most if n >= PARALLEL_FROM else 1 for n in sizes]
+    num_small = sum(n for n in sizes if n < PARALLEL_FROM)
+    room = Room.of(passes, threads)
+    counts = (c_int64 * len(passes))()
+    lists = (room.indices, room.values, room.velocities)
     host_library().parsimony_accumulate(
-        ctypes.byref(works), ctypes.c_int64(len(passes)),
-        threads if num_small >= PARALLEL_FROM else 1, ctypes.byref(listed),
+        b"".join(room.pack(passes)), c_int64(len(passes)),
+        most if num_small >= PARALLEL_FROM else 1,
+        *(c_void_p(0 if each is None else each.data_ptr()) for each in lists), counts,
     )  # fmt: skip
-
-    def entries(lists: Tensor, number: int) -> Tensor:
-        """Return what the threads have listed, one after another; each has room for `capacity`."""
-        each = works[number].capacity
-        counts = listed[ends[number] : ends[number + 1]]
-        return torch.cat([lists[i * each : i * each + count] for i, count in enumerate(counts)])
-
-    return together.founds(entries, is_sorted=True), together.report
+    return room.compacted(sum(counts)).found(passes, counts, is_sorted=True), room.report
 
 
 def put(puts: Sequence[Put], positions_K: Tensor, values_K: Tensor | None) -> None:
-    where = puttings(puts)
+    where = array("B", puttings(puts))
     numels = [tensors(each.buffer)[0].numel() for each in puts]
     values = None if values_K is None else values_K.data_ptr()
-    argument = Puttings(ctypes.addressof(where), len(puts), positions_K.data_ptr(), values)
-    wrong = host_library().parsimony_put(
-        ctypes.byref(argument), (ctypes.c_int64 * len(puts))(*numels)
-    )
+    argument = Puttings(where.buffer_info()[0], len(puts), positions_K.data_ptr(), values)
+    wrong = host_library().parsimony_put(byref(argument), (c_int64 * len(puts))(*numels))
     if wrong >= 0:
         start = sum(each.count for each in puts[:wrong])
         indices = positions_K[start : start + puts[wrong].count] - puts[wrong].first

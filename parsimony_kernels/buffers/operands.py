@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
+
+from parsimony_kernels.runtime.operands import state_dtype
 
 BLOCK = 256  # elements that share a scale
 LEVELS = 127  # codes lie within -127..127
@@ -141,6 +144,15 @@ class Pass(NamedTuple):
         return has_both and self.selection.mask_velocity
 
 
+def arithmetic_dtype(given: Pass) -> torch.dtype:
+    """Return what a pass computes in: of the gradient, or without one of what is stored."""
+    if given.grad_N is not None:
+        return state_dtype(given.grad_N.dtype)
+    stored = given.residual, given.old_residual, given.velocity, given.old_velocity
+    is_double = any(isinstance(b, Tensor) and b.dtype == torch.float64 for b in stored)
+    return torch.float64 if is_double else torch.float32
+
+
 class Put(NamedTuple):
     """The next `count` of some positions are of this buffer, whose elements are `first` less."""
 
@@ -216,14 +228,15 @@ def join_reports(found: Sequence[Found]) -> Tensor:
 
 def split_reports(found: Sequence[Found], joined: Tensor) -> list[Report]:
     """Read what `join_reports` returned, and was copied to the CPU."""
-    reports = joined.split([each.report.numel() for each in found])
-    for each, report in zip(found, reports, strict=True):
-        each.count = report[1].item() & 0xFFFFFFFF
+    sizes = [each.report.numel() for each in found]
+    starts = numpy.cumsum([0, *sizes], dtype=numpy.int64)[:-1]
+    numbers = joined.numpy()
+    largest = numbers.view(numpy.float32)[starts].tolist()
+    counts = numbers.view(numpy.uint32)[starts + 1].tolist()
+    histograms = joined.split([part for size in sizes for part in (2, size - 2)])[1::2]
+    for each, count in zip(found, counts, strict=True):
+        each.count = count
     return [
-        Report(
-            largest=report[:1].view(torch.float32).item(),
-            count=each.count,
-            histogram=report[2:] if report.numel() > 2 else None,
-        )
-        for each, report in zip(found, reports, strict=True)
+        Report(most, count, histogram if size > 2 else None)
+        for most, count, histogram, size in zip(largest, counts, histograms, sizes, strict=True)
     ]

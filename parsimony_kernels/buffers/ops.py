@@ -9,12 +9,14 @@ float64; values are converted to float32 before they are rounded further. float6
 run in plain torch.
 
 Passes over whole tensors and `put` have three implementations, which work for many tensors at once.
-The rest is plain torch: `take` and `add` are for few elements, `decode` for tests and for what is sent whole.
+The rest is plain torch: `take` and `add` are for few elements, `decode` for tests and for what is
+sent whole.
 Shapes: N elements of a flattened tensor, K selected of them.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +24,6 @@ import torch
 from torch import Tensor
 
 from parsimony_kernels.buffers.operands import (
-    BINS,
     BLOCK,
     LEVELS,
     STORED_DTYPES,
@@ -33,6 +34,7 @@ from parsimony_kernels.buffers.operands import (
     Pass,
     Put,
     Selection,
+    arithmetic_dtype,
 )
 from parsimony_kernels.buffers.operands import Report as Report
 from parsimony_kernels.buffers.operands import join_reports as join_reports
@@ -43,7 +45,7 @@ from parsimony_kernels.buffers.reference import decode as decode
 from parsimony_kernels.buffers.reference import round_codes
 from parsimony_kernels.runtime.checks import check_shape, check_tensor
 from parsimony_kernels.runtime.choice import implementing_module
-from parsimony_kernels.runtime.operands import STEP_DTYPES, state_dtype
+from parsimony_kernels.runtime.operands import PARAMETER_DTYPES, STEP_DTYPES, state_dtype
 
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -163,22 +165,13 @@ def pass_of(
     Example: residual [1, -3, 0], grad [1, 0, 0], threshold 2 -> residual [0, 0, 0], listed
         {0: 2, 1: -3}.
     """
-    values = tensors(residual)[0] if grad_N is None else grad_N
-    n, device = values.numel(), values.device
     stored = (residual, old_residual, velocity, old_velocity)
-    dtype = _arithmetic_dtype(grad_N, stored)
-    for name, buffer in zip(_STORED, stored, strict=True):
-        if buffer is not None:
-            _check_buffer(name, buffer, n, device, _ALLOWED[dtype])
-    if grad_N is None:
-        _check_in_place(residual, old_residual, velocity, old_velocity, selection)
-    else:
-        check_tensor("grad", grad_N, device, STEP_DTYPES, 1)
-    if scale is not None:
-        check_shape("scale", scale, (1,), device, (dtype,))
+    given = Pass(grad_N, correction, *stored, scale, key, selection, first=first)
+    if not _is_usual(grad_N, stored, scale):
+        _check_pass(given)
     if velocity is None and (old_velocity is not None or correction.v_from_u):
         raise ValueError("old_velocity or v_from_u without a velocity to write")
-    return Pass(grad_N, correction, *stored, scale, key, selection, first=first)
+    return given
 
 
 def accumulate(grad_N: Tensor | None, correction: Correction, **more: Any) -> Found:
@@ -192,18 +185,11 @@ def accumulate_together(passes: Sequence[Pass]) -> tuple[list[Found], Tensor]:
     Returns: what each has found; and their reports, one after another, of which those are parts.
     Raises: ValueError for passes that cannot go together.
     """
-    kinds = {(each.device, _arithmetic_dtype(each.grad_N, each[2:6])) for each in passes}
+    kinds = {(each.device, arithmetic_dtype(each)) for each in passes}
     if len(kinds) != 1:
         raise ValueError(f"passes of {len(kinds)} devices or dtypes; allowed: 1")
     ((device, dtype),) = kinds
-    module = implementing_module("buffers", device.type, dtype)
-    if all(each.numel for each in passes):
-        return module.accumulate(passes)
-    founds = iter(module.accumulate(some)[0] if (some := [p for p in passes if p.numel]) else ())
-    found = [
-        next(founds) if each.numel else _nothing(dtype, device, each.selection) for each in passes
-    ]
-    return found, join_reports(found)
+    return implementing_module("buffers", device.type, dtype).accumulate(passes)
 
 
 def lagging_pass_of(
@@ -218,7 +204,8 @@ def lagging_pass_of(
     scale: Tensor | None = None,
     first: int = 0,
 ) -> Pass:
-    """Return a pass that does as one of `pass_of` with velocities that are masked, but need no second residual.
+    """Return a pass that does as one of `pass_of` with masked velocities, but needs no second
+    residual.
 
     A residual lags if the velocity beside it is still to be added to it; the two are stored without
     loss. What is left lags: `velocity` is new, momentum old_velocity + scale * grad, and 0 where
@@ -234,23 +221,25 @@ def lagging_pass_of(
     Example: residual [1, -3], old_velocity [1, 0], lagging, grad [1, 1], momentum 1, threshold 3
         -> listed {0: 4}, velocities {0: 2}; velocity [0, 1]; residual [2, -3].
     """
-    n, device = grad_N.numel(), grad_N.device
-    check_tensor("grad", grad_N, device, STEP_DTYPES, 1)
-    exact = state_dtype(grad_N.dtype)
-    stored = {"residual": residual, "velocity": velocity, "old_velocity": old_velocity}
-    for name, buffer in stored.items():
-        _check_part(name, buffer, (exact,), n, device)
-    if scale is not None:
-        check_shape("scale", scale, (1,), device, (exact,))
+    stored = (residual, velocity, old_velocity)
+    given = Pass(
+        grad_N, _masked(momentum), residual, residual, velocity, old_velocity, scale, 0, selection,
+        is_lagging, lags=True, first=first,
+    )  # fmt: skip
+    is_exact = all(getattr(each, "dtype", None) == torch.float32 for each in stored)
+    if not is_exact or not _is_usual(grad_N, stored, scale):
+        _check_lagging_pass(given)
     if not selection.mask_velocity:
         raise ValueError("selection.mask_velocity is False; allowed: True where a residual lags")
-    return Pass(grad_N, Correction(momentum, 1, 1, 0), residual, residual, velocity, old_velocity,
-                scale, 0, selection, is_lagging, lags=True, first=first)  # fmt: skip
+    return given
 
 
-def accumulate_lagging(
-    grad_N: Tensor, momentum: float, selection: Selection, **more: Any
-) -> Found:
+@functools.lru_cache(maxsize=64)
+def _masked(momentum: float) -> Correction:
+    return Correction(momentum, 1, 1, 0)
+
+
+def accumulate_lagging(grad_N: Tensor, momentum: float, selection: Selection, **more: Any) -> Found:
     """Make one pass, with the arguments of `lagging_pass_of`."""
     return accumulate_together([lagging_pass_of(grad_N, momentum, selection, **more)])[0][0]
 
@@ -265,16 +254,69 @@ def select_lagging(residual: Tensor, velocity: Tensor, selection: Selection) -> 
     return accumulate_together([given])[0][0]
 
 
+# ---- checks --------------------------------------------------------------------------------------
+
 _ALLOWED = {torch.float32: STORED_DTYPES, torch.float64: (torch.float64, *STORED_DTYPES[1:])}
 _STORED = ("residual", "old_residual", "velocity", "old_velocity")
 
 
-def _arithmetic_dtype(grad_N: Tensor | None, stored: Sequence[Buffer | None]) -> torch.dtype:
-    """Return what a pass computes in: of the gradient, or without one of what is stored."""
-    if grad_N is not None:
-        return state_dtype(grad_N.dtype)
-    is_double = any(isinstance(b, Tensor) and b.dtype == torch.float64 for b in stored)
-    return torch.float64 if is_double else torch.float32
+_EXACT = frozenset(STORED_DTYPES)
+_NATIVE = frozenset(PARAMETER_DTYPES)
+
+
+def _is_usual(grad_N: Tensor | None, stored: Sequence[Buffer | None], scale: Tensor | None) -> bool:
+    """Tell whether no check can fail, of what native kernels pass over. If not, one may."""
+    if grad_N is None or grad_N.dtype not in _NATIVE:
+        return False
+    n, device = grad_N.numel(), grad_N.device
+    if not _is_plain(grad_N, n, device):
+        return False
+    before = None
+    for buffer in stored:
+        if buffer is None or buffer is before:
+            continue
+        before = buffer
+        if isinstance(buffer, Blocks):
+            codes, scales = buffer.codes, buffer.scales
+            if codes.dtype != torch.int8 or scales.dtype != torch.float32:
+                return False
+            if not (_is_plain(codes, n, device) and _is_plain(scales, -(-n // BLOCK), device)):
+                return False
+        elif buffer.dtype not in _EXACT or not _is_plain(buffer, n, device):
+            return False
+    return scale is None or (scale.dtype == torch.float32 and _is_plain(scale, 1, device))
+
+
+def _is_plain(x: Tensor, size: int, device: torch.device) -> bool:
+    is_like = x.numel() == size and x.dim() == 1 and x.device == device and x.is_contiguous()
+    return is_like and x.data_ptr() != 0
+
+
+def _check_pass(given: Pass) -> None:
+    """Raise ValueError with what is wrong, if anything is."""
+    values = tensors(given.residual)[0] if given.grad_N is None else given.grad_N
+    n, device, dtype = values.numel(), values.device, arithmetic_dtype(given)
+    stored = (given.residual, given.old_residual, given.velocity, given.old_velocity)
+    for name, buffer in zip(_STORED, stored, strict=True):
+        if buffer is not None:
+            _check_buffer(name, buffer, n, device, _ALLOWED[dtype])
+    if given.grad_N is None:
+        _check_in_place(*stored, given.selection)
+    else:
+        check_tensor("grad", given.grad_N, device, STEP_DTYPES, 1)
+    if given.scale is not None:
+        check_shape("scale", given.scale, (1,), device, (dtype,))
+
+
+def _check_lagging_pass(given: Pass) -> None:
+    grad_N = given.grad_N
+    n, device = grad_N.numel(), grad_N.device
+    check_tensor("grad", grad_N, device, STEP_DTYPES, 1)
+    exact = state_dtype(grad_N.dtype)
+    for name in ("residual", "velocity", "old_velocity"):
+        _check_part(name, getattr(given, name), (exact,), n, device)
+    if given.scale is not None:
+        check_shape("scale", given.scale, (1,), device, (exact,))
 
 
 def _check_in_place(
@@ -292,12 +334,6 @@ def _check_in_place(
             raise ValueError(f"{name} is another buffer; allowed without a gradient: the same")
     if selection is None:
         raise ValueError("neither a gradient nor a selection; give one")
-
-
-def _nothing(dtype: torch.dtype, device: torch.device, selection: Selection | None) -> Found:
-    report = torch.zeros(2 + (BINS if selection else 0), dtype=torch.int32, device=device)
-    indices = torch.zeros(0, dtype=torch.int64, device=device)
-    return Found(report, indices, indices.to(dtype), None)
 
 
 def _check_buffer(
@@ -320,4 +356,3 @@ def _check_part(
     check_tensor(name, part, device, dtypes, 1)
     if part.numel() != size:
         raise ValueError(f"{name} has {part.numel()} elements; allowed: {size}")
-

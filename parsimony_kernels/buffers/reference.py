@@ -22,6 +22,7 @@ from parsimony_kernels.buffers.operands import (
     Found,
     Pass,
     Put,
+    arithmetic_dtype,
 )
 from parsimony_kernels.runtime.operands import state_dtype
 from parsimony_kernels.step.reference_sketch import mix
@@ -98,7 +99,7 @@ def _store(values: Tensor, buffer: Buffer, key: int) -> None:
         padded = values.new_zeros(buffer.scales.numel() * BLOCK)
         padded[:n] = values.abs()
         largest = padded.view(-1, BLOCK).amax(1)
-        # On a GPU torch divides by a number as it multiplies with its reciprocal, but not by tensors.
+        # On a GPU torch divides by a number as it multiplies by its reciprocal, not so by tensors.
         scales = largest / largest.new_tensor(LEVELS)
         buffer.scales.copy_(scales.clamp_min(MIN_SCALE))
         buffer.codes.copy_(round_codes(values, _spread(buffer.scales, n), indices, key))
@@ -107,7 +108,7 @@ def _store(values: Tensor, buffer: Buffer, key: int) -> None:
 
 
 def accumulate(passes: Sequence[Pass]) -> tuple[list[Found], Tensor]:
-    founds = [_accumulate(given) for given in passes]
+    founds = [_accumulate(given) if given.numel else _nothing(given) for given in passes]
     for given, found in zip(passes, founds, strict=True):
         found.indices += given.first
     report = torch.cat([found.report for found in founds])
@@ -115,6 +116,14 @@ def accumulate(passes: Sequence[Pass]) -> tuple[list[Found], Tensor]:
     for found, part in zip(founds, reports, strict=True):
         found.report = part
     return founds, report
+
+
+def _nothing(given: Pass) -> Found:
+    size = 2 if given.selection is None else 2 + BINS
+    report = torch.zeros(size, dtype=torch.int32, device=given.device)
+    indices = torch.zeros(0, dtype=torch.int64, device=given.device)
+    values = indices.to(arithmetic_dtype(given))
+    return Found(report, indices, values, values if given.lists_velocities else None)
 
 
 def _accumulate(given: Pass) -> Found:

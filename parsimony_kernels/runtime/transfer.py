@@ -52,7 +52,7 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def upload_bytes(*parts: ctypes.Array, device: torch.device) -> Tensor:
+def upload_bytes(*parts: ctypes.Array | bytes, device: torch.device) -> Tensor:
     """Return structures, one after another, on a device, (bytes,) uint8."""
     joined = numpy.frombuffer(bytearray().join(parts), numpy.uint8)
     return upload(torch.from_numpy(joined), device)

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from parsimony_kernels.runtime.launch import THREADS, launch
+from parsimony_kernels.runtime.launches import MAX_BLOCKS
 from parsimony_kernels.runtime.operands import Factored, First, Rule, Second, Sketch, Table
 from parsimony_kernels.runtime.transfer import upload_bytes
 from parsimony_kernels.step import feeding
 from parsimony_kernels.step.arguments import DeviceStep, Feeding, Inserted, Items, Query, Tiling
 from parsimony_kernels.step.batches import find_wrong_positions, run_observations, run_steps
 from parsimony_kernels.step.observing import Observation
-from parsimony_kernels.step.program import MAX_BLOCKS, Program
+from parsimony_kernels.step.program import Program
 from parsimony_kernels.step.roots import Root, Rootings, rootings
 
 _NO_RULE = Rule(lr=0.0)
@@ -169,8 +170,8 @@ def observe(given: Sequence[Observation]) -> None:
         return
     works, last = _works(others), others[0].observed.program
     if last is not None and last.steps == works:
-        last.run_again([o.rule for o in others], [o.grad for o in others],
-                       [o.scale for o in others])  # fmt: skip
+        last.run_again([_alone(one.rule) for one in others], [one.grad for one in others],
+                       [one.scale for one in others])  # fmt: skip
         return
     for work, one in zip(works, others, strict=True):
         _take_in(work, one)
@@ -190,8 +191,15 @@ def _works(given: Sequence[Observation]) -> list[DeviceStep]:
     return found
 
 
+def _alone(rule: Rule) -> Rule:
+    """Return a rule of the second moment alone."""
+    copy = Rule.from_buffer_copy(rule)
+    copy.sign, copy.weight_decay = 1.0, 0.0
+    return copy
+
+
 def _take_in(work: DeviceStep, one: Observation) -> None:
-    work.take(one.rule, one.grad)
+    work.take(_alone(one.rule), one.grad)
     work.items.scale = None if one.scale is None else one.scale.data_ptr()
 
 

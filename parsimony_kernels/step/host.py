@@ -118,7 +118,7 @@ def step_elements(
 def observe(given: Sequence[Observation]) -> None:
     for observed, grad, rule, scale in given:
         scaled = Rule.from_buffer_copy(rule)
-        scaled.sign = 1.0 if scale is None else float(scale)
+        scaled.sign, scaled.weight_decay = 1.0 if scale is None else float(scale), 0.0
         # Without weight decay no parameter is read; grad takes its place.
         args = _host_step(grad, grad, None, scaled, None, observed.second)
         _check(host_library().parsimony_observe(ctypes.byref(args)))

@@ -1,28 +1,20 @@
-"""Launches on a GPU, each of a kernel for many tensors together.
-
-What a kernel needs of each tensor is a structure, a step or a feeding. All of them are copied to
-the device at once, from pinned memory, so that nothing waits.
-"""
+"""Steps of many tensors on a GPU as launches, with temporary memory; they can be run again."""
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from ctypes import sizeof
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
-from parsimony_kernels.runtime.launch import Batch, launch
+from parsimony_kernels.runtime.launches import Launches
 from parsimony_kernels.runtime.operands import Rule
-from parsimony_kernels.runtime.transfer import upload
 from parsimony_kernels.step.arguments import DeviceStep, Feeding, Items
-
-MAX_BLOCKS = 2**20  # kernels stride over what is more
 
 Steps = Sequence[DeviceStep] | Sequence[Feeding]
 Blocks = Callable[[Any], int]  # how many of them a step is
@@ -108,15 +100,13 @@ class _Columns:
             pointers[inside] = there + numpy.uint64(memories[number])
 
 
-class Program:
+class Program(Launches):
     """Launches in order, each of a kernel for some steps, of tensors on one device."""
 
     def __init__(self, steps: Steps, device: torch.device) -> None:
-        self.steps, self.device = steps, device
-        self._chunks: list[bytes | DeviceStep] = []
-        self._size = 0
+        super().__init__(device)
+        self.steps = steps
         self._places: dict[tuple[int, ...], int] = {}  # of arrays of steps in what is uploaded
-        self._turns: list[tuple[str, int, int, int, int] | Callable[[], None]] = []
         self._given: list[tuple[_Given, Any]] = []  # and that memory, or where it was
         self._columns: _Columns | None = None
 
@@ -126,15 +116,9 @@ class Program:
             for dtype, same in groupby(sorted(steps, key=_dtype), _dtype):
                 self.add(f"{kernel}_{dtype}", list(same), blocks)
             return
-        ends = list(accumulate(map(blocks, steps)))
-        if ends and ends[-1]:
-            at = self._put(steps)
-            ends_at = self._append((array("q", ends).tobytes(),))
-            self._turns.append((kernel, at, ends_at, len(ends), ends[-1]))
-
-    def call(self, function: Callable[[], None]) -> None:
-        """Call this when the kernels before have been launched."""
-        self._turns.append(function)
+        numbers = list(map(blocks, steps))
+        if any(numbers):
+            self.launch(kernel, self._put(steps), numbers)
 
     def give(
         self, steps: Steps, dtype: torch.dtype, zeros: bool = False, **sizes: Blocks
@@ -153,22 +137,8 @@ class Program:
 
     def run(self) -> None:
         """Copy the steps, as they are now, to the device, and launch."""
-        self._data = numpy.frombuffer(bytearray().join(self._chunks), numpy.uint8)
-        self._launch()
+        super().run()
         self._given = [(given, memory.data_ptr()) for given, memory in self._given]
-
-    def _launch(self) -> None:
-        if not self._turns:
-            return
-        uploaded = upload(torch.from_numpy(self._data), self.device)
-        base = uploaded.data_ptr()
-        for turn in self._turns:
-            if callable(turn):
-                turn()
-                continue
-            kernel, steps, ends, count, num_blocks = turn
-            batch = Batch(base + steps, base + ends, count)
-            launch(kernel, min(num_blocks, MAX_BLOCKS), batch, self.device)
 
     # ---- again ------------------------------------------------------------------------------
 
@@ -192,14 +162,8 @@ class Program:
     def _put(self, steps: Steps) -> int:
         key = tuple(map(id, steps))
         if key not in self._places:
-            self._places[key] = self._append(steps)
+            self._places[key] = self.append(steps)
         return self._places[key]
-
-    def _append(self, chunks: Sequence[bytes | DeviceStep]) -> int:
-        at = self._size
-        self._chunks.extend(chunks)
-        self._size += sum(memoryview(chunk).nbytes for chunk in chunks)
-        return at
 
 
 def _dtype(step: DeviceStep | Feeding) -> str:

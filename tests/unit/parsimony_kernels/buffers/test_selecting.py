@@ -225,6 +225,7 @@ def test_reports_are_read_together():
     assert [report.largest for report in reports] == [big.abs().max().item(), 3.0, 3.0]
     assert reports[1].histogram is None and reports[0].histogram.sum() == 5000
     assert read_reports([]) == []
+    assert buffers.split_reports([], torch.zeros(0, dtype=torch.int32)) == []
 
 
 @pytest.mark.parametrize("dtype", buffers.DTYPES)

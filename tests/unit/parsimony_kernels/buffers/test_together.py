@@ -92,6 +92,36 @@ def test_passes_together_do_what_each_does(module, launches):
         assert set(emulator.launches.values()) == {1}, emulator.launches
 
 
+@pytest.mark.parametrize("turns", [(0, 1, 1), (3, 0, 900, 2), (5000, 1, 1, 0, 70, 1055), (10**6,)])
+def test_thread_blocks_are_shared_so_that_none_has_more_to_do_than_in_one_tensor(turns):
+    found = device_buffers.shares(turns)
+    most = device_buffers.MAX_BLOCKS
+    assert sum(found) <= most + len(turns)
+    longest = -(-sum(turns) // most)
+    for num_blocks, of_tensor in zip(found, turns, strict=True):
+        assert (num_blocks > 0) == (of_tensor > 0) and num_blocks <= of_tensor
+        assert of_tensor == 0 or -(-of_tensor // num_blocks) <= longest
+
+
+@pytest.mark.parametrize("name", ["host", "reference", "device"])
+def test_an_empty_tensor_lists_nothing_in_any_implementation(emulated, name):
+    emulated()
+    modules = {"host": host_buffers, "reference": reference_buffers, "device": device_buffers}
+    selection, given = Selection(0.0, 9), []
+    for n, first in ((0, 0), (600, 0), (0, 600), (2, 600)):
+        grad, residual, velocity = torch.full((n,), 2.0), torch.zeros(n), torch.zeros(n)
+        given.append(buffers.pass_of(
+            grad, Correction(0.9, 1, 1, 0), residual=residual, old_residual=None, first=first,
+            velocity=velocity, old_velocity=None, selection=selection,
+        ))  # fmt: skip
+    found, report = modules[name].accumulate(given)
+    parts = [each.entries(int(each.report[1])) for each in found]
+    assert [each.report[1] for each in found] == [0, 600, 0, 2]
+    assert [indices.numel() for indices, *_ in parts] == [0, 9, 0, 2]
+    assert parts[3][0].tolist() == [600, 601] and (parts[1][2] == 2).all()
+    assert report.numel() == sum(each.report.numel() for each in found)
+
+
 def test_an_empty_tensor_among_others_finds_nothing():
     empty, one = torch.zeros(0), torch.ones(3)
     selection = Selection(0.5, 3)

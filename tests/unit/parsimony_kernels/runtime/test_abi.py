@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from parsimony_kernels.buffers import operands as buffers
-from parsimony_kernels.buffers.arguments import Accumulation, Putting, Puttings, Stored
+from parsimony_kernels.buffers.arguments import Accumulation, Putting, Puttings, Stored, packer
 from parsimony_kernels.packing import message
 from parsimony_kernels.packing.device import Joined, Merging, Message, Packing
 from parsimony_kernels.packing.host import EntryList
@@ -100,3 +100,16 @@ def test_a_field_elsewhere_and_a_number_that_differs_are_noticed(tmp_path, check
     for wrong in ("offsetof(Rule, lr) == 4", "SECOND_SKETCH == 4"):
         is_true, errors = checked(tmp_path, [wrong])
         assert not is_true and "assert" in errors
+
+
+@pytest.mark.parametrize("structure", [Stored, Putting, Accumulation])
+def test_what_is_packed_lies_where_ctypes_has_it(structure):
+    given = [
+        bytes(range(ctypes.sizeof(kind))) if issubclass(kind, ctypes.Structure) else number
+        for number, (_, kind) in enumerate(structure._fields_, 1)
+    ]
+    packed = packer(structure).pack(*given)
+    assert len(packed) == ctypes.sizeof(structure)
+    there = structure.from_buffer_copy(packed)
+    fields = [getattr(there, name) for name, _ in structure._fields_]
+    assert [bytes(f) if isinstance(f, ctypes.Structure) else f for f in fields] == given

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from parsimony_kernels.runtime import launch as launch_cupy
-from parsimony_kernels.step import arguments, device, program
+from parsimony_kernels.runtime import launches
+from parsimony_kernels.step import arguments, device
 from tests.emulation.emulator import BACKWARD, FORWARD, WATCHED
 from tests.unit.parsimony_kernels import cases
 from tests.unit.parsimony_kernels.cases import Case
@@ -35,7 +36,7 @@ ORDERED = [
 def striding(monkeypatch):
     """Make threads take many rows and blocks many tiles, as only large tensors do otherwise."""
     monkeypatch.setattr(arguments, "WANTED_TILES", 6)
-    monkeypatch.setattr(program, "MAX_BLOCKS", 3)  # and 2 tiles across: blocks change columns
+    monkeypatch.setattr(launches, "MAX_BLOCKS", 3)  # and 2 tiles across: blocks change columns
 
 
 @pytest.mark.one_in(7)
