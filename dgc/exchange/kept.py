@@ -40,6 +40,15 @@ class Kept:
         for part in self._parts:
             part.end_step(stands)
 
+    def changes_gradients(self, name: str) -> bool:
+        """Tell whether what leaves of a tensor that is sent whole is anything but its gradient."""
+        compensation = self.compensation
+        return (
+            compensation.momentum != 0
+            or compensation.has_residual(name)
+            or name in self.statistics.preconditioners
+        )
+
     def late_root(self, spec: TensorSpec, indices_K: Tensor | None = None) -> Tensor | None:
         """Return what entries of this slice, or all of it, are divided by as they leave.
 

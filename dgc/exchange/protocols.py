@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,10 +64,12 @@ def all_reduce(route: Route, step: Step, bucket: Bucket) -> Way:
     """Send all that there is, and which tensors do not rest, in the bucket's dtype: a ring
     all-reduce."""
     with step.stats.timed("pack"):
-        flat = torch.cat(
-            [*(_drain(step, spec) for spec in bucket.specs), awake_flags(step, bucket)]
-        )
-        _mark_bad(step, bucket, flat)
+        whole = {spec.name: step.take_whole(spec.name) for spec in bucket.specs}
+        flat = torch.cat([
+            *(_drain(step, spec, whole[spec.name]) for spec in bucket.specs),
+            awake_flags(step, bucket),
+        ])  # fmt: skip
+        _mark_bad(step, bucket, whole, flat)
         step.stats.dense_bytes += flat.nbytes
     arrived = yield route.group.all_reduce_async(flat, route.name(bucket))
     arrived = yield from pass_on(route, step, bucket, arrived)
@@ -81,28 +83,38 @@ def all_reduce(route: Route, step: Step, bucket: Bucket) -> Way:
         return _split_dense(route, step, bucket, mean, *answer)
 
 
-def _drain(step: Step, spec: TensorSpec) -> Tensor:
-    """Return all that this rank has to send of a tensor, (N,)."""
+def _drain(step: Step, spec: TensorSpec, whole_N: Tensor | None) -> Tensor:
+    """Return all that this rank has to send of a tensor, (N,): whole_N, if it is sent as it is."""
     is_bad = spec.name in step.spoilt
     if is_bad or spec.name in step.resting:
         value = math.nan if is_bad else 0.0
         return torch.full((spec.numel,), value, dtype=spec.dtype, device=spec.device)
+    if whole_N is not None:
+        return whole_N
     values_N = step.kept.compensation.drain(spec.name).to(spec.dtype)
     root_N = step.kept.late_root(spec)
     return values_N if root_N is None else divide(values_N, root_N)
 
 
-def _mark_bad(step: Step, bucket: Bucket, flat: Tensor) -> None:
+def _mark_bad(
+    step: Step, bucket: Bucket, whole: Mapping[str, Tensor | None], flat: Tensor
+) -> None:
     """Write a NaN into each tensor whose gradient cannot be used, which makes all ranks undo the
-    step. Waits for no GPU."""
+    step. Waits for no GPU.
+
+    whole: of what is sent as it is, not None; there a NaN takes the place of what is too large.
+    """
+    most = LARGEST_GRADIENT[bucket.dtype]
+    if any(whole_N is not None for whole_N in whole.values()):
+        flat.masked_fill_(~(flat.abs() <= most), math.nan).add_(0.0)  # -0.0 becomes 0.0
     begins = itertools.accumulate((spec.numel for spec in bucket.specs), initial=0)
     awake = [
         (spec, begin)
         for spec, begin in zip(bucket.specs, begins, strict=False)
-        if spec.name not in step.resting and spec.numel
+        if spec.name not in step.resting and spec.numel and whole[spec.name] is None
     ]
     if awake:
-        is_usable = step.largest([spec for spec, _ in awake]) <= LARGEST_GRADIENT[bucket.dtype]
+        is_usable = step.largest([spec for spec, _ in awake]) <= most
         places = on_device(tuple(begin for _, begin in awake), flat.device)
         flat[places] = flat[places].masked_fill(~is_usable, math.nan)
 

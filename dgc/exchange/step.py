@@ -25,9 +25,11 @@ from dgc.worker.statistics import divide
 from dgc.worker.stats import StepStats
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers.operands import Found, Report, Selection
+from parsimony_kernels.runtime.operands import state_dtype
 
-# Bytes of gradients that wait for others of their bucket, so that all are taken in together.
-TOGETHER_BYTES = 32 * 2**20
+# Bytes of gradients that wait on a CPU for others of their bucket, so that all are taken in together:
+# about what its cache holds. On a GPU, where each launch costs, a bucket's gradients are taken in at once.
+MOST_WAITING_BYTES = 16 * 2**20
 
 
 class Seen(NamedTuple):
@@ -71,6 +73,7 @@ class Step:
         self._founds: dict[str, Found] = {}
         self._firsts: dict[str, int] = {}
         self._held: dict[str, Tensor] = {}
+        self._whole: dict[str, Tensor] = {}
         self._waiting: dict[str, list[Given]] = {}  # by bucket
         self._waiting_bytes = 0
 
@@ -83,7 +86,7 @@ class Step:
             return self._take_in(bucket, [given])
         self._waiting.setdefault(bucket.name, []).append(given)
         self._waiting_bytes += given.grad_N.nbytes
-        if self._waiting_bytes >= TOGETHER_BYTES:
+        if self._waiting_bytes >= MOST_WAITING_BYTES and given.grad_N.device.type == "cpu":
             self.take_in_waiting(bucket)
 
     def take_in_waiting(self, bucket: Bucket) -> None:
@@ -139,6 +142,8 @@ class Step:
         selected in the same pass.
         """
         gradients = []
+        if not bucket.is_sparse:
+            given = [each for each in given if not self._is_kept_whole(each)]
         for name, grad_N, scale, _, is_last, may_keep in given:
             selects = bucket.is_sparse and is_last and self.kept.compression.select_by == "raw"
             gradients.append(Gradient(
@@ -151,6 +156,24 @@ class Step:
         for gradient, found in zip(gradients, founds, strict=True):
             self._founds[gradient.name], self._firsts[gradient.name] = found, gradient.first
             self.magnitudes.note(gradient.name, found.report[:1])
+
+    def _is_kept_whole(self, given: Given) -> bool:
+        """Keep what is added to no residual and divided by nothing: it is sent as it is."""
+        name = given.name
+        if self.kept.changes_gradients(name) or name in self.magnitudes:
+            return False
+        mine_N = scaled(given.grad_N, given.scale)
+        mine_N = mine_N.to(state_dtype(mine_N.dtype))
+        if name in self._whole:
+            self._whole[name].add_(mine_N)
+        else:
+            is_ours = given.may_keep or mine_N.data_ptr() != given.grad_N.data_ptr()
+            self._whole[name] = mine_N if is_ours else mine_N.clone()
+        return True
+
+    def take_whole(self, name: str) -> Tensor | None:
+        """Return, and forget, what is sent as it is, (N,); None for a tensor that is not."""
+        return self._whole.pop(name, None)
 
     def _selection(self, name: str) -> Selection | None:
         return self.kept.thresholds[name].begin(self.kept.compensation.num_steps)
@@ -228,6 +251,7 @@ class Step:
             part.drop(name)
         self._founds.pop(name, None)
         self._held.pop(name, None)
+        self._whole.pop(name, None)
         for bucket, waiting in self._waiting.items():
             self._waiting[bucket] = [given for given in waiting if given.name != name]
         self._is_selected.discard(name)

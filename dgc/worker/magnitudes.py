@@ -48,6 +48,9 @@ class Magnitudes:
     def drop(self, name: str) -> None:
         self._bits.pop(name, None)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._bits
+
     def __getitem__(self, name: str) -> Tensor:
         return self._bits[name]
 

@@ -129,6 +129,9 @@ class Compensation:
         """What is not sent yet. The next step writes other buffers, not those that are read."""
         return _Residuals(self._kept["residual"], self._show)
 
+    def has_residual(self, name: str) -> bool:
+        return name in self._kept["residual"]
+
     def _show(self, name: str) -> None:
         self._catch_up(name)
         self._shown.add(name)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,21 @@ from torch import Tensor
 
 from dgc.worker.taken import TakenTogether
 from parsimony_kernels.runtime.transfer import upload
+
+
+class _Timed:
+    """A context, in a third of the time of contextlib's: one for each gradient."""
+
+    def __init__(self, seconds: dict[str, float], phase: str) -> None:
+        self._seconds, self._phase = seconds, phase
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            spent = time.perf_counter() - self._start
+            self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + spent
 
 
 @dataclass
@@ -106,12 +120,9 @@ class StepStats:
             names = (place.name for place in there)
             self.least_taken |= zip(names, least_T.unbind(), strict=True)
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: str) -> _Timed:
         """Add the wall time of the block to a phase. On a GPU: of its launch, not of its run."""
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        return _Timed(self.seconds, phase)
 
     def timing(self, phase: str, way: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
         """Do what a generator does, and add its own wall time to a phase."""

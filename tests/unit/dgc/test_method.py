@@ -281,14 +281,14 @@ def test_micro_batches_add_their_gradients_and_average_their_squares():
 def test_a_gradients_memory_is_given_up_at_each_micro_batch():
     def work(comm):
         weight = nn.Parameter(torch.zeros(N, M))
-        DistributedOptimizer(
+        optimizer = DistributedOptimizer(
             OPTIMIZERS["factored"]([weight]), [("w", weight)], comm=comm,
             compression=Compression(density=0.01, min_numel=1), micro_batches_per_step=2,
         )  # fmt: skip
         weight.backward(torch.ones(N, M))
-        return type(weight.grad)
+        return type(weight.grad), optimizer.micro_batches_per_step
 
-    assert run_local(1, work) == [HandedOver]
+    assert run_local(1, work) == [(HandedOver, 2)]
 
 
 @pytest.mark.parametrize("name", ["factored", "sgd"])

@@ -256,9 +256,10 @@ def test_momenta_that_part_in_mid_run_are_refused(change, complaint):
         weights = [nn.Parameter(START.clone()) for _ in range(2)]
         inner = torch.optim.SGD([{"params": [w]} for w in weights], lr=0.1, momentum=0.9)
         named = list(zip("ab", weights, strict=True))
-        DistributedOptimizer(inner, named, comm=comm, compression=WHOLE)
+        optimizer = DistributedOptimizer(inner, named, comm=comm, compression=WHOLE)
         inner.param_groups[1].update(change)
         with pytest.raises(ValueError, match=complaint):
             weights[0].sum().backward()
+        optimizer.close()
 
     run_local(1, work)
