@@ -122,7 +122,7 @@ _MODULES = {
         **dict.fromkeys(("sketch_insert", "sketch_update"), lambda *_: None),
         **dict.fromkeys(("step", "step_elements", "observe"), lambda *_: None),
         sqrt_=lambda x: x,
-        roots=lambda asked, positions: torch.empty_like(positions, dtype=torch.float32),
+        roots=lambda asked, positions: torch.empty_like(positions, dtype=asked[0].tensor.dtype),
         sketch_query=lambda table, rows: rows.new_empty(
             len(rows), table.values.shape[2], dtype=table.values.dtype
         ),
@@ -144,9 +144,13 @@ def _unless_sketched(operation: Any) -> Any:
     return lambda *args: None if any(isinstance(x, Table) for x in args) else operation(*args)
 
 
+def _observe_unless_sketched(given: Sequence[step.Observation]) -> None:
+    reference.observe([one for one in given if not isinstance(one.observed.second, Table)])
+
+
 _MODULE_OF_FLOAT64 = SimpleNamespace(
     **vars(_MODULES["step"])
-    | {name: _unless_sketched(getattr(reference, name)) for name in ("step", "observe")}
+    | {"step": _unless_sketched(reference.step), "observe": _observe_unless_sketched}
 )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optim.matrix import balanced_split, matrix_shape
 from optim.moments import SEEDS, Moment
-from parsimony_kernels.runtime.operands import Table
+from parsimony_kernels.runtime.operands import Table, state_dtype
 from parsimony_kernels.step import ops
 
 Scalars = dict[str, float]
@@ -74,13 +74,24 @@ class Preconditioner:
             key = id(mine._options()), int(mine.tensors["step"]), num_parts, is_first
             rule = rules.get(key) or rules.setdefault(key, mine._rule(num_parts, is_first))
             grad = grad_N.view(mine._matrix_shape)
-            if mine._moment.is_view(mine._split):
+            if mine._moment.is_view(mine._split) and mine._is_usual(grad_N, scale):
                 together.append(ops.Observation(mine._observed(), grad, rule, scale))
             else:
                 operand = mine._moment.operand(mine._split)
                 ops.observe(grad, rule, operand, scale=scale)
                 mine._moment.write_back(operand, mine._split, is_dense=True)
         ops.observe_together(together)
+
+    def _is_usual(self, grad_N: Tensor, scale: Tensor | None) -> bool:
+        """Tell whether kernels can read a gradient, and its scale, as they are."""
+        spec = self._moment.spec
+        return (
+            grad_N.device == spec.device
+            and state_dtype(grad_N.dtype) == spec.dtype
+            and grad_N.is_contiguous()
+            and (grad_N.data_ptr() != 0 or not grad_N.numel())
+            and (scale is None or (scale.dtype, scale.device) == (spec.dtype, spec.device))
+        )
 
     def _begin(self, is_first: bool) -> None:
         if is_first:

@@ -97,7 +97,12 @@ class Step:
             self._take_in(bucket, waiting)
 
     def _take_in(self, bucket: Bucket, given: Sequence[Given]) -> None:
-        self.accumulate(bucket, self._observed(given))
+        by_kind: dict[Any, list[Given]] = {}
+        for each in given:  # of one kind, unless a person has changed the model since
+            kind = each.grad_N.device, state_dtype(each.grad_N.dtype)
+            by_kind.setdefault(kind, []).append(each)
+        for alike in by_kind.values():
+            self.accumulate(bucket, self._observed(alike))
 
     def _observed(self, given: Sequence[Given]) -> Sequence[Given]:
         """Feed gradients to the tensors' statistics; return what is accumulated.

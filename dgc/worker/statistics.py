@@ -78,16 +78,18 @@ class Statistics:
         there = [each for each in given if each[0] in self.preconditioners]
         if not there:
             return
-        first = {name for name, *_ in there if name not in self._before}
+        first = [name for name, *_ in there if name not in self._before]
         self._keep_before(first)
-        fed = [(self.preconditioners[name], *more, name in first) for name, *more in there]
+        is_first = set(first)
+        fed = [(self.preconditioners[name], *more, name in is_first) for name, *more in there]
         type(fed[0][0]).observe_together(fed)
 
     def _keep_before(self, names: Collection[str]) -> None:
         """Copy these statistics as they are before the step, those of a kind in one go."""
         by_kind: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        before: dict[str, dict[str, Tensor]] = {}
         for name in names:
-            copies = self._before[name] = {}
+            copies = before[name] = {}
             for part, tensor in self.preconditioners[name].tensors.items():
                 copies[part] = torch.empty_like(tensor)
                 new, old = by_kind.setdefault((tensor.device, tensor.dtype), ([], []))
@@ -95,6 +97,7 @@ class Statistics:
                 old.append(tensor)
         for new, old in by_kind.values():
             torch._foreach_copy_(new, old)
+        self._before |= before  # now: a step that fails meanwhile is undone to what there is
 
     def root(self, name: str, indices_K: Tensor | None = None) -> Tensor | None:
         """Return what a tensor's entries are to be divided by; None if it has no statistic."""

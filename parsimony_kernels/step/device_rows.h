@@ -90,24 +90,76 @@ FN u32 step_row(const DeviceStep &s, i64 row, const Part &part, const float *col
     return row_max;
 }
 
-// All rows of this thread in a tile with none missing, of a dense gradient. The next row is read before one
-// is stepped, so that the memory always has something to do.
+// Rows of a thread that are read together, so that the memory always has something to do.
+const int TOGETHER = 2;
+
+template <class T, bool FIRST, int SECOND> struct RowsTogether {
+    Entries rows[TOGETHER];
+    float values[TOGETHER];  // of the row means or accumulators
+
+    FN void read(const DeviceStep &s, i64 row, i64 at, i64 slots) {
+        const Part part = {COLUMNS, 1, true};
+#pragma unroll
+        for (int k = 0; k < TOGETHER; k++) {
+            load_entries<T, FIRST, SECOND>(s, at, at, part, rows[k]);
+            values[k] = s.row[row + k * slots];
+            at += slots * s.items.dim;
+        }
+    }
+};
+
+FN void raise_row(const DeviceStep &s, i64 row, u32 max) {
+#if defined(__CUDACC__)
+    asm volatile("red.global.max.u32 [%0], %1;" ::"l"(&s.row_max[row]), "r"(max) : "memory");
+#else
+    atomicMax(&s.row_max[row], max);
+#endif
+}
+
+// All rows of this thread in a tile with none missing, of a dense gradient, with a Cover or Factored. A row's
+// maximum waits in a lane until the warp has one for each lane, or is at its end: one instruction raises all.
 template <class T, bool FIRST, int SECOND>
 FN void step_whole_rows(const DeviceStep &s, Tile tile, const float *col, float mean, u32 *column_max) {
     const Part part = {COLUMNS, 1, true};
+    const int end = s.tiling.rows_per_thread, lane = threadIdx.x % 32;
     i64 at = tile.row * s.items.dim + tile.column, further = tile.slots * s.items.dim;
-    Entries e, next = {};
-    load_entries<T, FIRST, SECOND>(s, at, at, part, e);
-    for (int i = 0; i < s.tiling.rows_per_thread; i++, tile.row += tile.slots, at += further) {
-        if (i + 1 < s.tiling.rows_per_thread)
-            load_entries<T, FIRST, SECOND>(s, at + further, at + further, part, next);
+    RowsTogether<T, FIRST, SECOND> now;
+    u32 kept = 0;
+    int done = 0;
+#pragma unroll 1
+    for (; done + TOGETHER <= end; done += TOGETHER) {
+        now.read(s, tile.row, at, tile.slots);
+#pragma unroll
+        for (int k = 0; k < TOGETHER; k++) {
+            u32 row_max = 0;
+            for (int v = 0; v < COLUMNS; v++) {
+                float estimate = shared_estimate<SECOND>(s, now.values[k], col[v], mean);
+                u32 bits = as_bits(step_one<FIRST, SECOND>(s, v, estimate, now.rows[k]));
+                if (SECOND != SECOND_COVER) continue;
+                column_max[v] = larger_bits(column_max[v], bits);
+                row_max = larger_bits(row_max, bits);
+            }
+            store_entries<T, FIRST, SECOND>(s, at, part, now.rows[k]);
+            if (SECOND == SECOND_COVER) {
+                row_max = max_over_lanes(row_max, 32);
+                if (lane == (done + k) % 32) kept = row_max;
+                if ((done + k) % 32 == 31) raise_row(s, tile.row + (lane - 31) * tile.slots, kept);
+            }
+            at += further;
+            tile.row += tile.slots;
+        }
+    }
+    if (SECOND == SECOND_COVER && lane < done % 32)
+        raise_row(s, tile.row + (lane - done % 32) * tile.slots, kept);
+    for (; done < end; done++, tile.row += tile.slots, at += further) {
+        Entries e;
+        load_entries<T, FIRST, SECOND>(s, at, at, part, e);
         u32 row_max = step_row<FIRST, SECOND>(s, tile.row, part, col, mean, e, column_max);
         store_entries<T, FIRST, SECOND>(s, at, part, e);
         if (SECOND == SECOND_COVER) {
             row_max = max_over_lanes(row_max, 32);
-            if (threadIdx.x % 32 == 0) atomicMax(&s.row_max[tile.row], row_max);
+            if (lane == 0) raise_row(s, tile.row, row_max);
         }
-        e = next;
     }
 }
 
@@ -137,14 +189,18 @@ FN void step_rows(const DeviceStep &s, Tile tile, const Part &part, const float 
 // are kept in full. With a Cover (variant II) the step's maxima go to row_max, one atomic for each row of
 // a tile, and col_max, one for each of its columns. The order of threads changes no result.
 template <class T, bool FIRST, int SECOND> FN void step_tile(const DeviceStep &s, i64 index) {
+    // From the end, which factored_sums has just read: what is still in the second cache is read there.
+    if (SECOND == SECOND_FACTORED) index = s.tiling.num_tiles - 1 - index;
     Tile tile = tile_of(s.tiling, index);
     Part part = part_of(tile.column, s.items.dim, tile.apart, s.items.is_aligned);
     bool is_shared = SECOND >= SECOND_COVER && SECOND <= SECOND_FACTORED;
     float col[COLUMNS] = {}, mean = SECOND == SECOND_FACTORED ? *s.mean : 0.0f;
     if (is_shared) load(s.col + tile.column, part, col);
     u32 column_max[COLUMNS] = {};
-    if (is_whole(s, tile)) step_whole_rows<T, FIRST, SECOND>(s, tile, col, mean, column_max);
-    else step_rows<T, FIRST, SECOND>(s, tile, part, col, mean, column_max);
+    if ((SECOND == SECOND_COVER || SECOND == SECOND_FACTORED) && is_whole(s, tile))
+        step_whole_rows<T, FIRST, SECOND>(s, tile, col, mean, column_max);
+    else
+        step_rows<T, FIRST, SECOND>(s, tile, part, col, mean, column_max);
     if (SECOND == SECOND_COVER) raise_columns(s, tile, column_max);
 }
 

@@ -120,6 +120,79 @@ FN double factored_row(const DeviceStep &s, const Tile &tile, const Part &part, 
     return row_sum;
 }
 
+// Rows of a thread whose squares are summed together, and threads on a multiprocessor: so much is read
+// before the first is waited for.
+const int SUMMED_ROWS = 4;
+#define SUMMING_THREADS 1024
+
+template <class T> struct GradientRows {
+    float g[SUMMED_ROWS][COLUMNS];
+
+    FN void read(const DeviceStep &s, i64 at, i64 further) {
+        const Part part = {COLUMNS, 1, true};
+#pragma unroll
+        for (int k = 0; k < SUMMED_ROWS; k++) load((const T *)s.items.grad + at + k * further, part, g[k]);
+    }
+};
+
+// The sums of squares of SUMMED_ROWS rows, over a warp's lanes: lanes that agree in their upper bits have
+// the same row's, which is returned in `row`. Lanes exchange halves of what they have until they have one
+// sum each; the order of every sum is that of sum_over_lanes.
+FN double sums_over_lanes(double *sums, int &row) {
+    int lane = threadIdx.x % 32, count = SUMMED_ROWS, apart = 16;
+    row = 0;
+#pragma unroll
+    for (; count > 1; apart /= 2) {
+        count /= 2;
+        bool is_upper = lane & apart;
+        row += is_upper ? count : 0;
+#pragma unroll
+        for (int k = 0; k < count; k++) {
+            double kept = is_upper ? sums[k + count] : sums[k], sent = is_upper ? sums[k] : sums[k + count];
+            sums[k] = kept + __shfl_xor_sync(WHOLE_WARP, sent, apart);
+        }
+    }
+    double sum = sums[0];
+#pragma unroll
+    for (; apart > 0; apart /= 2) sum += __shfl_xor_sync(WHOLE_WARP, sum, apart);
+    return sum;
+}
+
+// The rows of this thread in a whole tile, by SUMMED_ROWS; returns how many rows that were.
+template <class T> FN int sum_whole_rows(const DeviceStep &s, const Tile &tile, double *column_sums) {
+    const Items &x = s.items;
+    i64 at = tile.row * x.dim + tile.column, further = tile.slots * x.dim;
+    double *row_sums = s.row_sums + tile.across * x.num_items + tile.row;
+    float scale = x.scale ? *x.scale : 1.0f;
+    int end = s.tiling.rows_per_thread, done = 0;
+    GradientRows<T> now;
+    for (; done + SUMMED_ROWS <= end; done += SUMMED_ROWS) {
+        now.read(s, at, further);
+        double sums[SUMMED_ROWS];
+#pragma unroll
+        for (int k = 0; k < SUMMED_ROWS; k++) {
+            sums[k] = 0.0;
+            float p[COLUMNS] = {};
+            if (s.rule.weight_decay != 0.0f) {
+                const Part part = {COLUMNS, 1, true};
+                load((const T *)x.param + at + k * further, part, p);
+            }
+#pragma unroll
+            for (int v = 0; v < COLUMNS; v++) {
+                float g = x.scale ? now.g[k][v] * scale : now.g[k][v];
+                double square = (double)gained_square(oriented(g, p[v], s.rule), s.rule);
+                sums[k] += square;
+                column_sums[v] += square;
+            }
+        }
+        int row = 0;
+        double sum = sums_over_lanes(sums, row);
+        if (threadIdx.x % (32 / SUMMED_ROWS) == 0) row_sums[(done + row) * tile.slots] = sum;
+        at += SUMMED_ROWS * further;
+    }
+    return done;
+}
+
 // A tile of (num_items, dim): partial sums for its rows and for its columns, to row_sums and col_sums. No
 // atomics; the order of every sum follows from the tiling, hence from the shape alone.
 template <class T> FN void factored_sums(const DeviceStep &s, i64 index) {
@@ -130,7 +203,12 @@ template <class T> FN void factored_sums(const DeviceStep &s, i64 index) {
     int slot = threadIdx.x / lanes, lane = threadIdx.x % lanes;
     i64 begin = tile.across * width;
     double column_sums[COLUMNS] = {};
-    for (int i = 0; i < s.tiling.rows_per_thread; i++, tile.row += tile.slots) {
+    int done = 0;
+    if (is_whole(s, tile)) {
+        done = sum_whole_rows<T>(s, tile, column_sums);
+        tile.row += done * tile.slots;
+    }
+    for (int i = done; i < s.tiling.rows_per_thread; i++, tile.row += tile.slots) {
         bool is_inside = tile.row < s.items.num_items;
         double row_sum = is_inside ? factored_row<T>(s, tile, part, column_sums) : 0.0;
         row_sum = sum_over_lanes(row_sum, lanes);
@@ -237,8 +315,15 @@ FN void factored_raise_block(const DeviceStep &s, i64 block) {
     }
 }
 
+#if defined(__CUDACC__)
+#define SUMMING_KERNEL(NAME, ARGUMENT) \
+    extern "C" __global__ void __launch_bounds__(THREADS, SUMMING_THREADS / THREADS) NAME(const ARGUMENT s)
+#define SUMS_KERNEL(NAME, FUNCTION) DEFINE_BATCH_KERNEL(SUMMING_KERNEL, NAME, DeviceStep, , FUNCTION)
+#else
+#define SUMS_KERNEL BATCH_KERNEL
+#endif
 #define DEFINE(NAME, T)                                   \
-    BATCH_KERNEL(factored_sums_##NAME, factored_sums<T>)  \
+    SUMS_KERNEL(factored_sums_##NAME, factored_sums<T>)  \
     BATCH_KERNEL(factored_changes_##NAME, factored_changes<T>)
 FOR_EACH_TYPE(DEFINE)
 #undef DEFINE

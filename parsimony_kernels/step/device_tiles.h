@@ -84,9 +84,37 @@ FN bool is_whole(const DeviceStep &s, const Tile &tile) {
            (tile.across + 1) * 32 * COLUMNS <= x.dim && (tile.down + 1) * height <= x.num_items;
 }
 
+// COLUMNS elements on a boundary, in one go: a structure's copy the compiler may split.
+#if defined(__CUDACC__)
+template <class T> FN Several<T> several_at(const T *from) {
+    union { Several<T> all; u32 words[COLUMNS * sizeof(T) / 4]; } u;
+    u32 *words = u.words, *last = u.words + COLUMNS * sizeof(T) / 4 - 2;
+    if (sizeof(T) == 4)
+        asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[0]), "=r"(words[1]), "=r"(last[0]), "=r"(last[1]) : "l"(from));
+    else
+        asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "l"(from));
+    return u.all;
+}
+
+template <class T> FN void put_several(T *to, const Several<T> &all) {
+    union { Several<T> all; u32 words[COLUMNS * sizeof(T) / 4]; } u;
+    u.all = all;
+    const u32 *words = u.words, *last = u.words + COLUMNS * sizeof(T) / 4 - 2;
+    if (sizeof(T) == 4)
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                     :: "l"(to), "r"(words[0]), "r"(words[1]), "r"(last[0]), "r"(last[1]) : "memory");
+    else
+        asm volatile("st.global.v2.u32 [%0], {%1, %2};" :: "l"(to), "r"(words[0]), "r"(words[1]) : "memory");
+}
+#else
+template <class T> FN Several<T> several_at(const T *from) { return *(const Several<T> *)from; }
+template <class T> FN void put_several(T *to, const Several<T> &all) { *(Several<T> *)to = all; }
+#endif
+
 template <class T> FN void load(const T *from, const Part &part, float *x) {
     if (part.is_whole) {
-        Several<T> all = *(const Several<T> *)from;
+        Several<T> all = several_at(from);
 #pragma unroll
         for (int v = 0; v < COLUMNS; v++) x[v] = widen(all.x[v]);
         return;
@@ -101,7 +129,7 @@ template <class T> FN void store(T *to, const Part &part, const float *x) {
         Several<T> all;
 #pragma unroll
         for (int v = 0; v < COLUMNS; v++) all.x[v] = narrow<T>(x[v]);
-        *(Several<T> *)to = all;
+        put_several(to, all);
         return;
     }
 #pragma unroll
