@@ -61,7 +61,7 @@ def without_data() -> Iterator[None]:
         (dgc.exchange.question, "Download", _Download),
         (Selector, "selection", _selection),
         (Selector, "settling", _settling),
-        (Selector, "num_leaving", lambda self, report: None if self.plan.is_exact else report.count),
+        (Selector, "num_leaving", _num_leaving),
         (Selector, "note", lambda *_: None),
         (Codec, "decode_one", _decode_one),
         (Codec, "decode_any", _decode_one),
@@ -182,6 +182,10 @@ def _read_reports(found: Sequence[Found]) -> list[Report]:
 
 def _selection(selector: Selector, threshold: float, step: int) -> Selection:
     return _Aimed(1.0, selector.plan.capacity, aim=selector.plan.k)
+
+
+def _num_leaving(selector: Selector, report: Report) -> int | None:
+    return None if selector.plan.is_exact else report.count
 
 
 def _settling(

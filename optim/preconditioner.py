@@ -166,8 +166,6 @@ class Preconditioner:
             roots.append(ops.Root(operand, count, first, *of_root))
         return ops.roots(roots, positions_K)
 
-
-
     @property
     def may_be_zero(self) -> bool:
         """Whether a root can be 0 anywhere: whether no eps is added that float32 can hold."""
@@ -179,9 +177,7 @@ class Preconditioner:
         return self._scalars_of(int(self.tensors["step"]))
 
 
-def _one_by_one(
-    asked: Sequence[tuple[Preconditioner, int, int]], positions_K: Tensor
-) -> Tensor:
+def _one_by_one(asked: Sequence[tuple[Preconditioner, int, int]], positions_K: Tensor) -> Tensor:
     parts = positions_K.split([count for _, count, _ in asked])
     pairs = zip(asked, parts, strict=True)
     return torch.cat([mine.root(part - first) for (mine, _, first), part in pairs])

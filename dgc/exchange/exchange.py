@@ -72,7 +72,7 @@ class Exchange:
         self._completed: set[str] = set()
         self._under_way: list[Travelling] = []
         self._num_started = 0
-        self._num_complete = 0  # of the tensors of the next bucket, those before the first that is not
+        self._num_complete = 0  # tensors of the next bucket before the first that is not
         self._first_start: float | None = None
 
     # ---- buckets ---------------------------------------------------------------------------------
@@ -80,8 +80,9 @@ class Exchange:
     def lay_out(
         self, specs: Sequence[TensorSpec], density: float, bucket_bytes: int | None
     ) -> None:
-        """Lay out the buckets for a density; see `make_buckets`. Between steps only; on all ranks alike.
+        """Lay out the buckets for a density; see `make_buckets`.
 
+        Between steps only; on all ranks alike.
         specs: numel is that of this rank's slice (`Route.slice_numel`).
         """
         if self.is_under_way:

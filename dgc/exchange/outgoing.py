@@ -44,9 +44,7 @@ class Outgoing:
         back_K = sent_K if self.roots_K is None else sent_K * self.roots_K
         is_exact = sent_K == self.entries.values_M
         lost_K = torch.where(is_exact, torch.zeros_like(back_K), self.taken.values_K - back_K)
-        self.kept.compensation.keep_lost_together(
-            self.taken.places, self.taken.positions_K, lost_K
-        )
+        self.kept.compensation.keep_lost_together(self.taken.places, self.taken.positions_K, lost_K)
 
     def put_back_the_rest(self, delivered_U: Tensor) -> int:
         """Undo the taking, to the bit, of entries that are not at the delivered positions (U,).

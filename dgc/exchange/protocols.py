@@ -96,9 +96,7 @@ def _drain(step: Step, spec: TensorSpec, whole_N: Tensor | None) -> Tensor:
     return values_N if root_N is None else divide(values_N, root_N)
 
 
-def _mark_bad(
-    step: Step, bucket: Bucket, whole: Mapping[str, Tensor | None], flat: Tensor
-) -> None:
+def _mark_bad(step: Step, bucket: Bucket, whole: Mapping[str, Tensor | None], flat: Tensor) -> None:
     """Write a NaN into each tensor whose gradient cannot be used, which makes all ranks undo the
     step. Waits for no GPU.
 

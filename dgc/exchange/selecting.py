@@ -135,7 +135,9 @@ def _parted(
         rest = None if entries.velocities_K is None else entries.velocities_K[chosen]
         parts.append((positions_K[chosen], entries.values_K[chosen], rest))
     leaving = [each.place._replace(count=each.num_leaving) for each in listed]
-    staying = [p._replace(count=p.count - q.count) for p, q in zip(entries.places, leaving)]
+    staying = [
+        p._replace(count=p.count - q.count) for p, q in zip(entries.places, leaving, strict=True)
+    ]
     return TakenTogether(leaving, *parts[0]), TakenTogether(staying, *parts[1])
 
 

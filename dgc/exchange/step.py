@@ -27,8 +27,8 @@ from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers.operands import Found, Report, Selection
 from parsimony_kernels.runtime.operands import state_dtype
 
-# Bytes of gradients that wait on a CPU for others of their bucket, so that all are taken in together:
-# about what its cache holds. On a GPU, where each launch costs, a bucket's gradients are taken in at once.
+# Bytes of gradients that wait on a CPU for others of their bucket, so that all are taken in
+# together: about what its cache holds. On a GPU, where each launch costs, all of a bucket wait.
 MOST_WAITING_BYTES = 16 * 2**20
 
 

@@ -59,9 +59,7 @@ class Layout:
 
     def _specs(self) -> list[TensorSpec]:
         compression, route = self._exchange.kept.compression, self._exchange.route
-        return make_specs(
-            self._named, compression, self.row_sparse, route.slice_numel, self.order
-        )
+        return make_specs(self._named, compression, self.row_sparse, route.slice_numel, self.order)
 
 
 def row_sparse_names(model: nn.Module) -> list[str]:

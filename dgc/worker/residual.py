@@ -255,9 +255,7 @@ class Compensation:
         parts = (taken.indices_K, taken.values_K, taken.velocities_K)
         self.put_back_together(TakenTogether([place], *parts))
 
-    def put_back_together(
-        self, taken: TakenTogether, staying: TakenTogether | None = None
-    ) -> None:
+    def put_back_together(self, taken: TakenTogether, staying: TakenTogether | None = None) -> None:
         """Undo, to the bit, that entries were taken out in this step: any of them, by any pass.
 
         staying: where each tensor's only pass took out just those and these, the ones that stay

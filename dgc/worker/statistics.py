@@ -70,9 +70,7 @@ class Statistics:
         """Feed a gradient, times scale (1,), to the tensor's statistic, if it has one."""
         self.observe_together([(name, grad_N, scale, num_parts)])
 
-    def observe_together(
-        self, given: Sequence[tuple[str, Tensor, Tensor | None, int]]
-    ) -> None:
+    def observe_together(self, given: Sequence[tuple[str, Tensor, Tensor | None, int]]) -> None:
         """Do as `observe` with the gradients of several tensors, each of another, on one device and
         of one dtype."""
         there = [each for each in given if each[0] in self.preconditioners]
@@ -110,7 +108,7 @@ class Statistics:
     def roots_together(
         self, asked: Sequence[tuple[str, int, int]], positions_K: Tensor
     ) -> Tensor | None:
-        """Return what entries of several tensors are divided by, (K,); None if none has a statistic.
+        """Return what entries of several tensors are divided by, (K,); None if by nothing.
 
         asked: (name, count, first): the next `count` of the positions (K,) int64 are of this
         tensor, whose elements are `first` less.

@@ -84,9 +84,7 @@ def spans(places: Sequence[Place]) -> Iterator[tuple[Place, slice]]:
             yield place, slice(begin, end)
 
 
-def join(
-    parts: Sequence[TakenTogether], dtype: torch.dtype, device: torch.device
-) -> TakenTogether:
+def join(parts: Sequence[TakenTogether], dtype: torch.dtype, device: torch.device) -> TakenTogether:
     """Join entries whose order is that of their positions. dtype, device: of no parts."""
     if not parts:
         positions_K = torch.zeros(0, dtype=torch.int64, device=device)

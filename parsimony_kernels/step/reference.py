@@ -28,8 +28,8 @@ from parsimony_kernels.runtime.operands import (
     Table,
     state_dtype,
 )
-from parsimony_kernels.step.reference_sketch import Cells, ordered_sum
 from parsimony_kernels.step.observing import Observation
+from parsimony_kernels.step.reference_sketch import Cells, ordered_sum
 from parsimony_kernels.step.roots import Root
 
 # ---- sketches ------------------------------------------------------------------------------------

@@ -629,9 +629,7 @@ def test_lazy_parameters_and_wrong_givens_are_refused_with_the_remedy():
         inner = plain_sgd(model.parameters())
         with pytest.raises(TypeError, match="allowed: dgc.Compression"):
             DistributedOptimizer(inner, model.named_parameters(), comm=comm, compression="fp16")
-        optimizer = DistributedOptimizer(
-            inner, model.named_parameters(), comm=comm, bucket_bytes=1
-        )
+        optimizer = DistributedOptimizer(inner, model.named_parameters(), comm=comm, bucket_bytes=1)
         with pytest.raises(ValueError, match="a distributed optimizer itself"):
             DistributedOptimizer(optimizer, model.named_parameters(), comm=comm)
         model(torch.randn(2, 3)).sum().backward()

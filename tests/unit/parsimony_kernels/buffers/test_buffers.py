@@ -84,7 +84,9 @@ def numbers(n: int, seed: int = 0) -> Tensor:
 
 def stored(values: Tensor, dtype: str, key: int = 0) -> Buffer:
     buffer = buffers.empty(values.numel(), dtype, CPU)
-    reference_buffers.accumulate([Pass(values, Correction(), buffer, None, None, None, None, key)])[0][0]
+    reference_buffers.accumulate([Pass(values, Correction(), buffer, None, None, None, None, key)])[
+        0
+    ][0]
     return buffer
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from parsimony_kernels.buffers import device as device_buffers
-from parsimony_kernels.buffers import host as host_buffers
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers import reference as reference_buffers
 from parsimony_kernels.buffers.operands import BLOCK, Correction, Pass, Selection
@@ -102,7 +101,9 @@ def check_lagging(n: int, where: torch.device = CPU, grads=GRAD_DTYPES) -> None:
             velocity = grad if grad_dtype == torch.float32 else guarded.copy(numbers(n, 7))
             given = (residual, residual, velocity, old_velocity)
             scale, selection = guarded.copy(torch.tensor([0.37])), Selection(0.3, n, True, 2, 1)
-            found = implementation.accumulate([Pass(grad, MOMENTUM, *given, scale, 0, selection, lagged, lags=True)])[0][0]
+            found = implementation.accumulate(
+                [Pass(grad, MOMENTUM, *given, scale, 0, selection, lagged, lags=True)]
+            )[0][0]
             guarded.check()
             again = Selection(0.05, n, True, 2, 1)
             given = (None, Correction(), residual, residual, velocity, None, None, 0, again)
@@ -241,7 +242,9 @@ def test_what_is_not_finite_stays_in_its_block(emulated, dtype, bad):
 def test_nan_is_above_infinity(emulated):
     emulated()
     grad, residual = torch.tensor([float("inf"), -float("nan"), 1.0]), torch.zeros(3)
-    found = device_buffers.accumulate([Pass(grad, Correction(), residual, None, None, None, None, KEY)])[0][0]
+    found = device_buffers.accumulate(
+        [Pass(grad, Correction(), residual, None, None, None, None, KEY)]
+    )[0][0]
     assert found.largest.isnan().all()
 
 

@@ -271,7 +271,9 @@ def lag(implementation, n, grad_dtype, selection, lagged):
     velocity = grad if grad_dtype == torch.float32 else guarded.copy(numbers(n, 7))
     scale = guarded.copy(torch.tensor([0.37]))
     given = (residual, residual, velocity, old_velocity, scale, 0, selection, lagged)
-    found = implementation.accumulate([Pass(grad, Correction(0.9, 1, 1, 0), *given, lags=True)])[0][0]
+    found = implementation.accumulate([Pass(grad, Correction(0.9, 1, 1, 0), *given, lags=True)])[0][
+        0
+    ]
     guarded.check()
     return found_parts(found), residual, velocity
 
@@ -292,8 +294,10 @@ def test_a_residual_that_lags_has_the_bits_of_one_that_does_not(n, selection, la
             old_residual += old_velocity
         assert_same_bits(residual, old_residual)
         whole, u = old_residual.clone(), old_velocity.clone()
-        anew = host_buffers.accumulate([Pass(numbers(n, 5).clamp(-6e4, 6e4).to(grad_dtype), Correction(0.9, 1, 1, 0), whole,
-                 old_residual, u, old_velocity, torch.tensor([0.37]), 0, selection)])[0][0]  # fmt: skip
+        grad, scale = numbers(n, 5).clamp(-6e4, 6e4).to(grad_dtype), torch.tensor([0.37])
+        given = Pass(grad, Correction(0.9, 1, 1, 0), whole, old_residual, u, old_velocity, scale, 0,
+                     selection)  # fmt: skip
+        anew = host_buffers.accumulate([given])[0][0]
         for a, b in zip(found, found_parts(anew), strict=True):
             assert_same_bits(a, b)
         assert_same_bits(velocity, u)

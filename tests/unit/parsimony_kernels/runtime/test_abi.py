@@ -18,7 +18,6 @@ from parsimony_kernels.runtime import operands
 from parsimony_kernels.runtime.build import compiler
 from parsimony_kernels.runtime.launch import Batch
 from parsimony_kernels.runtime.sources import PACKAGE
-from parsimony_kernels.step.roots import Rooting, Rootings
 from parsimony_kernels.step.arguments import (
     DeviceStep,
     Feeding,
@@ -28,6 +27,7 @@ from parsimony_kernels.step.arguments import (
     Query,
     Tiling,
 )
+from parsimony_kernels.step.roots import Rooting, Rootings
 
 STRUCTURES = (
     *(operands.Rule, operands.Sketch, HostStep, Batch, DeviceStep, Feeding, Query, Items, Tiling),

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from parsimony_kernels.step.observing import Observation, Observed
 from parsimony_kernels.buffers import host as host_buffers
 from parsimony_kernels.buffers.operands import Correction, Pass
 from parsimony_kernels.runtime.operands import Rule
 from parsimony_kernels.step import host, reference
+from parsimony_kernels.step.observing import Observation, Observed
 from tests.unit.parsimony_kernels import cases
 from tests.unit.parsimony_kernels.cases import CPU, Case
 

@@ -6,9 +6,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from parsimony_kernels.step.observing import Observation, Observed
 from parsimony_kernels.runtime.operands import Rule
 from parsimony_kernels.step import arguments, device, reference
+from parsimony_kernels.step.observing import Observation, Observed
 from tests.emulation.emulator import BACKWARD, FORWARD
 from tests.tolerances import assert_close
 from tests.unit.parsimony_kernels import cases
@@ -36,7 +36,9 @@ def observed(
     factor = None if scale is None else guarded.copy(torch.tensor([scale]))
     for step in range(cases.NUM_STEPS):
         gradient, _ = cases.arrivals(case, step)
-        implementation.observe([Observation(Observed(run.second), guarded.copy(gradient), rule, factor)])
+        implementation.observe(
+            [Observation(Observed(run.second), guarded.copy(gradient), rule, factor)]
+        )
     run.guarded.check()
     guarded.check()
     return {name: tensor.cpu() for name, tensor in run.state.items()}

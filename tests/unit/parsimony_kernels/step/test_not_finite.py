@@ -11,9 +11,9 @@ import random
 import pytest
 import torch
 
-from parsimony_kernels.step.observing import Observation, Observed
 from parsimony_kernels.runtime.operands import Cover, Factored, Full, Rule
 from parsimony_kernels.step import device, host, reference
+from parsimony_kernels.step.observing import Observation, Observed
 from parsimony_kernels.step.reference_sketch import hash_rows
 from tests.unit.parsimony_kernels import cases
 from tests.unit.parsimony_kernels.cases import CPU, Case

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from parsimony_kernels.step.observing import Observation, Observed
 from parsimony_kernels.runtime.operands import Cover, Factored, Full, Rule
 from parsimony_kernels.step import host, ops, reference
+from parsimony_kernels.step.observing import Observation, Observed
 from tests.unit.parsimony_kernels import cases
 from tests.unit.parsimony_kernels.cases import Case
 
