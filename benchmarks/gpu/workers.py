@@ -100,9 +100,10 @@ def compare(proof: Proof, name: str, there: Any, here: Any, first: torch.Tensor)
     apart = ((there[0][1] - here[0][1]).norm() / (here[0][1] - first).norm()).item()
     losses = [max(abs(a - b) / abs(b) for a, b in zip(mine[0], theirs[0], strict=True))
               for mine, theirs in zip(there, here, strict=True)]  # fmt: skip
-    is_close = apart <= MOST_APART and max(losses) <= MOST_APART
+    # Not the parameters: a sum that is rounded otherwise decides which of two entries leaves.
+    is_close = max(losses) <= MOST_APART
     text = f"parameters {apart:.1e} of the way apart, losses {max(losses):.1e}"
-    proof.add(f"{name}, GPU and CPU", text, ("equal within rounding", is_close), losses=there[0][0])
+    proof.add(f"{name}, GPU and CPU", text, ("losses equal within rounding", is_close), losses=there[0][0])
     return is_same and is_close
 
 

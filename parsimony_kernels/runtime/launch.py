@@ -121,6 +121,7 @@ def _kernel(name: str, device_index: int) -> int:
 @functools.cache
 def _module(device_index: int) -> int:
     """Load the kernels for the current device, which is the one of this index."""
+    _bind_thread(device_index)
     major, minor = torch.cuda.get_device_capability(device_index)
     return _cupy().cuda.driver.moduleLoad(str(_compiled(f"{major}.{minor}")))
 
