@@ -206,11 +206,12 @@ def test_buckets_leave_in_order_whatever_comes_first():
     assert first == [f"exchange0.{bucket.name}" for bucket in buckets]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), -(2.0**41)])
 @pytest.mark.parametrize("where", ["bias", "w1", "w2"])
-def test_a_gradient_that_is_not_finite_undoes_the_step_on_every_rank(bad, where):
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_gradient_that_is_not_finite_undoes_the_step_on_every_rank(bad, where, momentum):
     def work(comm):
-        exchange = make_exchange(comm, compensation=Compensation(0.9))
+        exchange = make_exchange(comm, compensation=Compensation(momentum))
         step(comm, exchange)
         before = copy.deepcopy(exchange.state_dict())
         grads = {s.name: torch.ones(s.numel) for s in SPECS}
@@ -224,7 +225,7 @@ def test_a_gradient_that_is_not_finite_undoes_the_step_on_every_rank(bad, where)
         return step(comm, exchange, seed=1)[1]
 
     def undisturbed(comm):
-        exchange = make_exchange(comm, compensation=Compensation(0.9))
+        exchange = make_exchange(comm, compensation=Compensation(momentum))
         step(comm, exchange)
         return step(comm, exchange, seed=1)[1]
 

@@ -1,8 +1,10 @@
 import math
+import random
 
 import pytest
 import torch
 
+from dgc.selection import selector
 from dgc.selection.plan import plan_sparsity
 from dgc.selection.selector import MAX_TRIES, Selector, largest_indices
 from dgc.worker.elements import TensorSpec
@@ -262,3 +264,21 @@ def test_what_is_of_another_size_is_refused():
         worker.selector.plan = plan_sparsity(99, 0.1)
     with pytest.raises(ValueError, match="state has shape .2,.; allowed"):
         worker.selector.load(torch.zeros(2))
+
+
+@pytest.mark.parametrize("mark", [selector._mark_one_by_one, selector._mark_together])
+def test_the_largest_of_each_tensor_are_marked_and_ties_go_to_the_lower_index(mark):
+    draw = random.Random(5)
+    counts = [draw.randint(1, 40) for _ in range(30)]
+    wanted = [draw.randint(1, count) for count in counts]
+    magnitudes = [draw.randint(1, 9) for _ in range(sum(counts))]  # with many ties
+    expected, least, begin = [], [], 0
+    for count, want in zip(counts, wanted, strict=True):
+        part = magnitudes[begin : begin + count]
+        chosen = sorted(range(count), key=lambda i: (-part[i], i))[:want]  # noqa: B023
+        expected += [i in chosen for i in range(count)]
+        least.append(min(part[i] for i in chosen))
+        begin += count
+    marks_K, least_T = mark(torch.tensor(magnitudes, dtype=torch.float32), counts, wanted)
+    assert marks_K.tolist() == expected
+    assert least_T.tolist() == least

@@ -74,6 +74,16 @@ def test_threads_take_many_rows_and_blocks_many_tiles_in_any_order(
     check_observe(Case("none", second, "dense", (200, 150)), 0.37)
 
 
+@pytest.mark.parametrize("wanted", [6, 13])  # 16 rows a thread, and 7, which are no multiple
+@pytest.mark.parametrize("second", ["cover", "factored"])
+def test_whole_tiles_are_read_several_rows_at_a_time(emulated, monkeypatch, second, wanted):
+    emulated(SHUFFLED)
+    monkeypatch.setattr(arguments, "WANTED_TILES", wanted)
+    monkeypatch.setattr(Guarded, "copy", lambda self, tensor: tensor.clone())  # on boundaries
+    for scale in (0.37, None):
+        check_observe(Case("none", second, "dense", (250, 260)), scale)
+
+
 @pytest.mark.parametrize("second", ["full", "cover", "cover I", "factored", "table 3"])
 def test_the_state_is_that_after_a_dense_step(emulated, second):
     """With neither decay nor sign, which are the parameter's."""
