@@ -103,7 +103,8 @@ def compare(proof: Proof, name: str, there: Any, here: Any, first: torch.Tensor)
     # Not the parameters: a sum that is rounded otherwise decides which of two entries leaves.
     is_close = max(losses) <= MOST_APART
     text = f"parameters {apart:.1e} of the way apart, losses {max(losses):.1e}"
-    proof.add(f"{name}, GPU and CPU", text, ("losses equal within rounding", is_close), losses=there[0][0])
+    proof.add(f"{name}, GPU and CPU", text, ("losses equal within rounding", is_close),
+              losses=there[0][0])  # fmt: skip
     return is_same and is_close
 
 

@@ -275,7 +275,7 @@ def test_the_largest_of_each_tensor_are_marked_and_ties_go_to_the_lower_index(ma
     expected, least, begin = [], [], 0
     for count, want in zip(counts, wanted, strict=True):
         part = magnitudes[begin : begin + count]
-        chosen = sorted(range(count), key=lambda i: (-part[i], i))[:want]  # noqa: B023
+        chosen = sorted(range(count), key=lambda i: (-part[i], i))[:want]
         expected += [i in chosen for i in range(count)]
         least.append(min(part[i] for i in chosen))
         begin += count
