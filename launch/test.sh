@@ -2,7 +2,7 @@
 # launch/test.sh [--long] [arguments of pytest]
 #
 # Run the tests (all of tests/ unless told otherwise), two beside each other; whatever of the set-up is
-# missing is done first. Ten minutes on two cores.
+# missing is done first. Twelve minutes on two cores.
 #   --long               also the campaigns: all combinations, every launcher, kill schedules, thousands
 #                        of damaged buffers, messages of gigabytes (9 to 12 GiB of memory); an hour
 #   PARSIMONY_DRY_RUN=1  print the command only
