@@ -194,7 +194,6 @@ def _settling(
     report: Report,
     compensation: Any,
     name: str,
-    first: int = 0,
     num_nonzero: int | None = None,
 ) -> Settling:
     if selector.plan.is_exact:

@@ -50,14 +50,14 @@ def select(
                 by_itself[number] = _rank_divided(step.kept, spec)
                 continue
             selector, report = step.kept.thresholds[spec.name], seen.reports[number]
-            num_leaving, first = selector.num_leaving(report), seen.firsts[number]
+            num_leaving = selector.num_leaving(report)
             # The bucket is another one by now if a tensor of it was found to travel as rows.
-            if num_leaving is None or first != bucket.firsts[spec.name]:
+            if num_leaving is None or found.first != bucket.firsts[spec.name]:
                 ways[number] = selector.settling(
-                    found, report, step.kept.compensation, spec.name, first, seen.counts[number]
+                    found, report, step.kept.compensation, spec.name, seen.counts[number]
                 )
             else:
-                place = Place(spec.name, report.count, first)
+                place = Place(spec.name, report.count, found.first)
                 listed.append(_Listed(place, found, report, selector, num_leaving))
         together = _leaving(step.kept, bucket, listed) if listed else None
     by_itself |= yield from _settle(step, ways)

@@ -35,13 +35,11 @@ MOST_WAITING_BYTES = 16 * 2**20
 class Seen(NamedTuple):
     """What the passes over a bucket's tensors saw, by number; None for those that rest.
 
-    firsts: from what the indices that they have listed count. counts: of the residual, how many
-    elements are not 0; None where that was not counted.
+    counts: of the residual, how many elements are not 0; None where that was not counted.
     """
 
     founds: list[Found | None]
     reports: list[Report | None]
-    firsts: list[int]
     counts: list[int | None]
 
 
@@ -71,7 +69,6 @@ class Step:
         self.spoilt: set[str] = set()
         self._is_selected: set[str] = set()
         self._founds: dict[str, Found] = {}
-        self._firsts: dict[str, int] = {}
         self._held: dict[str, Tensor] = {}
         self._whole: dict[str, Tensor] = {}
         self._waiting: dict[str, list[Given]] = {}  # by bucket
@@ -159,7 +156,7 @@ class Step:
                 self._is_selected.add(name)
         founds = self.kept.compensation.accumulate_together(gradients)
         for gradient, found in zip(gradients, founds, strict=True):
-            self._founds[gradient.name], self._firsts[gradient.name] = found, gradient.first
+            self._founds[gradient.name] = found
             self.magnitudes.note(gradient.name, found.report[:1])
 
     def _is_kept_whole(self, given: Given) -> bool:
@@ -193,7 +190,7 @@ class Step:
             if spec.name not in self._is_selected and self.kept.compression.select_by == "raw":
                 selection = self._selection(spec.name)
                 if selection is not None:  # the last micro-batch had no gradient for this tensor
-                    first = self._firsts[spec.name] = bucket.firsts[spec.name]
+                    first = bucket.firsts[spec.name]
                     found = compensation.select_again(spec.name, selection, first)
                     self._founds[spec.name] = found
             largest = self.magnitudes[spec.name]
@@ -201,7 +198,7 @@ class Step:
                 self._founds[spec.name].report[:1] = largest
         founds = [self._founds.pop(spec.name, None) for spec in bucket.specs]
         if not awake:
-            return Seen(founds, founds, [], founds)
+            return Seen(founds, founds, founds)
         there, counted = [f for f in founds if f is not None], self._to_count(bucket, founds)
         counts = [buffers.count_nonzero(compensation.residual[name]) for name in counted]
         parts = [buffers.join_reports(there)]
@@ -216,7 +213,6 @@ class Step:
         return Seen(
             founds,
             [None if found is None else next(reports) for found in founds],
-            [self._firsts.get(spec.name, 0) for spec in bucket.specs],
             [numbers.get(spec.name) for spec in bucket.specs],
         )
 

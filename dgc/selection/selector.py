@@ -117,7 +117,6 @@ class Selector:
         report: Report,
         compensation: Compensation,
         name: str,
-        first: int = 0,
         num_nonzero: int | None = None,
     ) -> Settling:
         """Return the step's entries, which are then out of the residual, given what a pass found.
@@ -127,7 +126,6 @@ class Selector:
         looked through again; if MAX_TRIES passes do not do, it is ranked. Too few are left only if
         no more are other than 0.
         Args: found, report: of the pass with `begin`'s selection, the step's last over this tensor.
-            first: from what the indices that it has listed count.
             num_nonzero: entries of the residual that are not 0, where the tensor is ranked and that
             is known: then a GPU is not waited for.
         Yields: what another pass has found; it is to be sent the pass's report.
@@ -138,7 +136,7 @@ class Selector:
             return self.take_largest(compensation, name, num_nonzero)
         tail = Tail(report.histogram, self.plan.sample_every)
         search = _Search(self, compensation, name, tail)
-        taken, cut = yield from search.run(found, report.count, first)
+        taken, cut = yield from search.run(found, report.count)
         self.note(report, taken.indices_K.numel(), cut)
         return taken
 
@@ -214,14 +212,14 @@ class _Search:
         self.too_low, self.too_high = 0.0, math.inf
 
     def run(
-        self, found: Found, count: int, first: int
+        self, found: Found, count: int
     ) -> Generator[Found, Report, tuple[Taken, float | Tensor]]:
         """Return what is taken out, and the threshold above which that is all there was, which may
         be on a device. Yields what further passes found, and is sent their reports."""
         fewest, _, most = self.bounds
         threshold, taken = self.selector.threshold, None
         for _ in range(MAX_TRIES):
-            new = _entries(found, count, first)
+            new = _entries(found, count)
             if count > self.plan.capacity:
                 # The list overflowed: which entries are in it depends on threads.
                 self._put_back(new)
@@ -238,9 +236,9 @@ class _Search:
             threshold = self._next_threshold(0 if taken is None else taken.indices_K.numel())
             selection = self.selector.selection(threshold, 0)
             found = self.compensation.select_again(self.name, selection)
-            count, first = (yield found).count, 0
+            count = (yield found).count
         else:
-            self._put_back(_entries(found, count, first))
+            self._put_back(_entries(found, count))
         if taken is not None:
             self._put_back(taken)
         taken = self.selector.take_largest(self.compensation, self.name)
@@ -265,9 +263,9 @@ class _Search:
         self.compensation.put_back(self.name, taken)
 
 
-def _entries(found: Found, count: int, first: int) -> Taken:
+def _entries(found: Found, count: int) -> Taken:
     indices_K, values_K, velocities_K = found.entries(count)
-    return Taken(indices_K - first if first else indices_K, values_K, velocities_K)
+    return Taken(indices_K - found.first if found.first else indices_K, values_K, velocities_K)
 
 
 def _least(taken: Taken) -> Tensor:

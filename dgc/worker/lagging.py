@@ -39,7 +39,7 @@ class Lagging:
 
     def __init__(self) -> None:
         self._names: set[str] = set()
-        self._opened: dict[str, tuple[Found, int]] = {}
+        self._opened: dict[str, Found] = {}
         self._taken: dict[str, _Write] = {}  # in place of what was found
         self._writes: dict[str, list[_Write]] = {}
         # What was where `settle` has written into the residual itself, in order.
@@ -59,11 +59,10 @@ class Lagging:
         """Return those that lag, open or not."""
         return [*self._names, *self._opened]
 
-    def open(self, name: str, found: Found, first: int) -> None:
-        """Take in what a pass found, whose indices count from `first`; its residual does not lag
-        behind the old velocity any more."""
+    def open(self, name: str, found: Found) -> None:
+        """Take in what a pass found; its residual does not lag behind the old velocity any more."""
         self._names.discard(name)
-        self._opened[name], self._writes[name] = (found, first), []
+        self._opened[name], self._writes[name] = found, []
         self._taken.pop(name, None)
         self._undo.setdefault(name, [])
 
@@ -78,7 +77,7 @@ class Lagging:
 
     def settle(self, residuals: Mapping[str, Tensor], *, may_undo: bool = False) -> None:
         """Make open residuals, or copies of them, what lags behind the new velocities."""
-        unread = [found for found, _ in map(self._opened.get, residuals) if found.count is None]
+        unread = [found for found in map(self._opened.get, residuals) if found.count is None]
         if unread:
             buffers.read_reports(unread)
         rounds = itertools.zip_longest(*map(self._writes_of, residuals))
@@ -93,8 +92,8 @@ class Lagging:
             _put(writes)
 
     def _writes_of(self, name: str) -> list[_Write]:
-        found, first = self._opened[name]
-        taken = self._taken.get(name) or _Write(found.indices[: found.count], None, first)
+        found = self._opened[name]
+        taken = self._taken.get(name) or _Write(found.indices[: found.count], None, found.first)
         return [taken, *self._writes[name]]
 
     def _note_undo(self, residuals: Mapping[str, Tensor], writes: Sequence[_Write | None]) -> None:

@@ -155,7 +155,7 @@ class Compensation:
         founds, _ = buffers.accumulate_together(passes)
         for gradient, each, found in zip(gradients, passes, founds, strict=True):
             if each.lags:
-                self._lagging.open(gradient.name, found, gradient.first)
+                self._lagging.open(gradient.name, found)
         return founds
 
     def _pass(self, gradient: Gradient) -> Pass:
@@ -219,18 +219,15 @@ class Compensation:
         if self._lagging.is_open(name):
             velocity = self._kept["velocity"][name]
             self._lagging.settle({name: residual}, may_undo=True)
-            found = buffers.select_lagging(residual, velocity, self._masking(selection))
-            found.indices = found.indices + first
-            self._lagging.open(name, found, first)
+            found = buffers.select_lagging(residual, velocity, self._masking(selection), first)
+            self._lagging.open(name, found)
             return found
         self._catch_up(name)
         residual = self._kept["residual"][name]
-        found = buffers.accumulate(
+        return buffers.accumulate(
             None, Correction(), residual=residual, old_residual=residual,
-            velocity=self._velocity_now(name), selection=self._masking(selection),
+            velocity=self._velocity_now(name), selection=self._masking(selection), first=first,
         )  # fmt: skip
-        found.indices = found.indices + first
-        return found
 
     def _velocity_now(self, name: str) -> Buffer | None:
         """Return a tensor's velocity; None while velocities rest."""

@@ -150,7 +150,7 @@ class Room:
             for lists in (self.indices, self.values, self.velocities)
         )
         return [
-            Found(*of_pass, u if given.lists_velocities else None, is_sorted)
+            Found(*of_pass, u if given.lists_velocities else None, is_sorted, given.first)
             for given, u, *of_pass in zip(passes, velocities, reports, indices, values, strict=True)
         ]
 

@@ -187,6 +187,7 @@ class Found:
     indices, values, velocities: what was taken out, in the order in which it was listed. Unused
         room may follow.
     is_sorted: that order is ascending by index.
+    first: what was added to the indices.
     count: the report's, as soon as `read_reports` has read it.
     """
 
@@ -195,6 +196,7 @@ class Found:
     values: Tensor
     velocities: Tensor | None
     is_sorted: bool = True
+    first: int = 0
     count: int | None = None
 
     @property

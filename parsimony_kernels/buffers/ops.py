@@ -244,13 +244,15 @@ def accumulate_lagging(grad_N: Tensor, momentum: float, selection: Selection, **
     return accumulate_together([lagging_pass_of(grad_N, momentum, selection, **more)])[0][0]
 
 
-def select_lagging(residual: Tensor, velocity: Tensor, selection: Selection) -> Found:
+def select_lagging(
+    residual: Tensor, velocity: Tensor, selection: Selection, first: int = 0
+) -> Found:
     """Select from a residual (N,) that lags; what is taken out is made 0 in the velocity alone."""
     n, device, dtype = residual.numel(), residual.device, residual.dtype
     _check_part("residual", residual, tuple(_ALLOWED), n, device)
     _check_part("velocity", velocity, (dtype,), n, device)
     stored = (residual, residual, velocity, None)
-    given = Pass(None, Correction(), *stored, None, 0, selection, lags=True)
+    given = Pass(None, Correction(), *stored, None, 0, selection, lags=True, first=first)
     return accumulate_together([given])[0][0]
 
 

@@ -111,6 +111,7 @@ def accumulate(passes: Sequence[Pass]) -> tuple[list[Found], Tensor]:
     founds = [_accumulate(given) if given.numel else _nothing(given) for given in passes]
     for given, found in zip(passes, founds, strict=True):
         found.indices += given.first
+        found.first = given.first
     report = torch.cat([found.report for found in founds])
     reports = report.split([found.report.numel() for found in founds])
     for found, part in zip(founds, reports, strict=True):
