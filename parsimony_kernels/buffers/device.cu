@@ -246,5 +246,6 @@ PASS_KERNEL(select_stored, select_from_stored)
 // Flat over the positions. No atomics.
 KERNEL(put_values, Puttings) {
     const i64 end = s.puttings[s.count - 1].end;
-    for (i64 j = flat_start(); j < end; j += flat_stride()) put(s, j, putting_of(s, j));
+    for (i64 j = flat_start(); j < end; j += flat_stride())
+        put(s, j, s.puttings[part_with(j, s.puttings, s.count)]);
 }

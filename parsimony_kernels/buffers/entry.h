@@ -49,17 +49,6 @@ FN signed char stochastic_code(float x, float scale, u32 random) {
     return (signed char)(int)lesser(greater(code, -127.0f), 127.0f);
 }
 
-// Return whose the j-th position is.
-FN const Putting &putting_of(const Puttings &p, i64 j) {
-    i64 low = 0, high = p.count - 1;
-    while (low < high) {
-        i64 middle = (low + high) / 2;
-        if (p.puttings[middle].end <= j) low = middle + 1;
-        else high = middle;
-    }
-    return p.puttings[low];
-}
-
 // Write the j-th value, of this buffer.
 FN void put(const Puttings &p, i64 j, const Putting &of) {
     i64 i = p.positions[j] - of.first;

@@ -29,19 +29,28 @@ const u32 WHOLE_WARP = 0xffffffffu;
 FN i64 flat_start() { return (i64)blockIdx.x * blockDim.x + threadIdx.x; }
 FN i64 flat_stride() { return (i64)gridDim.x * blockDim.x; }
 
+FN i64 end_of(i64 end) { return end; }
+template <class T> FN i64 end_of(const T &part) { return part.end; }
+
+// Return which of `count` parts, one after another, the item is in. A part is where it ends, or has an `end`.
+template <class T> FN i64 part_with(i64 item, const T *parts, i64 count) {
+    i64 low = 0, high = count - 1;
+    while (low < high) {
+        i64 middle = (low + high) / 2;
+        if (end_of(parts[middle]) <= item) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
 // A block of work: number `block` of the batch's step of number `step`.
 struct Work { i64 step, block; };
 
 FN i64 num_blocks(const Batch &b) { return b.ends[b.count - 1]; }
 
 FN Work work_of(const Batch &b, i64 index) {
-    i64 low = 0, high = b.count - 1;
-    while (low < high) {
-        i64 middle = (low + high) / 2;
-        if (b.ends[middle] <= index) low = middle + 1;
-        else high = middle;
-    }
-    Work work = {low, index - (low ? b.ends[low - 1] : 0)};
+    const i64 step = part_with(index, b.ends, b.count);
+    Work work = {step, index - (step ? b.ends[step - 1] : 0)};
     return work;
 }
 

@@ -124,7 +124,7 @@ KERNEL(root_means, Rootings) {
 KERNEL(roots_at, Rootings) {
     const i64 end = s.rootings[s.count - 1].end;
     for (i64 j = flat_start(); j < end; j += flat_stride()) {
-        const Rooting &r = rooting_of(s, j);
+        const Rooting &r = s.rootings[part_with(j, s.rootings, s.count)];
         s.roots[j] = root_at(r, s.positions[j] - r.first, r.kind == SECOND_FACTORED ? *r.mean : 0.0f);
     }
 }

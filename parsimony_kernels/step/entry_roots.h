@@ -4,17 +4,6 @@
 
 #include "step/entry.h"
 
-// Return whose the j-th position is.
-FN const Rooting &rooting_of(const Rootings &r, i64 j) {
-    i64 low = 0, high = r.count - 1;
-    while (low < high) {
-        i64 middle = (low + high) / 2;
-        if (r.rootings[middle].end <= j) low = middle + 1;
-        else high = middle;
-    }
-    return r.rootings[low];
-}
-
 // mean: of the columns, if they are factored.
 FN float root_at(const Rooting &r, i64 i, float mean) {
     float nu;
