@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-import dgc.exchange.outgoing
 import dgc.exchange.question
+import dgc.exchange.selecting
 import dgc.exchange.sparse_all_reduce
 import dgc.selection.selector
 from dgc.optimizer.replicas import Replicas
@@ -55,7 +55,7 @@ def without_data() -> Iterator[None]:
         *((module, "implementing_module", _implementing_module) for module in
           (step, buffers, packing)),
         *((module, "largest_indices", _largest_indices) for module in
-          (dgc.selection.selector, dgc.exchange.outgoing, dgc.exchange.sparse_all_reduce)),
+          (dgc.selection.selector, dgc.exchange.selecting, dgc.exchange.sparse_all_reduce)),
         (buffers, "read_reports", _read_reports),
         (buffers, "split_reports", lambda found, _: _read_reports(found)),
         (dgc.exchange.question, "Download", _Download),
@@ -74,7 +74,9 @@ def without_data() -> Iterator[None]:
     ]  # fmt: skip
     with contextlib.ExitStack() as stack:
         for owner, name, stand_in in replaced:
-            stack.enter_context(mock.patch.object(owner, name, stand_in, create=True))
+            stack.enter_context(
+                mock.patch.object(owner, name, stand_in, create=owner is FakeTensor)
+            )
         yield
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
 from dgc.exchange.kept import Kept
 from dgc.exchange.question import Question
 from dgc.exchange.step import Seen, Step
-from dgc.selection.selector import Selector, Settling, largest_indices, mark_largest
+from dgc.selection.ranking import largest_indices, mark_largest, split_marked
+from dgc.selection.selector import Selector, Settling
 from dgc.wire.buckets import Bucket
 from dgc.worker import taken
 from dgc.worker.elements import TensorSpec
@@ -59,7 +59,7 @@ def select(
             else:
                 place = Place(spec.name, report.count, found.first)
                 listed.append(_Listed(place, found, report, selector, num_leaving))
-        together = _leaving(step.kept, bucket, listed) if listed else None
+        together = _leaving(step.kept, listed) if listed else None
     by_itself |= yield from _settle(step, ways)
     if together is not None and not by_itself:
         return together
@@ -79,7 +79,7 @@ def _rank_divided(kept: Kept, spec: TensorSpec) -> Taken:
 # ---- together ------------------------------------------------------------------------------------
 
 
-def _leaving(kept: Kept, bucket: Bucket, listed: Sequence[_Listed]) -> TakenTogether:
+def _leaving(kept: Kept, listed: Sequence[_Listed]) -> TakenTogether:
     """Return what leaves of all that is listed; the rest is put back."""
     all_of_it = _joined(listed)
     if all(each.num_leaving == each.report.count for each in listed):
@@ -95,7 +95,7 @@ def _leaving(kept: Kept, bucket: Bucket, listed: Sequence[_Listed]) -> TakenToge
         each.selector.note(
             each.report, each.num_leaving, each.selector.threshold if is_all else least
         )
-    leaving, rest = _parted(all_of_it, is_leaving_K, listed, sum(bucket.codec.numels))
+    leaving, rest = _parted(all_of_it, is_leaving_K, listed)
     kept.compensation.put_back_together(rest, staying=leaving)
     return leaving
 
@@ -118,22 +118,14 @@ def _joined(listed: Sequence[_Listed]) -> TakenTogether:
 
 
 def _parted(
-    entries: TakenTogether, is_leaving_K: Tensor, listed: Sequence[_Listed], universe: int
+    entries: TakenTogether, is_leaving_K: Tensor, listed: Sequence[_Listed]
 ) -> tuple[TakenTogether, TakenTogether]:
     """Return the entries that are marked, and the others. Waits for no GPU, as it is known how many
     there are of each."""
-    positions_K = entries.positions_K
-    if positions_K.device.type == "cpu":
-        marks = is_leaving_K.numpy()
-        sides = [torch.from_numpy(numpy.flatnonzero(each)) for each in (marks, ~marks)]
-    else:
-        order = torch.where(is_leaving_K, positions_K, positions_K + universe).argsort()
-        num_leaving = sum(each.num_leaving for each in listed)
-        sides = order[:num_leaving], order[num_leaving:]
     parts = []
-    for chosen in sides:
+    for chosen in split_marked(is_leaving_K, sum(each.num_leaving for each in listed)):
         rest = None if entries.velocities_K is None else entries.velocities_K[chosen]
-        parts.append((positions_K[chosen], entries.values_K[chosen], rest))
+        parts.append((entries.positions_K[chosen], entries.values_K[chosen], rest))
     leaving = [each.place._replace(count=each.num_leaving) for each in listed]
     staying = [
         p._replace(count=p.count - q.count) for p, q in zip(entries.places, leaving, strict=True)

@@ -20,7 +20,7 @@ from dgc.exchange.outgoing import Outgoing, keep_for_later
 from dgc.exchange.question import Question
 from dgc.exchange.route import Route
 from dgc.exchange.step import Step
-from dgc.selection.selector import largest_indices
+from dgc.selection.ranking import largest_indices
 from dgc.wire.buckets import Bucket
 from dgc.wire.codec import Codec
 from dgc.wire.entries import Entries, from_owner, to_owner

@@ -1,12 +1,10 @@
 import math
-import random
 
 import pytest
 import torch
 
-from dgc.selection import selector
 from dgc.selection.plan import plan_sparsity
-from dgc.selection.selector import MAX_TRIES, Selector, largest_indices
+from dgc.selection.selector import MAX_TRIES, Selector
 from dgc.worker.elements import TensorSpec
 from dgc.worker.residual import Compensation
 from parsimony_kernels.buffers import ops as buffers
@@ -72,18 +70,6 @@ def test_exact_selection_is_the_sorted_one(size, density):
     assert taken.indices_K.tolist() == oracle(values.tolist(), worker.selector.plan.k)
     assert torch.equal(taken.values_K, values[taken.indices_K])
     assert (worker.residual()[taken.indices_K] == 0).all()
-
-
-def test_ties_go_to_the_lower_index():
-    values = torch.tensor([1.0, -2.0, 2.0, 1.0, -1.0, 2.0])
-    zeros = torch.tensor([0.0, 3.0, 0.0, 3.0, 1.0])
-    for is_known in (False, True):  # how many are not 0: a GPU is then not waited for
-        for k, expected in ((4, [0, 1, 2, 5]), (2, [1, 2]), (6, [*range(6)]), (9, [*range(6)])):
-            found = largest_indices(values.abs(), k, 6 if is_known else None)
-            assert found.tolist() == expected
-        for k, expected in ((4, [1, 3, 4]), (1, [1]), (5, [1, 3, 4])):
-            assert largest_indices(zeros, k, 3 if is_known else None).tolist() == expected
-    assert largest_indices(0 * zeros, 2, 0).tolist() == []
 
 
 def test_small_tensors_and_dense_ones_are_ranked():
@@ -264,21 +250,3 @@ def test_what_is_of_another_size_is_refused():
         worker.selector.plan = plan_sparsity(99, 0.1)
     with pytest.raises(ValueError, match="state has shape .2,.; allowed"):
         worker.selector.load(torch.zeros(2))
-
-
-@pytest.mark.parametrize("mark", [selector._mark_one_by_one, selector._mark_together])
-def test_the_largest_of_each_tensor_are_marked_and_ties_go_to_the_lower_index(mark):
-    draw = random.Random(5)
-    counts = [draw.randint(1, 40) for _ in range(30)]
-    wanted = [draw.randint(1, count) for count in counts]
-    magnitudes = [draw.randint(1, 9) for _ in range(sum(counts))]  # with many ties
-    expected, least, begin = [], [], 0
-    for count, want in zip(counts, wanted, strict=True):
-        part = magnitudes[begin : begin + count]
-        chosen = sorted(range(count), key=lambda i: (-part[i], i))[:want]
-        expected += [i in chosen for i in range(count)]
-        least.append(min(part[i] for i in chosen))
-        begin += count
-    marks_K, least_T = mark(torch.tensor(magnitudes, dtype=torch.float32), counts, wanted)
-    assert marks_K.tolist() == expected
-    assert least_T.tolist() == least
