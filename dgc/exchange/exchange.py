@@ -33,6 +33,7 @@ from dgc.worker.elements import TensorSpec
 from dgc.worker.residual import Compensation
 from dgc.worker.statistics import Statistics
 from dgc.worker.stats import StepStats
+from parsimony_kernels.runtime.kinds import by_kind
 
 
 class Exchange:
@@ -281,15 +282,13 @@ class Exchange:
     def _answer(self, questions: Sequence[Question]) -> None:
         """Answer the buckets' last questions, and with them what thresholds are to know."""
         thresholds = self.kept.thresholds
-        by_kind: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
-        for name, cut in thresholds.open_cuts().items():
-            by_kind.setdefault((cut.device, cut.dtype), {})[name] = cut
+        open_cuts = by_kind(thresholds.open_cuts())
         of_cuts = [
             Question([of_floats(torch.stack(list(cuts.values())))], is_last=True)
-            for cuts in by_kind.values()
+            for cuts in open_cuts
         ]
         answer_together([*questions, *of_cuts])
-        for cuts, question in zip(by_kind.values(), of_cuts, strict=True):
+        for cuts, question in zip(open_cuts, of_cuts, strict=True):
             thresholds.tell_cuts(dict(zip(cuts, to_floats(*question.wait()), strict=True)))
 
     def end_step(self, stands: bool) -> None:

@@ -35,6 +35,7 @@ from parsimony_kernels.buffers.operands import (
     Selection,
 )
 from parsimony_kernels.buffers.ops import tensors
+from parsimony_kernels.runtime.kinds import by_kind
 from parsimony_kernels.runtime.operands import STATE_DTYPES
 
 KINDS = ("velocity", "residual")
@@ -360,11 +361,8 @@ class Compensation:
         self._forget_before()
 
     def _settle_all(self) -> None:
-        by_kind: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
-        for name in self._lagging.open_names():
-            residual = self._kept["residual"][name]
-            by_kind.setdefault((residual.device, residual.dtype), {})[name] = residual
-        for residuals in by_kind.values():
+        kept = self._kept["residual"]
+        for residuals in by_kind({name: kept[name] for name in self._lagging.open_names()}):
             self._lagging.settle(residuals)
             for name in residuals:
                 self._lagging.close(name, lags=True)

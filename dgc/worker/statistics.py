@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from parsimony_kernels.runtime.checks import trusted_positions
+from parsimony_kernels.runtime.kinds import by_kind
 
 
 class Preconditioner(Protocol):
@@ -84,17 +85,17 @@ class Statistics:
 
     def _keep_before(self, names: Collection[str]) -> None:
         """Copy these statistics as they are before the step, those of a kind in one go."""
-        by_kind: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-        before: dict[str, dict[str, Tensor]] = {}
-        for name in names:
-            copies = before[name] = {}
-            for part, tensor in self.preconditioners[name].tensors.items():
-                copies[part] = torch.empty_like(tensor)
-                new, old = by_kind.setdefault((tensor.device, tensor.dtype), ([], []))
-                new.append(copies[part])
-                old.append(tensor)
-        for new, old in by_kind.values():
-            torch._foreach_copy_(new, old)
+        tensors = {
+            (name, part): tensor
+            for name in names
+            for part, tensor in self.preconditioners[name].tensors.items()
+        }
+        before: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+        for old in by_kind(tensors):
+            new = {place: torch.empty_like(tensor) for place, tensor in old.items()}
+            torch._foreach_copy_(list(new.values()), list(old.values()))
+            for (name, part), copy in new.items():
+                before[name][part] = copy
         self._before |= before  # now: a step that fails meanwhile is undone to what there is
 
     def root(self, name: str, indices_K: Tensor | None = None) -> Tensor | None:
