@@ -34,7 +34,9 @@ from dgc.wire.codec import Codec
 from dgc.wire.entries import Entries
 from dgc.worker.taken import Taken
 from parsimony_kernels.buffers import ops as buffers
-from parsimony_kernels.buffers.operands import BINS, Found, Pass, Report, Selection
+from parsimony_kernels.buffers.arguments import Room
+from parsimony_kernels.buffers.host import threads_of
+from parsimony_kernels.buffers.operands import Found, Pass, Report, Selection
 from parsimony_kernels.packing import ops as packing
 from parsimony_kernels.runtime.operands import Table
 from parsimony_kernels.step import ops as step
@@ -84,28 +86,17 @@ def without_data() -> Iterator[None]:
 
 
 def _accumulate(passes: Sequence[Pass]) -> tuple[list[Found], Tensor]:
-    """Allocate what buffers/host.py or buffers/device.py does: lists with room for all entries."""
-    device, is_on_gpu = passes[0].device, passes[0].device.type != "cpu"
-    sizes = [2 if each.selection is None else 2 + BINS for each in passes]
-    rooms = [0 if p.selection is None else min(p.selection.capacity, p.numel) for p in passes]
-    if not is_on_gpu:
-        threads = torch.get_num_threads()
-        rooms = [room * (threads if each.numel >= 1 << 15 else 1)
-                 for room, each in zip(rooms, passes, strict=True)]  # fmt: skip
-    kinds = [torch.int64, torch.float32]
-    if any(each.lists_velocities for each in passes):
-        kinds.append(torch.float32)
-    lists = [torch.empty(sum(rooms), dtype=kind, device=device).split(rooms) for kind in kinds]
-    report = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-    founds = []
-    for number, (each, part) in enumerate(zip(passes, report.split(sizes), strict=True)):
-        part._count = getattr(each.selection, "aim", 0)
-        listed = [entries[number] for entries in lists]
-        if not is_on_gpu:
-            listed = [entries[: part._count].clone() for entries in listed]
-        velocities = listed[2] if each.lists_velocities else None
-        founds.append(Found(part, *listed[:2], velocities, is_sorted=not is_on_gpu))
-    return founds, report
+    """Allocate what buffers/host.py or buffers/device.py does."""
+    is_on_gpu = passes[0].device.type != "cpu"
+    room = Room.of(passes, [1] * len(passes) if is_on_gpu else threads_of(passes))
+    counts = [getattr(each.selection, "aim", 0) for each in passes]
+    if is_on_gpu:
+        founds = room.found(passes, room.lengths, is_sorted=False)
+    else:
+        founds = room.compacted(sum(counts)).found(passes, counts, is_sorted=True)
+    for found, count in zip(founds, counts, strict=True):
+        found.report._count = count
+    return founds, room.report
 
 
 def _merge(positions: Sequence[Tensor], values: Sequence[Tensor], dim: int) -> Any:

@@ -16,16 +16,20 @@ from parsimony_kernels.runtime.build import host_library
 PARALLEL_FROM = 1 << 15  # elements; below, starting threads costs more than it saves
 
 
+def threads_of(passes: Sequence[Pass]) -> list[int]:
+    """Return how many threads make each pass; small ones each have one, side by side."""
+    most = torch.get_num_threads()
+    return [most if given.numel >= PARALLEL_FROM else 1 for given in passes]
+
+
 def accumulate(passes: Sequence[Pass]) -> tuple[list[Found], Tensor]:
-    sizes, most = [given.numel for given in passes], torch.get_num_threads()
-    threads = [most if n >= PARALLEL_FROM else 1 for n in sizes]
-    num_small = sum(n for n in sizes if n < PARALLEL_FROM)
-    room = Room.of(passes, threads)
+    room = Room.of(passes, threads_of(passes))
+    num_small = sum(given.numel for given in passes if given.numel < PARALLEL_FROM)
     counts = (c_int64 * len(passes))()
     lists = (room.indices, room.values, room.velocities)
     host_library().parsimony_accumulate(
         b"".join(room.pack(passes)), c_int64(len(passes)),
-        most if num_small >= PARALLEL_FROM else 1,
+        torch.get_num_threads() if num_small >= PARALLEL_FROM else 1,
         *(c_void_p(0 if each is None else each.data_ptr()) for each in lists), counts,
     )  # fmt: skip
     return room.compacted(sum(counts)).found(passes, counts, is_sorted=True), room.report
