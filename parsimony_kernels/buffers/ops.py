@@ -23,10 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parsimony_kernels.buffers.checks import (
+    check_lagging_pass,
+    check_part,
+    check_pass,
+    is_usual,
+)
 from parsimony_kernels.buffers.operands import (
     BLOCK,
     LEVELS,
-    STORED_DTYPES,
     Blocks,
     Buffer,
     Correction,
@@ -43,9 +48,8 @@ from parsimony_kernels.buffers.operands import split_reports as split_reports
 from parsimony_kernels.buffers.operands import tensors as tensors
 from parsimony_kernels.buffers.reference import decode as decode
 from parsimony_kernels.buffers.reference import round_codes
-from parsimony_kernels.runtime.checks import check_shape, check_tensor
 from parsimony_kernels.runtime.choice import implementing_module
-from parsimony_kernels.runtime.operands import PARAMETER_DTYPES, STEP_DTYPES, state_dtype
+from parsimony_kernels.runtime.operands import STATE_DTYPES
 
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -167,8 +171,8 @@ def pass_of(
     """
     stored = (residual, old_residual, velocity, old_velocity)
     given = Pass(grad_N, correction, *stored, scale, key, selection, first=first)
-    if not _is_usual(grad_N, stored, scale):
-        _check_pass(given)
+    if not is_usual(grad_N, stored, scale):
+        check_pass(given)
     if velocity is None and (old_velocity is not None or correction.v_from_u):
         raise ValueError("old_velocity or v_from_u without a velocity to write")
     return given
@@ -227,8 +231,8 @@ def lagging_pass_of(
         is_lagging, lags=True, first=first,
     )  # fmt: skip
     is_exact = all(getattr(each, "dtype", None) == torch.float32 for each in stored)
-    if not is_exact or not _is_usual(grad_N, stored, scale):
-        _check_lagging_pass(given)
+    if not is_exact or not is_usual(grad_N, stored, scale):
+        check_lagging_pass(given)
     if not selection.mask_velocity:
         raise ValueError("selection.mask_velocity is False; allowed: True where a residual lags")
     return given
@@ -248,113 +252,9 @@ def select_lagging(
     residual: Tensor, velocity: Tensor, selection: Selection, first: int = 0
 ) -> Found:
     """Select from a residual (N,) that lags; what is taken out is made 0 in the velocity alone."""
-    n, device, dtype = residual.numel(), residual.device, residual.dtype
-    _check_part("residual", residual, tuple(_ALLOWED), n, device)
-    _check_part("velocity", velocity, (dtype,), n, device)
+    n, device = residual.numel(), residual.device
+    check_part("residual", residual, STATE_DTYPES, n, device)
+    check_part("velocity", velocity, (residual.dtype,), n, device)
     stored = (residual, residual, velocity, None)
     given = Pass(None, Correction(), *stored, None, 0, selection, lags=True, first=first)
     return accumulate_together([given])[0][0]
-
-
-# ---- checks --------------------------------------------------------------------------------------
-
-_ALLOWED = {torch.float32: STORED_DTYPES, torch.float64: (torch.float64, *STORED_DTYPES[1:])}
-_STORED = ("residual", "old_residual", "velocity", "old_velocity")
-
-
-_EXACT = frozenset(STORED_DTYPES)
-_NATIVE = frozenset(PARAMETER_DTYPES)
-
-
-def _is_usual(grad_N: Tensor | None, stored: Sequence[Buffer | None], scale: Tensor | None) -> bool:
-    """Tell whether no check can fail, of what native kernels pass over. If not, one may."""
-    if grad_N is None or grad_N.dtype not in _NATIVE:
-        return False
-    n, device = grad_N.numel(), grad_N.device
-    if not _is_plain(grad_N, n, device):
-        return False
-    before = None
-    for buffer in stored:
-        if buffer is None or buffer is before:
-            continue
-        before = buffer
-        if isinstance(buffer, Blocks):
-            codes, scales = buffer.codes, buffer.scales
-            if codes.dtype != torch.int8 or scales.dtype != torch.float32:
-                return False
-            if not (_is_plain(codes, n, device) and _is_plain(scales, -(-n // BLOCK), device)):
-                return False
-        elif buffer.dtype not in _EXACT or not _is_plain(buffer, n, device):
-            return False
-    return scale is None or (scale.dtype == torch.float32 and _is_plain(scale, 1, device))
-
-
-def _is_plain(x: Tensor, size: int, device: torch.device) -> bool:
-    is_like = x.numel() == size and x.dim() == 1 and x.device == device and x.is_contiguous()
-    return is_like and x.data_ptr() != 0
-
-
-def _check_pass(given: Pass) -> None:
-    """Raise ValueError with what is wrong, if anything is."""
-    values = tensors(given.residual)[0] if given.grad_N is None else given.grad_N
-    n, device, dtype = values.numel(), values.device, arithmetic_dtype(given)
-    stored = (given.residual, given.old_residual, given.velocity, given.old_velocity)
-    for name, buffer in zip(_STORED, stored, strict=True):
-        if buffer is not None:
-            _check_buffer(name, buffer, n, device, _ALLOWED[dtype])
-    if given.grad_N is None:
-        _check_in_place(*stored, given.selection)
-    else:
-        check_tensor("grad", given.grad_N, device, STEP_DTYPES, 1)
-    if given.scale is not None:
-        check_shape("scale", given.scale, (1,), device, (dtype,))
-
-
-def _check_lagging_pass(given: Pass) -> None:
-    grad_N = given.grad_N
-    n, device = grad_N.numel(), grad_N.device
-    check_tensor("grad", grad_N, device, STEP_DTYPES, 1)
-    exact = state_dtype(grad_N.dtype)
-    for name in ("residual", "velocity", "old_velocity"):
-        _check_part(name, getattr(given, name), (exact,), n, device)
-    if given.scale is not None:
-        check_shape("scale", given.scale, (1,), device, (exact,))
-
-
-def _check_in_place(
-    residual: Buffer,
-    old_residual: Buffer | None,
-    velocity: Buffer | None,
-    old_velocity: Buffer | None,
-    selection: Selection | None,
-) -> None:
-    for name, new, old in (
-        ("old_residual", residual, old_residual),
-        ("old_velocity", velocity, old_velocity),
-    ):
-        if old is not None and (new is None or tensors(new)[0] is not tensors(old)[0]):
-            raise ValueError(f"{name} is another buffer; allowed without a gradient: the same")
-    if selection is None:
-        raise ValueError("neither a gradient nor a selection; give one")
-
-
-def _check_buffer(
-    name: str,
-    buffer: Buffer,
-    n: int,
-    device: torch.device,
-    dtypes: tuple[torch.dtype, ...],
-) -> None:
-    if isinstance(buffer, Blocks):
-        _check_part(f"{name}.codes", buffer.codes, (torch.int8,), n, device)
-        _check_part(f"{name}.scales", buffer.scales, (torch.float32,), -(-n // BLOCK), device)
-    else:
-        _check_part(name, buffer, dtypes, n, device)
-
-
-def _check_part(
-    name: str, part: Tensor, dtypes: tuple[torch.dtype, ...], size: int, device: torch.device
-) -> None:
-    check_tensor(name, part, device, dtypes, 1)
-    if part.numel() != size:
-        raise ValueError(f"{name} has {part.numel()} elements; allowed: {size}")
