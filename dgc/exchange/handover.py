@@ -22,7 +22,7 @@ from dgc.exchange.kept import Kept
 from dgc.exchange.route import Route
 from dgc.selection.thresholds import merged_thresholds
 from dgc.worker.elements import TensorSpec
-from dgc.worker.residual import KINDS, decoded
+from dgc.worker.storage import KINDS, decoded
 
 _Key = tuple[str, ...]  # of a sum: (kind, tensor) or ("statistics", tensor, part)
 

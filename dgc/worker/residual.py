@@ -19,14 +19,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dgc.worker import storage
 from dgc.worker.elements import TensorSpec
 from dgc.worker.lagging import Lagging
 from dgc.worker.rounding import RoundingKeys
+from dgc.worker.storage import KINDS
 from dgc.worker.taken import Place, Taken, TakenTogether, spans
 from parsimony_kernels.buffers import ops as buffers
 from parsimony_kernels.buffers.operands import (
     VELOCITY_KEY,
-    Blocks,
     Buffer,
     Correction,
     Found,
@@ -37,8 +38,6 @@ from parsimony_kernels.buffers.operands import (
 from parsimony_kernels.buffers.ops import tensors
 from parsimony_kernels.runtime.kinds import by_kind
 from parsimony_kernels.runtime.operands import STATE_DTYPES
-
-KINDS = ("velocity", "residual")
 
 
 class Gradient(NamedTuple):
@@ -188,7 +187,7 @@ class Compensation:
         """Tell whether velocity and residual are there, in full, and follow the plain rule."""
         if not self.momentum or self.nesterov or not self.mask_velocity or name in self._shown:
             return False
-        exact = _exact(grad_N.dtype)
+        exact = storage.exact(grad_N.dtype)
         has_both = all(
             name in kept and buffers.dtype_of(kept[name]) == exact for kept in self._kept.values()
         )
@@ -343,11 +342,8 @@ class Compensation:
         self._catch_up(name)
         if self.nesterov:
             momentum_N = momentum_N * (self._last_momentum or self.momentum)
-        numel, key = momentum_N.numel(), zlib.crc32(name.encode())
-        dtype = self._stored("velocity", _exact(momentum_N.dtype))
-        buffer = buffers.empty(numel, dtype, momentum_N.device)
-        buffers.accumulate(momentum_N, Correction(), residual=buffer, old_residual=None, key=key)
-        self.velocity[name] = buffer
+        dtype = self._stored("velocity", storage.exact(momentum_N.dtype))
+        self.velocity[name] = storage.rounded(momentum_N, dtype, zlib.crc32(name.encode()))
 
     def end_step(self, stands: bool) -> None:
         """Make the step's changes final if it stands; else undo them, to the bit."""
@@ -403,7 +399,7 @@ class Compensation:
         if (kind, name) in self._before:
             return old, old
         self._before[kind, name] = old
-        exact = _exact(grad_N.dtype)
+        exact = storage.exact(grad_N.dtype)
         dtype = exact if is_sent_whole else self._stored(kind, exact)
         if room is None or dtype != exact:
             room = buffers.empty(grad_N.numel(), dtype, grad_N.device)
@@ -456,7 +452,7 @@ class Compensation:
     def state_dict(self) -> dict[str, Any]:
         """Tensors only; this rank's, not the replica's."""
         kinds = {
-            kind: {name: _to_state(buffer) for name, buffer in getattr(self, kind).items()}
+            kind: {name: storage.to_state(buffer) for name, buffer in getattr(self, kind).items()}
             for kind in KINDS
         }
         momentum = torch.tensor(self._last_momentum, dtype=torch.float64, device="cpu")
@@ -473,19 +469,8 @@ class Compensation:
         loaded: dict[str, dict[str, Buffer]] = {kind: {} for kind in KINDS}
         for kind in KINDS:
             for name, saved in state[kind].items():
-                buffer = _from_state(saved, specs[name].device)
-                if buffers.numel(buffer) != specs[name].numel:
-                    raise ValueError(
-                        f"the {kind} of {name} was saved with {buffers.numel(buffer)} elements; "
-                        f"allowed: {specs[name].numel}"
-                    )
-                stored = self._stored(kind, _exact(specs[name].dtype))
-                if buffers.dtype_of(buffer) != stored:
-                    raise ValueError(
-                        f"the {kind} of {name} was saved as {buffers.dtype_of(buffer)}; allowed: "
-                        f"{stored}, by {kind}_dtype and the parameter's dtype here"
-                    )
-                loaded[kind][name] = buffer
+                dtype = self._stored(kind, storage.exact(specs[name].dtype))
+                loaded[kind][name] = storage.loaded(kind, saved, specs[name], dtype)
         self._kept = loaded
         self._lagging.clear()
         self.num_steps = int(state.get("num_steps", 0))
@@ -521,32 +506,8 @@ class Compensation:
         self._forget_before()
 
     def _rounded(self, kind: str, values_N: Tensor, spec: TensorSpec) -> Buffer:
-        exact = _exact(spec.dtype)
-        buffer = buffers.empty(spec.numel, self._stored(kind, exact), spec.device)
-        values_N = values_N.to(spec.device, getattr(torch, exact))
+        exact = storage.exact(spec.dtype)
         # A key that no step has.
         key = self._rounding.key(f"{kind} of {spec.name}, inherited", self.num_steps)
-        buffers.accumulate(values_N, Correction(), residual=buffer, old_residual=None, key=key)
-        return buffer
-
-
-def _exact(dtype: torch.dtype) -> str:
-    """Return as what gradients of this dtype are stored without loss."""
-    return "float64" if dtype == torch.float64 else "float32"
-
-
-def _to_state(buffer: Buffer) -> Tensor | dict[str, Tensor]:
-    if isinstance(buffer, Blocks):
-        return {"codes": buffer.codes, "scales": buffer.scales}
-    return buffer
-
-
-def decoded(saved: Tensor | dict[str, Tensor]) -> Tensor:
-    """Return the values (N,) of a saved velocity or residual, in float32 or float64."""
-    return buffers.decode(_from_state(saved, torch.device("cpu")))
-
-
-def _from_state(saved: Tensor | dict[str, Tensor], device: torch.device) -> Buffer:
-    if isinstance(saved, dict):
-        return Blocks(*(saved[part].to(device, copy=True) for part in ("codes", "scales")))
-    return saved.to(device, copy=True)
+        values_N = values_N.to(spec.device, getattr(torch, exact))
+        return storage.rounded(values_N, self._stored(kind, exact), key)

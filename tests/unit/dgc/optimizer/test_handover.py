@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from dgc.worker.residual import decoded
+from dgc.worker.storage import decoded
 from tests.unit.dgc.method import CHOICES, INITIAL, assert_equal, combinations, run_jobs
 
 DEFAULT = {key: values[0] for key, values in CHOICES.items()}

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dgc.worker.residual import KINDS, Compensation
+from dgc.worker.residual import Compensation
+from dgc.worker.storage import KINDS
 from dgc.worker.taken import Taken
 from parsimony_kernels.buffers.operands import Selection
 from parsimony_kernels.buffers.ops import read_reports
