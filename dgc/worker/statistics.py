@@ -29,11 +29,6 @@ class Preconditioner(Protocol):
     def may_be_zero(self) -> bool:
         """Whether a root can be 0 anywhere."""
 
-    def observe(
-        self, grad_N: Tensor, *, scale: Tensor | None, num_parts: int, is_first: bool
-    ) -> None:
-        """Take in one of a step's `num_parts` gradients, times scale (1,)."""
-
     def root(self, indices_K: Tensor | None = None) -> Tensor:
         """Return what to divide by, at indices or everywhere: 0 or more; float64 for a float64
         tensor, else float32."""
@@ -42,7 +37,8 @@ class Preconditioner(Protocol):
     def observe_together(
         given: Sequence[tuple[Preconditioner, Tensor, Tensor | None, int, bool]],
     ) -> None:
-        """Do as `observe` with several: (who, grad_N, scale, num_parts, is_first)."""
+        """Take in one of a step's `num_parts` gradients of each of several tensors, times its scale
+        (1,): (who is fed, grad_N, scale, num_parts, is_first)."""
 
     @staticmethod
     def roots_together(
